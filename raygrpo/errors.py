@@ -1,0 +1,44 @@
+"""Typed errors. Each says what is wrong and what to do next, and survives pickling."""
+
+from __future__ import annotations
+
+
+class RayGrpoError(Exception):
+    """Base of every error that raygrpo raises on purpose.
+
+    Attributes:
+        message: what went wrong, naming the thing.
+        fix: the next step to take; empty where the message already says it.
+    """
+
+    def __init__(self, message: str, fix: str = "") -> None:
+        super().__init__(message, fix)
+        self.message = message
+        self.fix = fix
+
+    def __str__(self) -> str:
+        return f"{self.message}\n  fix: {self.fix}" if self.fix else self.message
+
+
+class ConfigError(RayGrpoError):
+    """The configuration, or what it points to, cannot work."""
+
+
+class DataError(RayGrpoError):
+    """A dataset, row or prompt cannot be used."""
+
+
+class RewardError(RayGrpoError):
+    """A reward function cannot be loaded, or fails too often."""
+
+
+class NumericError(RayGrpoError):
+    """A loss, gradient or weight is not finite."""
+
+
+class InfraError(RayGrpoError):
+    """A process, node or connection failed, or missed its deadline."""
+
+
+class StorageError(RayGrpoError):
+    """A file of the run directory cannot be written, read or trusted."""
