@@ -100,8 +100,8 @@ class Completion:
 
     ``logprobs`` [C] are in nats, of the distribution really sampled from (temperature, top-p and
     the like included). ``loss_mask`` [C] is False on tokens the policy did not write.
-    ``version_runs`` is the weights' version of each token, run-length coded: ((version, count), ...)
-    in order, with counts that add up to C.
+    ``version_runs`` is the weights' version of each token, run-length coded as (version, count)
+    pairs in order; the counts add up to C.
     """
 
     token_ids: IntArray
@@ -285,7 +285,7 @@ class Microbatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorSpec:
-    """A tensor's place in a bucket: ``offset_bytes`` from its start, ``dtype`` as torch names it."""
+    """A tensor's place in a bucket: ``offset_bytes`` from its start; ``dtype`` in torch's names."""
 
     name: str
     dtype: str

@@ -1,0 +1,407 @@
+"""The configuration: strict pydantic models in which every key has one meaning, unit and default.
+
+`load_config` merges, from weakest to strongest: defaults, the recipe, the file, overrides. Nothing
+changes a configuration after it is loaded.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from raygrpo.errors import ConfigError
+from raygrpo.recipes import RECIPES
+from raygrpo.types import Sampling
+
+
+class Section(BaseModel):
+    """A strict, immutable section."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+def key(default: Any, doc: str, unit: str = "", **constraints: Any) -> Any:
+    """A documented field; ``unit`` is shown by ``raygrpo config``."""
+    extra = {"unit": unit} if unit else None
+    if isinstance(default, (list, dict)):
+        factory = default.copy
+        return Field(
+            default_factory=factory, description=doc, json_schema_extra=extra, **constraints
+        )
+    return Field(default, description=doc, json_schema_extra=extra, **constraints)
+
+
+class ModelSection(Section):
+    path: str = key(..., "Hub id or directory of the causal language model.")
+    revision: str | None = key(None, "Hub revision; none takes the default branch.")
+    dtype: Literal["float32", "bfloat16"] = key(
+        "float32", "Compute and publishing dtype; bfloat16 trains fp32 master weights."
+    )
+    random_init: bool = key(
+        False,
+        "Build random weights (from the run's seed) from path's config.json; no weights read.",
+    )
+    trust_remote_code: bool = key(False, "Run modelling code that comes with the model.")
+
+
+class DataSection(Section):
+    source: str = key(..., "Hub id, .jsonl/.json/.parquet/.csv file, or reasoning_gym:<task>.")
+    subset: str | None = key(None, "Configuration name of a hub dataset.")
+    split: str = key("train", "Split of a hub dataset.")
+    revision: str | None = key(None, "Hub revision of the dataset.")
+    params: dict[str, Any] = key(
+        {}, "Parameters of a reasoning_gym task (size, seed, and the task's own)."
+    )
+    prompt: str = key("prompt", "Column with the prompt: text, or a list of chat messages.")
+    template: str | None = key(
+        None, "Text prompt with {column} fields, used in place of the prompt column."
+    )
+    chat: bool | None = key(
+        None, "Apply the chat template; none: to message lists only. True wraps text as user turn."
+    )
+    chat_template_kwargs: dict[str, Any] = key({}, "Arguments of the chat template.")
+    max_prompt_length: int = key(512, "Longest prompt.", "tokens", ge=1)
+    overlong: Literal["error", "drop", "truncate_left"] = key(
+        "error", "What becomes of a longer prompt; drops are counted."
+    )
+    shuffle: bool = key(True, "Shuffle each epoch, by the run's seed.")
+
+
+class SamplingSection(Section):
+    num_completions: int = key(8, "Completions of one prompt (the group).", "completions", ge=1)
+    temperature: float = key(1.0, "Sampling temperature.", gt=0)
+    top_p: float = key(1.0, "Nucleus: smallest set of tokens with this mass.", gt=0, le=1)
+    top_k: int = key(0, "Keep the k likeliest tokens; 0 keeps all.", "tokens", ge=0)
+    min_p: float = key(0.0, "Keep tokens with this share of the likeliest's mass.", ge=0, lt=1)
+    repetition_penalty: float = key(1.0, "Penalty on tokens seen before; 1 is none.", gt=0)
+    max_tokens: int = key(256, "Longest completion.", "tokens", ge=1)
+    min_tokens: int = key(0, "No stop before this length.", "tokens", ge=0)
+    stop: list[str] = key([], "Strings that end a completion (kept in it, and trained).")
+
+    @model_validator(mode="after")
+    def _lengths(self) -> SamplingSection:
+        if self.min_tokens > self.max_tokens:
+            raise ValueError("min_tokens is larger than max_tokens")
+        return self
+
+    def settings(self) -> Sampling:
+        """The engine's view of this section."""
+        return Sampling(**{**self.model_dump(), "stop": tuple(self.stop)})
+
+
+class RewardSection(Section):
+    func: str = key(
+        ...,
+        "exact, number, format, math, length, reasoning_gym, module:function, or file.py:function.",
+    )
+    name: str | None = key(None, "Name in metrics; none takes the function's.")
+    weight: float = key(1.0, "Weight in the sum.")
+    params: dict[str, Any] = key({}, "Keyword arguments given to every call.")
+    timeout_s: float = key(60.0, "Deadline of one call on one group.", "seconds", gt=0)
+
+
+class EvalSection(Section):
+    every_steps: int = key(
+        0,
+        "Steps between evaluations, also before the first and after the last; 0: never.",
+        "steps",
+        ge=0,
+    )
+    source: str | None = key(None, "As data.source; none takes data.source.")
+    split: str = key("test", "Split of a hub dataset.")
+    params: dict[str, Any] = key({}, "As data.params, on top of those.")
+    num_prompts: int = key(64, "Prompts, from the top of the evaluation set.", "prompts", ge=1)
+    num_completions: int = key(1, "Completions of each.", "completions", ge=1)
+    temperature: float = key(0.0, "Temperature; 0 is greedy.", ge=0)
+
+
+class AdvantageSection(Section):
+    baseline: Literal["mean", "leave_one_out", "max_rl"] = key(
+        "mean", "What is taken off a reward."
+    )
+    scale: Literal["none", "group", "group_population", "batch", "batch_centred"] = key(
+        "none", "What the difference is divided by."
+    )
+    mask_truncated: bool = key(
+        False, "Overlong filter: truncated completions count in the baseline, not in the loss."
+    )
+
+
+class LossSection(Section):
+    loss: Literal["clip"] = key("clip", "Policy loss.")
+    clip_low: float = key(0.2, "Lower clip range of the ratio.", ge=0, lt=1)
+    clip_high: float = key(0.28, "Upper clip range of the ratio.", ge=0)
+    delta: float | None = key(None, "Upper bound of the ratio in the unclipped term.", gt=1)
+    dual_clip: float | None = key(None, "Bound c of the loss of negative advantages.", gt=1)
+    beta: float = key(0.0, "Weight of the KL to the reference; 0 loads no reference.", ge=0)
+    kl_estimator: Literal["k2", "k3"] = key("k3", "Estimator of that KL.")
+    kl_unbiased: bool = key(False, "Multiply the KL by the ratio.")
+    aggregation: Literal["token", "sequence", "constant", "prompt"] = key(
+        "token", "Denominator of the loss, global over one optimizer update."
+    )
+    correction: Literal["none", "tis", "icepop"] = key(
+        "none", "Correction for the gap between the sampler's and the learner's logprobs."
+    )
+    correction_level: Literal["token", "sequence"] = key("token", "Ratio by token or by sequence.")
+    correction_min: float = key(0.5, "Lower end of icepop.", ge=0)
+    correction_max: float = key(2.0, "Cap of tis; upper end of icepop.", gt=0)
+
+
+class TrainSection(Section):
+    steps: int = key(100, "Steps of the run; one step makes one version.", "steps", ge=1)
+    groups_per_step: int = key(8, "Groups in one step.", "groups", ge=1)
+    max_staleness: int = key(
+        0, "Versions that a trained group may lag; 0 is on-policy.", "versions", ge=0
+    )
+    dynamic_sampling: bool = key(True, "Replace groups without signal by new ones (refill).")
+    max_refill_factor: float = key(
+        3.0, "Groups tried for a step, at most, in multiples of groups_per_step.", ge=1
+    )
+    num_iterations: int = key(1, "Passes over a step.", "passes", ge=1)
+    num_minibatches: int = key(1, "Optimizer updates of one pass.", "updates", ge=1)
+    tokens_per_microbatch: int = key(
+        4096, "Padded tokens computed at once by a rank; one row may exceed it.", "tokens", ge=1
+    )
+
+
+class OptimizerSection(Section):
+    lr: float = key(1e-6, "Peak learning rate of AdamW.", ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = key("constant", "Decay after the warm-up.")
+    min_lr_frac: float = key(0.0, "Last learning rate as a share of lr.", ge=0, le=1)
+    warmup_updates: int = key(0, "Optimizer updates of linear warm-up.", "updates", ge=0)
+    betas: tuple[float, float] = key((0.9, 0.999), "AdamW's decay rates.")
+    weight_decay: float = key(0.0, "AdamW's decoupled weight decay.", ge=0)
+    max_grad_norm: float = key(1.0, "Gradient clipping by global norm; 0 is none.", ge=0)
+
+
+class LearnerSection(Section):
+    num_ranks: int = key(1, "Learner processes, one DeepSpeed rank each.", "ranks", ge=1)
+    zero_stage: Literal[0, 1, 2, 3] = key(1, "DeepSpeed ZeRO stage.")
+    gradient_checkpointing: bool = key(False, "Recompute activations in the backward pass.")
+    gpus_per_rank: float = key(0, "GPUs of a rank; 0 trains on CPU.", "GPUs", ge=0)
+    threads: int = key(0, "CPU threads of a rank; 0 shares the machine's cores.", "threads", ge=0)
+    deepspeed: dict[str, Any] = key({}, "Passed through into the DeepSpeed configuration.")
+
+
+class GeneratorsSection(Section):
+    count: int = key(1, "Generator processes.", "generators", ge=1)
+    engine: Literal["transformers"] = key("transformers", "Inference engine.")
+    max_rows: int = key(64, "Completions decoded at once by a generator.", "completions", ge=1)
+    gpus: float = key(0, "GPUs of a generator; 0 generates on CPU.", "GPUs", ge=0)
+    threads: int = key(0, "CPU threads; 0 shares the machine's cores.", "threads", ge=0)
+
+
+class ScorersSection(Section):
+    count: int = key(2, "Scorer processes.", "scorers", ge=1)
+    max_reward_error_frac: float = key(
+        0.1, "Share of errored scores in a step past which the run stops.", ge=0, le=1
+    )
+
+
+class CheckpointSection(Section):
+    save_steps: int = key(0, "Steps between checkpoints; 0: only the last.", "steps", ge=0)
+    keep: int = key(2, "Newest checkpoints kept; 0 keeps all.", "checkpoints", ge=0)
+
+
+class TrackingSection(Section):
+    wandb: Literal["online", "offline", "disabled"] = key("disabled", "Weights & Biases mode.")
+    project: str = key("raygrpo", "Weights & Biases project.")
+    name: str | None = key(None, "Name of the run; none takes the run directory's.")
+
+
+class RaySection(Section):
+    address: str = key(
+        "auto", "auto: RAY_ADDRESS where set, else a local Ray of its own; local; or an address."
+    )
+    start_timeout_s: float = key(600.0, "Deadline for actors to start.", "seconds", gt=0)
+    generate_timeout_s: float = key(1800.0, "Deadline of one group.", "seconds", gt=0)
+    update_timeout_s: float = key(
+        3600.0, "Deadline of one update, save or weight sync.", "seconds", gt=0
+    )
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    recipe: str = key("default", "Named set of overrides that the file builds on.")
+    run_dir: str = key("grpo_output", "Directory of the run; the same one resumes.")
+    seed: int = key(0, "Seed of weights, data order and sampling.", ge=0)
+    deterministic: bool = key(
+        False, "Bit-exact: each group decodes alone, fixed kernels; needs max_staleness 0."
+    )
+    model: ModelSection
+    data: DataSection
+    sampling: SamplingSection = Field(default_factory=SamplingSection)
+    rewards: list[RewardSection] = key([], "Reward functions, summed by weight.")
+    eval: EvalSection = Field(default_factory=EvalSection)
+    advantage: AdvantageSection = Field(default_factory=AdvantageSection)
+    loss: LossSection = Field(default_factory=LossSection)
+    train: TrainSection = Field(default_factory=TrainSection)
+    optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
+    learner: LearnerSection = Field(default_factory=LearnerSection)
+    generators: GeneratorsSection = Field(default_factory=GeneratorsSection)
+    scorers: ScorersSection = Field(default_factory=ScorersSection)
+    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+    tracking: TrackingSection = Field(default_factory=TrackingSection)
+    ray: RaySection = Field(default_factory=RaySection)
+
+    @model_validator(mode="after")
+    def _arithmetic(self) -> RunConfig:
+        train = self.train
+        if train.groups_per_step % train.num_minibatches:
+            raise ValueError(
+                f"train.groups_per_step ({train.groups_per_step}) is no multiple of "
+                f"train.num_minibatches ({train.num_minibatches})"
+            )
+        if self.sampling.num_completions < 2:
+            raise ValueError(
+                "sampling.num_completions must be at least 2: a group needs a baseline"
+            )
+        if self.deterministic and train.max_staleness:
+            raise ValueError("deterministic: true needs train.max_staleness: 0")
+        if self.loss.correction != "none" and self.changes_distribution:
+            raise ValueError(
+                f"loss.correction: {self.loss.correction} with top_p, top_k, min_p, "
+                "repetition_penalty or min_tokens: the sampler's logprobs are of the renormalised "
+                "distribution, so the ratio to the policy is biased; turn one of the two off"
+            )
+        names = [reward.name or reward.func for reward in self.rewards]
+        if len(set(names)) != len(names):
+            raise ValueError(f"rewards need distinct names, not {names}; set rewards[].name")
+        return self
+
+    @property
+    def changes_distribution(self) -> bool:
+        """Whether sampling draws from another distribution than softmax(logits / temperature)."""
+        s = self.sampling
+        return (
+            s.top_p < 1 or s.top_k > 0 or s.min_p > 0 or s.repetition_penalty != 1
+            or s.min_tokens > 0
+        )  # fmt: skip
+
+
+def load_config(source: Path | str | Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a YAML file (or takes a mapping), applies ``section.key=value`` overrides, validates.
+
+    Raises:
+        ConfigError: a missing or malformed file, an unknown key (with the nearest known one), a
+            value out of range, or an impossible combination.
+    """
+    user = dict(source) if isinstance(source, Mapping) else _read_yaml(Path(source))
+    for override in overrides:
+        _apply_override(user, override)
+    recipe = str(user.get("recipe", "default"))
+    if recipe not in RECIPES:
+        raise ConfigError(f"unknown recipe {recipe!r}", _nearest(recipe, list(RECIPES)))
+    try:
+        return RunConfig.model_validate(_merge(RECIPES[recipe], user))
+    except ValidationError as error:
+        raise _explain(error) from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(f"no configuration file at {path}", "check the path")
+    try:
+        loaded = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is no valid YAML: {error}") from None
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{path} must hold a mapping of sections")
+    return loaded
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    path, sign, value = override.removeprefix("--").partition("=")
+    if not sign or not path:
+        raise ConfigError(f"cannot read the override {override!r}", "write --section.key=value")
+    *parents, leaf = path.split(".")
+    for parent in parents:
+        child = tree.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {override!r}: {parent} is no section")
+        tree = child
+    try:
+        tree[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: {error}") from None
+
+
+def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for name, value in top.items():
+        below = merged.get(name)
+        both = isinstance(below, Mapping) and isinstance(value, Mapping)
+        merged[name] = _merge(below, value) if both else value  # type: ignore[arg-type]
+    return merged
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
+
+
+def _explain(error: ValidationError) -> ConfigError:
+    """Turns pydantic's report into one ConfigError that names keys as the user writes them."""
+    lines, fixes = [], []
+    for item in error.errors():
+        location = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            lines.append(f"unknown key {location}")
+            fixes.append(_nearest(str(item["loc"][-1]), _known_keys(item["loc"][:-1])))
+        elif item["type"] == "missing":
+            lines.append(f"missing key {location}")
+            fixes.append(f"set {location}")
+        else:
+            reason = item["msg"].removeprefix("Value error, ")
+            lines.append(f"{location}: {reason}" if location else reason)
+            if location:
+                fixes.append(f"it is {item['input']!r} now")
+    return ConfigError("; ".join(lines), "; ".join(fixes))
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    model: type[BaseModel] = RunConfig
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation
+        arguments = getattr(annotation, "__args__", (annotation,))
+        nested = [a for a in arguments if isinstance(a, type) and issubclass(a, BaseModel)]
+        model = nested[0]
+    return list(model.model_fields)
+
+
+def describe_keys() -> list[tuple[str, str, str, str]]:
+    """Every key as (path, default, unit, meaning), in the order of the sections."""
+    return _describe(RunConfig, "")
+
+
+def _describe(model: type[BaseModel], prefix: str) -> list[tuple[str, str, str, str]]:
+    rows = []
+    for name, info in model.model_fields.items():
+        annotation = info.annotation
+        arguments = getattr(annotation, "__args__", (annotation,))
+        nested = [a for a in arguments if isinstance(a, type) and issubclass(a, BaseModel)]
+        if nested:
+            mark = "[]" if name == "rewards" else ""
+            rows += _describe(nested[0], f"{prefix}{name}{mark}.")
+            continue
+        extra = info.json_schema_extra
+        unit = str(extra.get("unit", "")) if isinstance(extra, dict) else ""
+        default = (
+            "required" if info.is_required() else repr(info.get_default(call_default_factory=True))
+        )
+        rows.append((f"{prefix}{name}", default, unit, info.description or ""))
+    return rows
+
+
+def dump_config(config: RunConfig) -> str:
+    """The whole resolved configuration as YAML; loading it gives the same configuration."""
+    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=100)
+    return text

@@ -1,0 +1,183 @@
+"""Hugging Face models as engines and learner need them: loading, masks, and how logits are made."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raygrpo.config import ModelSection
+from raygrpo.errors import ConfigError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def load_tokenizer(model: ModelSection) -> Any:
+    """The model's tokenizer, with a padding token.
+
+    Raises:
+        ConfigError: the path holds no model or no tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    check_model_path(model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"model.path {model.path!r} has no tokenizer that loads: {error}",
+            "save the tokenizer beside the weights (tokenizer.save_pretrained)",
+        ) from None
+    if tokenizer is None or not len(tokenizer):
+        raise ConfigError(f"model.path {model.path!r} has an empty tokenizer")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def check_model_path(model: ModelSection) -> None:
+    """Refuses a local directory that cannot be a model, without loading anything."""
+    path = Path(model.path).expanduser()
+    looks_local = path.is_absolute() or model.path.startswith(("./", "../", "~"))
+    if not path.exists():
+        if looks_local or model.path.count("/") > 1:
+            raise ConfigError(f"model.path {model.path!r} does not exist", "check the path")
+        return
+    if not (path / "config.json").is_file():
+        raise ConfigError(f"model.path {model.path!r} has no config.json", "name a model directory")
+    if not any((path / name).is_file() for name in _TOKENIZER_FILES):
+        raise ConfigError(
+            f"model.path {model.path!r} has no tokenizer",
+            "save the tokenizer beside the weights (tokenizer.save_pretrained)",
+        )
+    if not model.random_init and not any(path.glob("*.safetensors")):
+        raise ConfigError(
+            f"model.path {model.path!r} has no *.safetensors weights",
+            "save the model with save_pretrained, or set model.random_init: true",
+        )
+
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+
+def load_model(model: ModelSection, *, seed: int, dtype: torch.dtype) -> Any:
+    """The model in ``dtype`` on CPU; with ``random_init``, fresh weights drawn from ``seed``.
+
+    Raises:
+        ConfigError: the path holds no loadable model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    common = {"trust_remote_code": model.trust_remote_code, "attn_implementation": "sdpa"}
+    try:
+        with quiet_transformers():
+            if model.random_init:
+                config = AutoConfig.from_pretrained(
+                    model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
+                )
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(seed)
+                    return AutoModelForCausalLM.from_config(config, dtype=dtype, **common)
+            return AutoModelForCausalLM.from_pretrained(
+                model.path, revision=model.revision, dtype=dtype, **common
+            )
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"model.path {model.path!r} does not load: {error}") from error
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keeps transformers' loading chatter out of the run's log; warnings stay."""
+    from transformers.utils import logging as hf_logging
+
+    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity(logging.WARNING)
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def stop_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Ids that end a completion: the generation config's, else the tokenizer's end of sequence."""
+    ids = getattr(model.generation_config, "eos_token_id", None)
+    if ids is None:
+        ids = tokenizer.eos_token_id
+    if ids is None:
+        return frozenset()
+    return frozenset([ids] if isinstance(ids, int) else ids)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogitTransform:
+    """How a model turns its head's output into logits: ``cap * tanh(scale * x / cap)``."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.cap is not None:
+            logits = torch.tanh(logits / self.cap) * self.cap
+        return logits
+
+
+def logit_transform(config: Any) -> LogitTransform:
+    """The transform that the model's configuration asks for (Gemma, Cohere, Granite)."""
+    text = config.get_text_config()
+    scale = float(getattr(text, "logit_scale", None) or 1.0)
+    scale /= float(getattr(text, "logits_scaling", None) or 1.0)
+    cap = getattr(text, "final_logit_softcapping", None)
+    return LogitTransform(scale=scale, cap=None if cap is None else float(cap))
+
+
+def attention_masks(
+    config: Any,
+    allowed: Tensor,  # [B, Q, K] bool
+    query_positions: Tensor,  # [B, Q]
+    key_positions: Tensor,  # [B, K]
+    dtype: torch.dtype,
+) -> Tensor | dict[str, Tensor]:
+    """Additive float masks [B, 1, Q, K] in the form the model's forward takes.
+
+    A model with several kinds of layers gets one mask a kind; a sliding window is cut by the
+    distance of positions, not of row indices. A row that may see nothing sees everything: its
+    output is not used, and softmax over nothing is NaN.
+    """
+    text = config.get_text_config()
+    window = getattr(text, "sliding_window", None)
+    if getattr(text, "use_sliding_window", True) is False:
+        window = None
+    kinds = sorted(set(getattr(text, "layer_types", None) or ()))
+    full = _additive(allowed, dtype)
+    if window is None and not kinds:
+        return full
+    near = allowed
+    if window is not None:
+        near = allowed & (query_positions[:, :, None] - key_positions[:, None, :] < window)
+    if not kinds:
+        return _additive(near, dtype)
+    masks = {"full_attention": full}
+    if "sliding_attention" in kinds:
+        masks["sliding_attention"] = _additive(near, dtype)
+    if set(kinds) - set(masks):
+        raise ConfigError(f"attention of the kinds {kinds} is not supported")
+    return masks if len(kinds) > 1 else masks[kinds[0]]
+
+
+def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    allowed = allowed | ~allowed.any(-1, keepdim=True)
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+    return mask.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]

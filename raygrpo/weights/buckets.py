@@ -1,0 +1,93 @@
+"""Weights as buckets: runs of tensors that travel as flat byte arrays with a checksum."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+from raygrpo.errors import InfraError
+from raygrpo.types import BucketSpec, ByteArray, TensorSpec
+
+BUCKET_BYTES = 64 * 2**20
+
+
+def checksum(data: ByteArray) -> int:
+    """xxh3_64 of a byte array."""
+    return xxhash.xxh3_64_intdigest(memoryview(data))
+
+
+def tensor_bytes(tensor: Tensor) -> ByteArray:
+    """A tensor's bytes as a flat numpy view (a copy only where it is not contiguous on CPU)."""
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    view: ByteArray = flat.view(torch.uint8).numpy()
+    return view
+
+
+def make_buckets(
+    tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int = BUCKET_BYTES
+) -> Iterator[tuple[BucketSpec, ByteArray]]:
+    """Packs named tensors in order into buckets of at most ``bucket_bytes`` (or one tensor).
+
+    Lazy: a bucket is yielded as soon as it is full, so that a sharded model is never gathered
+    whole.
+    """
+    pending: list[tuple[str, Tensor]] = []
+    size = 0
+    for name, tensor in tensors:
+        num_bytes = tensor.numel() * tensor.element_size()
+        if pending and size + num_bytes > bucket_bytes:
+            yield _pack(pending)
+            pending, size = [], 0
+        pending.append((name, tensor))
+        size += num_bytes
+    if pending:
+        yield _pack(pending)
+
+
+def _pack(tensors: list[tuple[str, Tensor]]) -> tuple[BucketSpec, ByteArray]:
+    specs, offset = [], 0
+    for name, tensor in tensors:
+        num_bytes = tensor.numel() * tensor.element_size()
+        specs.append(
+            TensorSpec(
+                name=name,
+                dtype=str(tensor.dtype).removeprefix("torch."),
+                shape=tuple(tensor.shape),
+                offset_bytes=offset,
+                num_bytes=num_bytes,
+            )
+        )
+        offset += num_bytes
+    data = np.empty(offset, np.uint8)
+    for spec, (_, tensor) in zip(specs, tensors, strict=True):
+        data[spec.offset_bytes : spec.offset_bytes + spec.num_bytes] = tensor_bytes(tensor)
+    return BucketSpec(tensors=tuple(specs), num_bytes=offset, checksum=checksum(data)), data
+
+
+def unpack(spec: BucketSpec, data: ByteArray) -> Iterator[tuple[str, Tensor]]:
+    """Yields a bucket's tensors as views into ``data``, after verifying size and checksum.
+
+    Raises:
+        InfraError: the bytes are not those that were packed.
+    """
+    if data.nbytes != spec.num_bytes or checksum(data) != spec.checksum:
+        raise InfraError(
+            f"bucket of {spec.tensors[0].name} is corrupt", "the weights are pulled again"
+        )
+    for tensor in spec.tensors:
+        part = data[tensor.offset_bytes : tensor.offset_bytes + tensor.num_bytes]
+        # from_numpy warns about read-only arrays (shared memory is); nothing writes to these views.
+        flat = torch.frombuffer(part, dtype=torch.uint8) if part.flags.writeable else _readonly(part)
+        yield tensor.name, flat.view(getattr(torch, tensor.dtype)).view(tensor.shape)
+
+
+def _readonly(part: ByteArray) -> Tensor:
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.frombuffer(part, dtype=torch.uint8)
