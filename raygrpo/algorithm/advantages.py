@@ -1,0 +1,107 @@
+"""Group-relative advantages. Each combination of ``baseline`` and ``scale`` is one convention.
+
+For rewards [1, 0, 0, 1]: mean/group +-0.8659 (DeepSeekMath 2402.03300 as TRL computes it),
+mean/group_population +-1.0, mean/none +-0.5 (Dr.GRPO 2503.20783), leave_one_out/none +-0.6667
+(RLOO 2402.14740), max_rl/none +-1.0 (MaxRL 2602.02710).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Baseline = Literal["mean", "leave_one_out", "max_rl"]
+Scale = Literal["none", "group", "group_population", "batch", "batch_centred"]
+
+SIGNAL_THRESHOLD = 1e-8
+_EPSILON = 1e-4
+_POPULATION_EPSILON = 1e-8
+
+
+def group_advantages(
+    rewards_NG: Tensor | Sequence[Sequence[float]], *, baseline: Baseline, scale: Scale
+) -> Tensor:
+    """Advantages [N, G] of N groups of G rewards; computed in float64, returned in float32.
+
+    A NaN reward marks a completion without a score: it is in no mean and no deviation, and its
+    advantage is 0. So is every advantage of a group with fewer than two scores.
+
+    Args:
+        rewards_NG: rewards [N, G]; the N groups are those of one StepBatch (scale ``batch*``).
+        baseline: what is taken off: the group's mean, or the mean of the others; ``max_rl`` divides
+            the centred reward by the mean (0 where the mean is not positive).
+        scale: ``group`` divides by the group's standard deviation (ddof 1) + 1e-4,
+            ``group_population`` by that with ddof 0, + 1e-8, ``batch`` by that of all rewards
+            (ddof 1) + 1e-4, ``batch_centred`` by that of all centred rewards (ddof 1) + 1e-4.
+
+    Raises:
+        ValueError: an unknown name, or rewards that are not two-dimensional or infinite.
+    """
+    rewards = torch.as_tensor(rewards_NG, dtype=torch.float64)
+    if rewards.ndim != 2:
+        raise ValueError(f"rewards must be [N, G], not {tuple(rewards.shape)}")
+    if torch.isinf(rewards).any():
+        raise ValueError("a reward is infinite")
+    scored = ~torch.isnan(rewards)
+    usable = scored & (scored.sum(1, keepdim=True) >= 2)
+    values = rewards.nan_to_num(0.0)
+    centred = torch.where(usable, _centre(values, scored, baseline), 0.0)
+    divisor = _divisor(values, centred, scored, usable, scale)
+    return torch.where(usable, centred / divisor, 0.0).float()
+
+
+def has_signal(rewards: Sequence[float | None], trained: Sequence[bool]) -> bool:
+    """Whether a group teaches anything: a trained completion off its baseline by more than 1e-8.
+
+    Args:
+        rewards: reward of each completion, None for one without a score.
+        trained: whether each completion has a token with a nonzero loss mask.
+    """
+    scored = [reward for reward in rewards if reward is not None]
+    if len(scored) < 2:
+        return False
+    mean = sum(scored) / len(scored)
+    return any(
+        reward is not None and is_trained and abs(reward - mean) > SIGNAL_THRESHOLD
+        for reward, is_trained in zip(rewards, trained, strict=True)
+    )
+
+
+def _centre(values: Tensor, scored: Tensor, baseline: Baseline) -> Tensor:
+    count = scored.sum(1, keepdim=True).clamp(min=1)
+    mean = (values * scored).sum(1, keepdim=True) / count
+    if baseline == "mean":
+        return values - mean
+    if baseline == "leave_one_out":
+        # R - (sum - R) / (n - 1) = (R - mean) * n / (n - 1)
+        return (values - mean) * count / (count - 1).clamp(min=1)
+    if baseline == "max_rl":
+        return torch.where(mean > 0, (values - mean) / mean.clamp(min=1e-300), 0.0)
+    raise ValueError(f"unknown baseline {baseline!r}")
+
+
+def _divisor(
+    values: Tensor, centred: Tensor, scored: Tensor, usable: Tensor, scale: Scale
+) -> Tensor:
+    if scale == "none":
+        return torch.ones(())
+    if scale == "group":
+        return _deviation(values, scored, dim=1, ddof=1) + _EPSILON
+    if scale == "group_population":
+        return _deviation(values, scored, dim=1, ddof=0) + _POPULATION_EPSILON
+    if scale == "batch":
+        return _deviation(values, scored, dim=None, ddof=1) + _EPSILON
+    if scale == "batch_centred":
+        return _deviation(centred, usable, dim=None, ddof=1) + _EPSILON
+    raise ValueError(f"unknown scale {scale!r}")
+
+
+def _deviation(values: Tensor, mask: Tensor, *, dim: int | None, ddof: int) -> Tensor:
+    axes = (0, 1) if dim is None else (dim,)
+    count = mask.sum(axes, keepdim=True)
+    mean = (values * mask).sum(axes, keepdim=True) / count.clamp(min=1)
+    squares = ((values - mean).square() * mask).sum(axes, keepdim=True)
+    return (squares / (count - ddof).clamp(min=1)).sqrt()

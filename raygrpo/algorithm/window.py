@@ -1,0 +1,188 @@
+"""The window: which groups may start, which are kept, and what a step consists of.
+
+Pure bookkeeping: no clock, no IO, no processes. A group may start iff
+``admitted - dropped < min(step + 1 + max_staleness, steps) * groups_per_step``, steps take groups
+in order of admission, and a generator serves a request only with weights at least as new as its
+``min_version``. So a trained group is never older than ``max_staleness`` versions: the number of
+groups kept before it is at most ``admitted - dropped`` when it is admitted, hence the step that
+takes it is at most ``max_staleness`` after the one at which it was admitted.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from raygrpo.algorithm.advantages import has_signal
+from raygrpo.types import GroupRequest, GroupSummary
+
+Fate = Literal["kept", "no_signal", "errored"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishedGroup:
+    """A finished group as the driver holds it: ``payload`` is an opaque reference to its tokens."""
+
+    summary: GroupSummary
+    payload: Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WindowState:
+    """A window at a step's boundary. ``pending`` requests were admitted and not yet trained."""
+
+    admitted: int
+    dropped: int
+    taken: int
+    refilled: int
+    pending: tuple[GroupRequest, ...]
+
+
+class Window:
+    """Admission, refill and first-in-first-out assembly of steps.
+
+    With ``dynamic_sampling`` a group without signal frees its place, at most
+    ``(max_refill_factor - 1) * groups_per_step`` times for one step; further ones keep theirs. A
+    group whose scores failed frees its place always.
+    """
+
+    def __init__(
+        self,
+        *,
+        steps: int,
+        groups_per_step: int,
+        max_staleness: int = 0,
+        dynamic_sampling: bool = False,
+        max_refill_factor: float = 1.0,
+        trains: Callable[[GroupSummary, int], bool] | None = None,
+        state: WindowState | None = None,
+    ) -> None:
+        """``trains(summary, index)`` says whether a completion carries loss (default: has tokens)."""
+        self._steps = steps
+        self._groups_per_step = groups_per_step
+        self._max_staleness = max_staleness
+        self._max_refills = (
+            int((max_refill_factor - 1) * groups_per_step) if dynamic_sampling else 0
+        )
+        self._trains = trains or (lambda summary, index: summary.num_loss_tokens[index] > 0)
+        state = state or WindowState(admitted=0, dropped=0, taken=0, refilled=0, pending=())
+        self._admitted = state.admitted
+        self._dropped = state.dropped
+        self._taken = state.taken
+        self._refilled = state.refilled
+        self._undecided: deque[int] = deque(request.group_id for request in state.pending)
+        self._requests = {request.group_id: request for request in state.pending}
+        self._finished: dict[int, FinishedGroup] = {}
+        self._kept: deque[FinishedGroup] = deque()
+
+    @property
+    def admitted(self) -> int:
+        """Groups admitted so far; the next one's id."""
+        return self._admitted
+
+    @property
+    def pending(self) -> tuple[GroupRequest, ...]:
+        """Requests admitted and not yet trained or dropped, in order of admission."""
+        return tuple(self._requests[group_id] for group_id in sorted(self._requests))
+
+    @property
+    def buffered(self) -> tuple[FinishedGroup, ...]:
+        """Finished groups that wait for their step, or for an earlier group's end."""
+        return (*self._kept, *self._finished.values())
+
+    def has_room(self, step: int) -> bool:
+        """Whether another group may start when ``step`` StepBatches are trained."""
+        reach = min(step + 1 + self._max_staleness, self._steps)
+        return self._admitted - self._dropped < reach * self._groups_per_step
+
+    def admit(self, request: GroupRequest) -> GroupRequest:
+        """Takes the next request; its id must be ``admitted``."""
+        if request.group_id != self._admitted:
+            raise ValueError(f"group {request.group_id} admitted out of order")
+        self._admitted += 1
+        self._undecided.append(request.group_id)
+        self._requests[request.group_id] = request
+        return request
+
+    def finish(self, group: FinishedGroup) -> list[tuple[FinishedGroup, Fate]]:
+        """Takes a finished group; returns the groups whose fate this decides, in order.
+
+        A duplicate (an id that is decided or finished already) decides nothing.
+        """
+        group_id = group.summary.group_id
+        if group_id not in self._requests or group_id in self._finished:
+            return []
+        if group_id not in self._undecided:
+            return []
+        self._finished[group_id] = group
+        decided = []
+        while self._undecided and self._undecided[0] in self._finished:
+            head = self._finished.pop(self._undecided.popleft())
+            decided.append((head, self._decide(head)))
+        return decided
+
+    def requeue(self, group_id: int) -> GroupRequest | None:
+        """The request to send again after its worker was lost; None when it is not awaited."""
+        if group_id not in self._requests or group_id not in self._undecided:
+            return None
+        if group_id in self._finished:
+            return None
+        request = self._requests[group_id]
+        request = replace(request, attempt=request.attempt + 1)
+        self._requests[group_id] = request
+        return request
+
+    def step_ready(self) -> bool:
+        """Whether a whole step can be taken."""
+        return len(self._kept) >= self._groups_per_step
+
+    def take_step(self) -> list[FinishedGroup]:
+        """The next step's groups, in order of admission.
+
+        Raises:
+            ValueError: no whole step is ready.
+        """
+        if not self.step_ready():
+            raise ValueError("no step is ready")
+        groups = [self._kept.popleft() for _ in range(self._groups_per_step)]
+        for group in groups:
+            del self._requests[group.summary.group_id]
+        self._taken += len(groups)
+        return groups
+
+    def state(self) -> WindowState:
+        """What a resumed run needs: groups not yet trained are generated again under their ids."""
+        return WindowState(
+            admitted=self._admitted,
+            dropped=self._dropped,
+            taken=self._taken,
+            refilled=self._refills_of_resumed_step(),
+            pending=self.pending,
+        )
+
+    def _refills_of_resumed_step(self) -> int:
+        # Kept groups that wait are decided anew after a resume, from the first open step on; only
+        # when none waits do the drops counted so far belong to that step.
+        return 0 if self._kept else self._refilled
+
+    def _decide(self, group: FinishedGroup) -> Fate:
+        summary = group.summary
+        values = [score.value for score in summary.scores]
+        trained = [self._trains(summary, index) for index in range(len(values))]
+        failed = any(score.error for score in summary.scores)
+        if failed and sum(value is not None for value in values) < 2:
+            return self._drop(group, "errored")
+        if not has_signal(values, trained) and self._refilled < self._max_refills:
+            self._refilled += 1
+            return self._drop(group, "no_signal")
+        self._kept.append(group)
+        if (self._taken + len(self._kept)) % self._groups_per_step == 0:
+            self._refilled = 0
+        return "kept"
+
+    def _drop(self, group: FinishedGroup, fate: Fate) -> Fate:
+        self._dropped += 1
+        del self._requests[group.summary.group_id]
+        return fate
