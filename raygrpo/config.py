@@ -27,7 +27,7 @@ class Section(BaseModel):
 
 def key(default: Any, doc: str, unit: str = "", **constraints: Any) -> Any:
     """A documented field; ``unit`` is shown by ``raygrpo config``."""
-    extra = {"unit": unit} if unit else None
+    extra: Any = {"unit": unit} if unit else None
     if isinstance(default, (list, dict)):
         factory = default.copy
         return Field(

@@ -272,12 +272,10 @@ class Microbatch:
     loss_weights: FloatArray
 
     def __post_init__(self) -> None:
-        shape = self.token_ids.shape
         arrays = (self.positions, self.segment_ids, self.parent_ids, self.predictors)
-        arrays += (self.sequence_ids,)
-        if any(array.shape != shape for array in arrays) or self.loss_mask.shape != shape:
-            raise ValueError("per-token arrays of a microbatch differ in shape")
-        if self.sampler_logprobs.shape != shape:
+        shapes = [array.shape for array in (*arrays, self.sequence_ids, self.loss_mask)]
+        shapes.append(self.sampler_logprobs.shape)
+        if any(shape != self.token_ids.shape for shape in shapes):
             raise ValueError("per-token arrays of a microbatch differ in shape")
         if self.advantages.shape != self.loss_weights.shape:
             raise ValueError("per-sequence arrays of a microbatch differ in shape")

@@ -77,7 +77,7 @@ def loss_weights_for(
     groups: Sequence[int] | None = None,
     max_completion_length: int | None = None,
 ) -> Tensor:
-    """The weight [S] of each sequence's tokens, by aggregation (algorithm names: docs/algorithms.md).
+    """The weight [S] of each sequence's tokens, by aggregation.
 
     token 1/N, sequence 1/(S L_i), constant 1/(S Lmax), prompt 1/(P N_group), with N loss tokens, S
     sequences, P prompts, L_i a sequence's and N_group a group's loss tokens. A sequence without

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -74,7 +75,7 @@ def make_microbatch(plan: MicrobatchPlan, groups: Mapping[int, Group]) -> Microb
     """The arrays of a microbatch; ``groups`` holds at least the groups that it names."""
     length = max(_row_length(row) for row in plan)
     shape = (len(plan), length)
-    arrays = {
+    arrays: dict[str, Any] = {
         "token_ids": np.zeros(shape, np.int32),
         "positions": np.zeros(shape, np.int32),
         "segment_ids": np.full(shape, -1, np.int32),
@@ -98,7 +99,7 @@ def make_microbatch(plan: MicrobatchPlan, groups: Mapping[int, Group]) -> Microb
     )
 
 
-def _fill_row(row: dict[str, np.ndarray], samples: list[Sample], first_sequence: int) -> None:  # type: ignore[type-arg]
+def _fill_row(row: Mapping[str, Any], samples: Sequence[Sample], first_sequence: int) -> None:
     """Writes one row: a lone sample as one segment, several as a prompt with branches."""
     prompt_length = samples[0].plan.prompt_length
     start = 0

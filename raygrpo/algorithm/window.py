@@ -59,7 +59,7 @@ class Window:
         trains: Callable[[GroupSummary, int], bool] | None = None,
         state: WindowState | None = None,
     ) -> None:
-        """``trains(summary, index)`` says whether a completion carries loss (default: has tokens)."""
+        """``trains(summary, index)``: whether a completion carries loss (default: has tokens)."""
         self._steps = steps
         self._groups_per_step = groups_per_step
         self._max_staleness = max_staleness
@@ -117,6 +117,18 @@ class Window:
         if group_id not in self._undecided:
             return []
         self._finished[group_id] = group
+        return self._decide_heads()
+
+    def fail(self, group_id: int) -> list[tuple[FinishedGroup, Fate]]:
+        """Gives up a group that cannot be generated: it frees its place; returns as `finish`."""
+        if group_id not in self._undecided or group_id in self._finished:
+            return []
+        self._undecided.remove(group_id)
+        del self._requests[group_id]
+        self._dropped += 1
+        return self._decide_heads()
+
+    def _decide_heads(self) -> list[tuple[FinishedGroup, Fate]]:
         decided = []
         while self._undecided and self._undecided[0] in self._finished:
             head = self._finished.pop(self._undecided.popleft())
