@@ -81,7 +81,9 @@ def unpack(spec: BucketSpec, data: ByteArray) -> Iterator[tuple[str, Tensor]]:
     for tensor in spec.tensors:
         part = data[tensor.offset_bytes : tensor.offset_bytes + tensor.num_bytes]
         # from_numpy warns about read-only arrays (shared memory is); nothing writes to these views.
-        flat = torch.frombuffer(part, dtype=torch.uint8) if part.flags.writeable else _readonly(part)
+        flat = (
+            torch.frombuffer(part, dtype=torch.uint8) if part.flags.writeable else _readonly(part)
+        )
         yield tensor.name, flat.view(getattr(torch, tensor.dtype)).view(tensor.shape)
 
 

@@ -1,0 +1,115 @@
+"""Results that are on their way: named, with a deadline, and with errors in the project's terms."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
+
+import ray
+import ray.exceptions
+
+from raygrpo.errors import InfraError, RayGrpoError
+
+T = TypeVar("T")
+
+_DEAD = (
+    ray.exceptions.RayActorError,
+    ray.exceptions.WorkerCrashedError,
+    ray.exceptions.NodeDiedError,
+    ray.exceptions.OutOfMemoryError,
+)
+
+
+class WorkerDied(InfraError):
+    """The process that ran a call is gone."""
+
+
+class AnswerLost(InfraError):
+    """A call's answer was lost with the node that held it."""
+
+
+def resolve(ref: Any, what: str) -> Any:
+    """The value of a finished call.
+
+    Raises:
+        WorkerDied, AnswerLost: the process or its answer is gone.
+        RayGrpoError: what the call raised on purpose; anything else is raised as it was.
+    """
+    try:
+        return ray.get(ref, timeout=60)
+    except _DEAD as error:
+        raise WorkerDied(f"{what} died: {_first_line(error)}") from None
+    except (
+        ray.exceptions.ObjectLostError,
+        ray.exceptions.ReferenceCountingAssertionError,
+    ) as error:
+        raise AnswerLost(f"the answer of {what} was lost: {_first_line(error)}") from None
+    except ray.exceptions.GetTimeoutError as error:
+        raise AnswerLost(f"the answer of {what} could not be fetched: {error}") from None
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, RayGrpoError):
+            raise cause from None
+        if isinstance(cause, ray.exceptions.ObjectLostError):
+            raise AnswerLost(f"{what} lost its input: {_first_line(cause)}") from None
+        if isinstance(cause, _DEAD):
+            raise WorkerDied(f"{what} lost a process it needs: {_first_line(cause)}") from None
+        raise
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+class Pending(Generic[T]):
+    """One result of several calls (say, one a rank), finished when all are, failed when one is."""
+
+    def __init__(
+        self,
+        name: str,
+        refs: Sequence[Any],
+        timeout_s: float,
+        combine: Callable[[list[Any]], T],
+    ) -> None:
+        self.name = name
+        self.refs = list(refs)
+        self.started = time.monotonic()
+        self.seconds = 0.0
+        self._deadline = self.started + timeout_s
+        self._timeout_s = timeout_s
+        self._combine = combine
+        self._values: dict[Any, Any] = {}
+
+    @property
+    def open_refs(self) -> list[Any]:
+        """Calls that have not answered."""
+        return [ref for ref in self.refs if ref not in self._values]
+
+    def collect(self, ready: set[Any]) -> bool:
+        """Takes what is ready; returns whether all is there. Raises what a call raised."""
+        for ref in self.open_refs:
+            if ref in ready:
+                self._values[ref] = resolve(ref, self.name)
+        if not self.open_refs:
+            self.seconds = time.monotonic() - self.started
+            return True
+        if time.monotonic() > self._deadline:
+            raise InfraError(
+                f"{self.name} took longer than {self._timeout_s:g} s",
+                "see logs/ for what it was doing, or raise the deadline in the ray section",
+            )
+        return False
+
+    @property
+    def value(self) -> T:
+        """The combined result; only once `collect` returned True."""
+        return self._combine([self._values[ref] for ref in self.refs])
+
+    def wait(self) -> T:
+        """Blocks until the result is there."""
+        while True:
+            left = max(0.0, self._deadline - time.monotonic())
+            ready, _ = ray.wait(self.open_refs, num_returns=1, timeout=min(left, 1.0))
+            if self.collect(set(ready)):
+                return self.value

@@ -1,0 +1,168 @@
+"""A generator: an engine on a thread of its own, behind an asynchronous actor."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from raygrpo.config import RunConfig
+from raygrpo.engines.base import Engine
+from raygrpo.types import Group, GroupRequest, Version
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationReport:
+    """The small half of a generator's answer: what the driver needs before scoring."""
+
+    group_id: int
+    num_tokens: int
+    first_token_at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadReport:
+    """A finished load: the version held, bytes, and seconds from call to loaded."""
+
+    version: Version
+    num_bytes: int
+    load_s: float
+
+
+@ray.remote(max_restarts=0, max_task_retries=0)
+class GeneratorActor:
+    """Serves group requests concurrently; weights land between decode steps."""
+
+    def __init__(self, config: RunConfig, store: Any, threads: int) -> None:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        self._config = config
+        self._threads = threads
+        self._store = store
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._waiting: dict[tuple[str, int, int], asyncio.Future[Group]] = {}
+        self._failure: BaseException | None = None
+
+    async def start(self) -> int:
+        """Loads the engine (not in the constructor, whose errors lose their type); the pid."""
+        import torch
+
+        from raygrpo.engines.transformers_engine import TransformersEngine
+
+        torch.set_num_threads(self._threads)
+        config = self._config
+        self._engine: Engine = TransformersEngine(
+            config.model,
+            seed=config.seed,
+            max_rows=config.generators.max_rows,
+            deterministic=config.deterministic,
+            device="cuda" if config.generators.gpus else "cpu",
+        )
+        self._loop = asyncio.get_running_loop()
+        threading.Thread(target=self._run, name="engine", daemon=True).start()
+        return os.getpid()
+
+    async def generate(self, request: GroupRequest) -> tuple[GenerationReport, Group]:
+        """Generates a group; called with ``num_returns=2`` so that the driver owns both halves."""
+        group = await self._submit(request)
+        report = GenerationReport(
+            group_id=request.group_id,
+            num_tokens=sum(completion.token_ids.size for completion in group.completions),
+            first_token_at=time.time() - group.generate_s,
+        )
+        return report, group
+
+    async def load(self) -> LoadReport:
+        """Pulls the store's newest version and loads it; returns once the engine holds it."""
+        started = time.monotonic()
+        manifest, refs = await self._store.latest.remote()
+        buckets = await asyncio.gather(*refs)
+        done: asyncio.Future[None] = self._loop.create_future()
+
+        def command() -> None:
+            if self._engine.version != manifest.version:
+                self._engine.load_weights(manifest, buckets)
+
+        self._enqueue(command, done)
+        await done
+        return LoadReport(
+            version=manifest.version,
+            num_bytes=manifest.num_bytes,
+            load_s=time.monotonic() - started,
+        )
+
+    async def score(self, token_ids: list[int], temperature: float) -> Any:
+        """The engine's logprobs [T] of a sequence."""
+        done: asyncio.Future[Any] = self._loop.create_future()
+        self._enqueue(lambda: self._engine.score(token_ids, temperature), done)
+        return await done
+
+    async def _submit(self, request: GroupRequest) -> Group:
+        finished: asyncio.Future[Group] = self._loop.create_future()
+        key = (request.stream, request.group_id, request.attempt)
+        self._waiting[key] = finished
+        accepted: asyncio.Future[None] = self._loop.create_future()
+        self._enqueue(lambda: self._engine.submit(request), accepted)
+        try:
+            await accepted
+            return await finished
+        finally:
+            self._waiting.pop(key, None)
+
+    def _enqueue(self, call: Callable[[], Any], done: asyncio.Future[Any]) -> None:
+        """Runs ``call`` on the engine's thread and resolves ``done`` with its outcome."""
+        if self._failure is not None:
+            raise self._failure
+
+        def command() -> None:
+            try:
+                outcome = call()
+            except Exception as error:
+                self._loop.call_soon_threadsafe(_fail, done, error)
+            else:
+                self._loop.call_soon_threadsafe(_resolve, done, outcome)
+
+        self._commands.put(command)
+
+    def _run(self) -> None:
+        """The engine's thread: commands between steps; a step that fails fails every request."""
+        while True:
+            self._run_commands()
+            try:
+                groups = self._engine.step()
+            except Exception as error:
+                self._failure = error
+                self._loop.call_soon_threadsafe(self._fail_all, error)
+                return
+            for group in groups:
+                self._loop.call_soon_threadsafe(self._finish, group)
+
+    def _run_commands(self) -> None:
+        while not self._engine.can_step or not self._commands.empty():
+            self._commands.get()()
+
+    def _finish(self, group: Group) -> None:
+        request = group.request
+        future = self._waiting.get((request.stream, request.group_id, request.attempt))
+        if future is not None:
+            _resolve(future, group)
+
+    def _fail_all(self, error: BaseException) -> None:
+        for future in self._waiting.values():
+            _fail(future, error)
+
+
+def _resolve(future: asyncio.Future[Any], value: Any) -> None:
+    if not future.done():
+        future.set_result(value)
+
+
+def _fail(future: asyncio.Future[Any], error: BaseException) -> None:
+    if not future.done():
+        future.set_exception(error)

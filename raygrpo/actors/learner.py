@@ -1,0 +1,198 @@
+"""The learner: one actor per rank, and the driver's face of all of them."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from raygrpo.actors.futures import Pending
+from raygrpo.actors.placement import actor_options, learner_threads
+from raygrpo.algorithm.packing import make_microbatch, place
+from raygrpo.config import RunConfig
+from raygrpo.types import (
+    BucketSpec,
+    Group,
+    Microbatch,
+    Stat,
+    StepBatch,
+    StepResult,
+    Version,
+    WeightsManifest,
+    merge_stats,
+)
+
+_PUTS_IN_FLIGHT = 2
+
+
+@ray.remote(max_restarts=0, max_task_retries=0)
+class LearnerActor:
+    """One DeepSpeed rank. Calls run one at a time, in the order in which the driver makes them."""
+
+    def __init__(self, config: RunConfig, rank: int) -> None:
+        self._config = config
+        self._rank = rank
+
+    def address(self) -> tuple[str, int]:
+        """This node's address and a free port on it, for the ranks to meet."""
+        with socket.socket() as listener:
+            listener.bind(("", 0))
+            port: int = listener.getsockname()[1]
+        return ray.util.get_node_ip_address(), port
+
+    def start(self, host: str, port: int, local_rank: int, threads: int) -> int:
+        """Builds the rank's model and optimizer, with all other ranks; returns its process id."""
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        import torch
+
+        from raygrpo.learner.deepspeed_learner import DeepSpeedLearner
+
+        torch.set_num_threads(threads)
+        self._learner = DeepSpeedLearner(
+            self._config,
+            rank=self._rank,
+            world_size=self._config.learner.num_ranks,
+            master_addr=host,
+            master_port=port,
+            local_rank=local_rank,
+            device="cuda" if self._config.learner.gpus_per_rank else "cpu",
+        )
+        return os.getpid()
+
+    def update(self, batch: StepBatch, incarnation: int) -> StepResult:
+        """Trains this rank's share of a step."""
+        started = time.monotonic()
+        if batch.has_signal or not self._may_skip:
+            stats = self._learner.update(self._microbatches(batch))
+        else:
+            stats = self._learner.update((), skip=True)
+        if self._rank == 0:
+            stats = {**stats, "timing/update": Stat.of(time.monotonic() - started)}
+        return StepResult(version=Version(incarnation, batch.step + 1), stats=stats)
+
+    def publish(self, version: Version, store: Any) -> WeightsManifest | None:
+        """Puts the weights into the store bucket by bucket; rank 0 sends and returns the manifest."""
+        from raygrpo.weights.buckets import make_buckets
+
+        tensors = self._learner.named_weights()
+        if self._rank:
+            for _ in tensors:
+                pass
+            return None
+        specs: list[BucketSpec] = []
+        puts: list[Any] = []
+        for spec, data in make_buckets(tensors):
+            puts.append(store.put.remote(version, len(specs), data))
+            specs.append(spec)
+            if len(puts) >= _PUTS_IN_FLIGHT:
+                ray.get(puts.pop(0), timeout=self._config.ray.update_timeout_s)
+        ray.get(puts, timeout=self._config.ray.update_timeout_s)
+        manifest = WeightsManifest(
+            version=version, kind="full", base_version=None, buckets=tuple(specs)
+        )
+        ray.get(store.commit.remote(manifest), timeout=self._config.ray.update_timeout_s)
+        return manifest
+
+    def save(self, directory: str) -> None:
+        """Saves this rank's state under ``learner/`` and, from rank 0, the model under ``model/``."""
+        from raygrpo.weights.export import write_model
+
+        path = Path(directory)
+        self._learner.save(path / "learner")
+        tensors = self._learner.named_weights()
+        if self._rank:
+            for _ in tensors:
+                pass
+            return
+        write_model(path / "model", tensors, self._learner.hf_model, self._config.model)
+
+    def load(self, directory: str) -> None:
+        """Takes up the state that `save` wrote."""
+        self._learner.load(Path(directory) / "learner")
+
+    def _microbatches(self, batch: StepBatch) -> list[list[Microbatch]]:
+        learner = self._learner
+        plans = place(
+            batch,
+            self._config.learner.num_ranks,
+            tokens_per_microbatch=self._config.train.tokens_per_microbatch,
+            shared_prompts=learner.supports_shared_prompts,
+            attention_length=6.0 * learner.hidden_size,
+        )[self._rank]
+        needed = {row[0].group_id for plan in plans for rows in plan for row in rows}
+        groups = self._fetch(batch.payloads, sorted(needed))
+        return [[make_microbatch(rows, groups) for rows in plan] for plan in plans]
+
+    def _fetch(self, payloads: Mapping[int, Any], group_ids: Sequence[int]) -> dict[int, Group]:
+        timeout = self._config.ray.update_timeout_s
+        groups = ray.get([payloads[group_id] for group_id in group_ids], timeout=timeout)
+        return dict(zip(group_ids, groups, strict=True))
+
+    @property
+    def _may_skip(self) -> bool:
+        return self._config.train.dynamic_sampling and not self._config.loss.beta
+
+
+class LearnerGroup:
+    """All ranks behind one face; each method starts a call and returns its `Pending` result."""
+
+    def __init__(self, config: RunConfig, store: Any, *, local: bool) -> None:
+        self._config = config
+        self._store = store
+        self._threads = learner_threads(config)
+        gpus = config.learner.gpus_per_rank
+        options = actor_options(local=local, threads=self._threads, gpus=gpus)
+        self._actors = [
+            LearnerActor.options(**options).remote(config, rank)
+            for rank in range(config.learner.num_ranks)
+        ]
+        self._addresses = [actor.address.remote() for actor in self._actors]
+
+    def start(self) -> Pending[list[int]]:
+        """Joins the ranks into one process group and builds their models."""
+        timeout = self._config.ray.start_timeout_s
+        addresses = Pending("learner (start)", self._addresses, timeout, list).wait()
+        hosts = [host for host, _ in addresses]
+        one_host = len(set(hosts)) == 1
+        master = "127.0.0.1" if one_host else hosts[0]
+        refs = []
+        for rank, actor in enumerate(self._actors):
+            # A GPU rank sees only its own devices, so the first is always its own.
+            on_gpu = self._config.learner.gpus_per_rank > 0
+            local_rank = 0 if on_gpu else hosts[:rank].count(hosts[rank])
+            refs.append(actor.start.remote(master, addresses[0][1], local_rank, self._threads))
+        return Pending("learner (start)", refs, timeout, list)
+
+    def update(self, batch: StepBatch, incarnation: int) -> Pending[StepResult]:
+        """Trains one step on all ranks."""
+        refs = [actor.update.remote(batch, incarnation) for actor in self._actors]
+        return self._pending("learner (update)", refs, _merge_results)
+
+    def publish(self, version: Version) -> Pending[WeightsManifest]:
+        """Publishes the weights as ``version``."""
+        refs = [actor.publish.remote(version, self._store) for actor in self._actors]
+        return self._pending("learner (publish)", refs, lambda manifests: manifests[0])
+
+    def save(self, directory: Path) -> Pending[None]:
+        """Saves learner state and model into a directory that all ranks see."""
+        refs = [actor.save.remote(str(directory)) for actor in self._actors]
+        return self._pending("learner (save)", refs, lambda _: None)
+
+    def load(self, directory: Path) -> Pending[None]:
+        """Takes up a saved state."""
+        refs = [actor.load.remote(str(directory)) for actor in self._actors]
+        return self._pending("learner (load)", refs, lambda _: None)
+
+    def _pending(self, name: str, refs: list[Any], combine: Any) -> Pending[Any]:
+        return Pending(name, refs, self._config.ray.update_timeout_s, combine)
+
+
+def _merge_results(results: list[StepResult]) -> StepResult:
+    return StepResult(
+        version=results[0].version, stats=merge_stats([result.stats for result in results])
+    )

@@ -1,0 +1,325 @@
+"""The rollout pool: generators and scorers behind one face, and the driver's one place to wait.
+
+A group goes generate -> score. The driver owns both halves of a generator's answer, so a dead
+generator or scorer costs only what was in flight: those groups are reported as lost, and a fresh
+worker is started, loads the newest weights, and only then gets work.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+
+from raygrpo.actors.futures import Pending, WorkerDied, resolve
+from raygrpo.actors.generator import GenerationReport, GeneratorActor, LoadReport
+from raygrpo.actors.placement import actor_options, generator_threads
+from raygrpo.actors.scorer import ScorerActor, ScoreReport
+from raygrpo.algorithm.window import FinishedGroup
+from raygrpo.config import RunConfig
+from raygrpo.errors import InfraError
+from raygrpo.failures import Action, History, Role, decide
+from raygrpo.types import GroupRequest, Stream
+
+GroupKey = tuple[Stream, int]
+
+
+@dataclass(eq=False, slots=True)
+class Worker:
+    """A generator or scorer. ``starting`` is its call under way until it may get work."""
+
+    role: Role
+    name: str
+    actor: Any
+    starting: Any = None
+    loading: Any = None
+    deadline: float = 0.0
+    pid: int = 0
+    groups: set[GroupKey] = field(default_factory=set)
+
+
+@dataclass(eq=False, slots=True)
+class Flight:
+    """A group between submission and its scores."""
+
+    request: GroupRequest
+    worker: Worker | None = None
+    ref: Any = None
+    payload: Any = None
+    report: GenerationReport | None = None
+    deadline: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Done:
+    """What one wait brought. ``lost`` groups must be sent again; ``dropped`` cannot be served."""
+
+    groups: tuple[tuple[FinishedGroup, ScoreReport], ...] = ()
+    lost: tuple[GroupKey, ...] = ()
+    dropped: tuple[GroupKey, ...] = ()
+    completed: tuple[Pending[Any], ...] = ()
+    loads: tuple[LoadReport, ...] = ()
+    events: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+
+
+class RolloutPool:
+    """Dispatches groups to the least loaded ready generator, then to the least loaded scorer."""
+
+    def __init__(
+        self, config: RunConfig, store: Any, functions: Mapping[str, bytes], *, local: bool
+    ) -> None:
+        self._config = config
+        self._store = store
+        self._functions = functions
+        self._local = local
+        self._generators = [self._new_generator(i) for i in range(config.generators.count)]
+        self._scorers = [self._new_scorer(i) for i in range(config.scorers.count)]
+        self._flights: dict[GroupKey, Flight] = {}
+        self._queue: deque[GroupKey] = deque()
+        self._to_score: deque[GroupKey] = deque()
+        self._published = False
+        self._consecutive_losses = 0
+        self._clear()
+        self.trainer_state: Any = None
+        self.waited_s = 0.0
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """Process ids of the workers that have started, by name."""
+        return {worker.name: worker.pid for worker in (*self._generators, *self._scorers)}
+
+    def start(self) -> None:
+        """Waits until every worker has started; raises what the first failing one raised."""
+        for worker in (*self._generators, *self._scorers):
+            pending = Pending(
+                worker.name, [worker.starting], self._config.ray.start_timeout_s, lambda v: v[0]
+            )
+            worker.pid = pending.wait()
+            worker.starting = None
+
+    def submit(self, request: GroupRequest) -> None:
+        """Queues a group; it starts when a generator is ready."""
+        key = (request.stream, request.group_id)
+        self._flights[key] = Flight(request=request)
+        self._queue.append(key)
+        self._dispatch()
+
+    def load(self) -> None:
+        """Has every generator pull the newest weights; one that fails is replaced."""
+        self._published = True
+        for worker in self._generators:
+            if worker.starting is None:
+                self._start_loading(worker)
+
+    def wait(self, pendings: Sequence[Pending[Any]], timeout_s: float) -> Done:
+        """Blocks until something happens or the time is over, and handles all that has happened.
+
+        Raises:
+            RayGrpoError: a failure that ends the run, in the pool or in one of ``pendings``.
+        """
+        refs = self._refs() + [ref for pending in pendings for ref in pending.open_refs]
+        ready = self._wait_for(refs, timeout_s)
+        completed = tuple(pending for pending in pendings if pending.collect(ready))
+        for worker in (*self._generators, *self._scorers):
+            self._collect_worker(worker, ready)
+        for key, flight in list(self._flights.items()):
+            if flight.ref is not None and flight.ref in ready:
+                self._collect_flight(key, flight)
+        self._check_deadlines()
+        self._dispatch()
+        done = Done(
+            groups=tuple(self._groups),
+            lost=tuple(self._lost),
+            dropped=tuple(self._dropped),
+            completed=completed,
+            loads=tuple(self._loads),
+            events=tuple(self._events),
+        )
+        self._clear()
+        return done
+
+    def _clear(self) -> None:
+        self._groups: list[tuple[FinishedGroup, ScoreReport]] = []
+        self._lost: list[GroupKey] = []
+        self._dropped: list[GroupKey] = []
+        self._loads: list[LoadReport] = []
+        self._events: list[tuple[str, Mapping[str, Any]]] = []
+
+    def _wait_for(self, refs: list[Any], timeout_s: float) -> set[Any]:
+        started = time.monotonic()
+        try:
+            if not refs:
+                return set()
+            ready, _ = ray.wait(refs, num_returns=1, timeout=timeout_s, fetch_local=False)
+            if ready:
+                ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)
+            return set(ready)
+        finally:
+            self.waited_s += time.monotonic() - started
+
+    def _refs(self) -> list[Any]:
+        workers = [
+            ref
+            for worker in (*self._generators, *self._scorers)
+            for ref in (worker.starting, worker.loading)
+            if ref is not None
+        ]
+        return workers + [f.ref for f in self._flights.values() if f.ref is not None]
+
+    def _new_generator(self, index: int) -> Worker:
+        config = self._config
+        threads = generator_threads(config)
+        options = actor_options(local=self._local, threads=threads, gpus=config.generators.gpus)
+        actor = GeneratorActor.options(max_concurrency=10_000, **options).remote(
+            config, self._store, threads
+        )
+        return self._started(Worker("generator", f"generator-{index}", actor))
+
+    def _new_scorer(self, index: int) -> Worker:
+        options = actor_options(local=self._local, threads=1)
+        actor = ScorerActor.options(**options).remote(self._config.rewards, self._functions)
+        return self._started(Worker("scorer", f"scorer-{index}", actor))
+
+    def _started(self, worker: Worker) -> Worker:
+        worker.starting = worker.actor.start.remote()
+        worker.deadline = time.monotonic() + self._config.ray.start_timeout_s
+        return worker
+
+    def _start_loading(self, worker: Worker) -> None:
+        worker.loading = worker.actor.load.remote()
+        worker.deadline = time.monotonic() + self._config.ray.update_timeout_s
+
+    def _collect_worker(self, worker: Worker, ready: set[Any]) -> None:
+        try:
+            if worker.starting is not None and worker.starting in ready:
+                worker.pid = resolve(worker.starting, worker.name)
+                worker.starting = None
+                if worker.role == "generator" and self._published:
+                    self._start_loading(worker)
+            elif worker.loading is not None and worker.loading in ready:
+                ref, worker.loading = worker.loading, None
+                self._loads.append(resolve(ref, worker.name))
+        except InfraError as error:
+            self._lose_worker(worker, error)
+
+    def _collect_flight(self, key: GroupKey, flight: Flight) -> None:
+        worker = flight.worker
+        assert worker is not None
+        if key not in worker.groups:
+            return
+        try:
+            answer = resolve(flight.ref, worker.name)
+        except Exception as error:
+            self._fail_flight(key, flight, error)
+            return
+        worker.groups.discard(key)
+        flight.ref = flight.worker = None
+        if isinstance(answer, GenerationReport):
+            flight.report = answer
+            self._to_score.append(key)
+            return
+        self._consecutive_losses = 0
+        del self._flights[key]
+        self._groups.append((FinishedGroup(summary=answer.summary, payload=flight.payload), answer))
+
+    def _fail_flight(self, key: GroupKey, flight: Flight, error: Exception) -> None:
+        worker = flight.worker
+        assert worker is not None
+        died = isinstance(error, WorkerDied)
+        history = History(
+            attempts=flight.request.attempt + 1, consecutive_losses=self._consecutive_losses
+        )
+        action = decide(error, worker.role, history, worker_died=died)
+        if action is Action.STOP:
+            raise error
+        if action is Action.REPLACE_WORKER:
+            self._lose_worker(worker, error)
+            return
+        worker.groups.discard(key)
+        del self._flights[key]
+        event = {"stream": key[0], "group_id": key[1], "error": str(error)}
+        if action is Action.DROP_GROUP:
+            self._dropped.append(key)
+            self._events.append(("group_dropped", event))
+        else:
+            self._lost.append(key)
+            self._events.append(("group_lost", event))
+
+    def _lose_worker(self, worker: Worker, error: Exception) -> None:
+        """Replaces a worker and gives its groups back: generation is lost, a payload is not."""
+        history = History(consecutive_losses=self._consecutive_losses)
+        if decide(error, worker.role, history, worker_died=True) is Action.STOP:
+            raise InfraError(
+                f"{self._consecutive_losses} workers were lost in a row, the last was "
+                f"{worker.name}: {error}",
+                "see logs/ for the reason (out of memory is the usual one)",
+            ) from error
+        self._consecutive_losses += 1
+        ray.kill(worker.actor)
+        lost = sorted(worker.groups)
+        for key in lost:
+            self._give_back(key)
+        self._events.append(
+            (
+                "worker_replaced",
+                {"worker": worker.name, "groups": [list(k) for k in lost], "error": str(error)},
+            )
+        )
+        pool = self._generators if worker.role == "generator" else self._scorers
+        index = pool.index(worker)
+        make = self._new_generator if worker.role == "generator" else self._new_scorer
+        pool[index] = make(index)
+
+    def _give_back(self, key: GroupKey) -> None:
+        flight = self._flights[key]
+        if flight.report is not None:
+            flight.ref = flight.worker = None
+            self._to_score.append(key)
+            return
+        del self._flights[key]
+        self._lost.append(key)
+
+    def _check_deadlines(self) -> None:
+        now = time.monotonic()
+        late: dict[str, tuple[Worker, str]] = {}
+        for worker in (*self._generators, *self._scorers):
+            busy = worker.starting is not None or worker.loading is not None
+            if busy and now > worker.deadline:
+                late[worker.name] = (worker, "start or load")
+        for flight in self._flights.values():
+            if flight.worker is not None and now > flight.deadline:
+                late[flight.worker.name] = (flight.worker, f"group {flight.request.group_id}")
+        for worker, what in late.values():
+            self._lose_worker(worker, InfraError(f"{worker.name} missed its deadline: {what}"))
+
+    def _dispatch(self) -> None:
+        while self._queue and (worker := _least_loaded(self._generators)):
+            key = self._queue.popleft()
+            flight = self._flights.get(key)
+            if flight is None:
+                continue
+            flight.ref, flight.payload = worker.actor.generate.options(num_returns=2).remote(
+                flight.request
+            )
+            self._assign(key, flight, worker)
+        while self._to_score and (worker := _least_loaded(self._scorers)):
+            key = self._to_score.popleft()
+            flight = self._flights[key]
+            flight.ref = worker.actor.score.remote(flight.payload, self.trainer_state)
+            self._assign(key, flight, worker)
+
+    def _assign(self, key: GroupKey, flight: Flight, worker: Worker) -> None:
+        flight.worker = worker
+        flight.deadline = time.monotonic() + self._config.ray.generate_timeout_s
+        worker.groups.add(key)
+
+
+def _least_loaded(workers: Sequence[Worker]) -> Worker | None:
+    # A generator that loads newer weights still decodes; only one that never loaded must wait,
+    # and the engine itself holds a request until it has the version that the request asks for.
+    ready = [worker for worker in workers if worker.starting is None]
+    return min(ready, key=lambda worker: len(worker.groups), default=None)

@@ -1,0 +1,61 @@
+"""A scorer: reward functions in killable child processes, behind an actor."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from raygrpo.config import RewardSection
+from raygrpo.types import Group, GroupSummary
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreReport:
+    """A scored group without its tokens, and the first traceback when a reward failed."""
+
+    summary: GroupSummary
+    traceback: str | None
+    reward_s: Mapping[str, float]
+
+
+@ray.remote(max_restarts=0, max_task_retries=0)
+class ScorerActor:
+    """Scores one group at a time; holds one warm child process per reward function."""
+
+    def __init__(self, rewards: Sequence[RewardSection], functions: Mapping[str, bytes]) -> None:
+        from raygrpo.rewards.host import RewardHost
+
+        self._host = RewardHost(rewards, functions)
+
+    def start(self) -> int:
+        """Starts and warms the children; returns this process's id."""
+        self._host.start()
+        return os.getpid()
+
+    def score(self, group: Group, trainer_state: Any) -> ScoreReport:
+        """Scores a group; a failing reward is an errored score, never an exception."""
+        started = time.monotonic()
+        scored = self._host.score(group, trainer_state)
+        request, completions = group.request, group.completions
+        summary = GroupSummary(
+            stream=request.stream,
+            group_id=request.group_id,
+            attempt=request.attempt,
+            prompt_id=request.prompt.id,
+            prompt_length=request.prompt.token_ids.size,
+            lengths=tuple(completion.token_ids.size for completion in completions),
+            num_loss_tokens=tuple(int(completion.loss_mask.sum()) for completion in completions),
+            finishes=tuple(completion.finish for completion in completions),
+            oldest=tuple(completion.oldest for completion in completions),
+            newest=tuple(completion.newest for completion in completions),
+            scores=scored.scores,
+            metrics=scored.metrics,
+            generate_s=group.generate_s,
+            score_s=time.monotonic() - started,
+        )
+        return ScoreReport(summary=summary, traceback=scored.traceback, reward_s=scored.reward_s)

@@ -1,0 +1,59 @@
+"""The weight store: a long-lived actor that owns published weights, so that a dead learner loses
+nothing and generators pull whenever they need to."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import ray
+
+from raygrpo.errors import InfraError
+from raygrpo.types import ByteArray, Version, WeightsManifest
+
+_KEPT_VERSIONS = 2
+
+logger = logging.getLogger(__name__)
+
+
+@ray.remote(max_restarts=0, max_task_retries=0)
+class WeightStoreActor:
+    """Versions in order: older incarnations are refused, and only the newest versions are kept."""
+
+    def __init__(self) -> None:
+        self._versions: dict[Version, tuple[WeightsManifest, tuple[Any, ...]]] = {}
+        self._incoming: dict[int, Any] = {}
+        self._incoming_version: Version | None = None
+
+    def put(self, version: Version, index: int, data: ByteArray) -> None:
+        """Takes bucket ``index`` of a version under way, into an object that this actor owns."""
+        self._refuse_older(version)
+        if version != self._incoming_version:
+            self._incoming, self._incoming_version = {}, version
+        self._incoming[index] = ray.put(data)
+
+    def commit(self, manifest: WeightsManifest) -> None:
+        """Makes a version readable, once all of its buckets are here."""
+        self._refuse_older(manifest.version)
+        expected = set(range(len(manifest.buckets)))
+        if self._incoming_version != manifest.version or set(self._incoming) != expected:
+            raise InfraError(f"version {tuple(manifest.version)} is incomplete in the weight store")
+        refs = tuple(self._incoming[index] for index in sorted(expected))
+        self._versions[manifest.version] = (manifest, refs)
+        self._incoming, self._incoming_version = {}, None
+        for version in sorted(self._versions)[:-_KEPT_VERSIONS]:
+            del self._versions[version]
+
+    def latest(self) -> tuple[WeightsManifest, tuple[Any, ...]]:
+        """The newest version: its manifest and a reference for each bucket."""
+        if not self._versions:
+            raise InfraError("the weight store is empty: nothing has been published")
+        return self._versions[max(self._versions)]
+
+    def _refuse_older(self, version: Version) -> None:
+        newest = max(self._versions, default=None)
+        if newest is not None and version <= newest:
+            raise InfraError(
+                f"version {tuple(version)} is not newer than {tuple(newest)}: "
+                "a learner of an older incarnation is still publishing"
+            )

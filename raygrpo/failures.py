@@ -1,0 +1,57 @@
+"""Failure is a value: one pure function decides what a failure leads to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Literal
+
+from raygrpo.errors import DataError, InfraError
+
+Role = Literal["generator", "scorer", "learner", "store"]
+
+MAX_ATTEMPTS = 3
+MAX_CONSECUTIVE_LOSSES = 8
+
+
+class Action(Enum):
+    """What the driver does next."""
+
+    RESUBMIT = "resubmit"
+    DROP_GROUP = "drop_group"
+    REPLACE_WORKER = "replace_worker"
+    STOP = "stop"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class History:
+    """What came before a failure.
+
+    ``attempts``: how often this group was tried; ``consecutive_losses``: workers lost since the
+    last group finished, in the whole pool. Weeks on preemptible machines lose many workers, so
+    losses count only while nothing finishes.
+    """
+
+    attempts: int = 0
+    consecutive_losses: int = 0
+
+
+def decide(error: BaseException, role: Role, history: History, *, worker_died: bool) -> Action:
+    """What to do about ``error`` in a call to ``role``.
+
+    A dead worker is replaced and its groups are sent again, until nothing finishes any more; an
+    answer that was lost with its node is computed again; a group that cannot be served, or that
+    took its worker down each time, is given up; everything else stops the run: bad configuration,
+    failing rewards, numbers that are not finite, storage, a dead learner, and bugs.
+    """
+    if role in ("learner", "store"):
+        return Action.STOP
+    if isinstance(error, DataError):
+        return Action.DROP_GROUP
+    if not isinstance(error, InfraError):
+        return Action.STOP
+    if history.consecutive_losses >= MAX_CONSECUTIVE_LOSSES:
+        return Action.STOP
+    if worker_died:
+        return Action.REPLACE_WORKER
+    return Action.RESUBMIT if history.attempts < MAX_ATTEMPTS else Action.DROP_GROUP
