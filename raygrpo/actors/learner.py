@@ -76,7 +76,7 @@ class LearnerActor:
         return StepResult(version=Version(incarnation, batch.step + 1), stats=stats)
 
     def publish(self, version: Version, store: Any) -> WeightsManifest | None:
-        """Puts the weights into the store bucket by bucket; rank 0 sends and returns the manifest."""
+        """Puts the weights into the store bucket by bucket; rank 0 sends, others help gather."""
         from raygrpo.weights.buckets import make_buckets
 
         tensors = self._learner.named_weights()
@@ -99,7 +99,7 @@ class LearnerActor:
         return manifest
 
     def save(self, directory: str) -> None:
-        """Saves this rank's state under ``learner/`` and, from rank 0, the model under ``model/``."""
+        """Saves this rank's state under ``learner/``; rank 0 adds the model under ``model/``."""
         from raygrpo.weights.export import write_model
 
         path = Path(directory)

@@ -1,0 +1,75 @@
+"""The token ledger: every completion token that reaches the driver has exactly one fate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from raygrpo.algorithm.window import Fate, FinishedGroup
+from raygrpo.types import GroupSummary
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLedger:
+    """Tokens by fate, over the whole run.
+
+    ``reported`` reached the driver. ``masked`` were taken into a step without loss: truncated under
+    the overlong filter, not written by the policy, or without a reward. ``rolled_back`` were
+    finished but not trained when a checkpoint was left and are generated again. ``lost_groups``
+    counts groups that died with a worker before they were reported.
+    """
+
+    reported: int = 0
+    trained: int = 0
+    masked: int = 0
+    no_signal: int = 0
+    aborted: int = 0
+    errored: int = 0
+    rolled_back: int = 0
+    lost_groups: int = 0
+    dropped_groups: int = 0
+
+    def unexplained(self, buffered: int) -> int:
+        """Tokens without a fate, given those that still wait: 0, or there is a bug."""
+        fates = self.trained + self.masked + self.no_signal + self.aborted
+        return self.reported - fates - self.errored - self.rolled_back - buffered
+
+    def report(self, summary: GroupSummary, *, awaited: bool = True) -> TokenLedger:
+        """A group arrived; one that nobody awaits is ``aborted``."""
+        tokens = sum(summary.lengths)
+        aborted = 0 if awaited else tokens
+        return replace(self, reported=self.reported + tokens, aborted=self.aborted + aborted)
+
+    def decide(self, decided: Iterable[tuple[FinishedGroup, Fate]]) -> TokenLedger:
+        """The window decided on groups; kept ones go on waiting."""
+        ledger = self
+        for group, fate in decided:
+            tokens = sum(group.summary.lengths)
+            if fate == "no_signal":
+                ledger = replace(ledger, no_signal=ledger.no_signal + tokens)
+            elif fate == "errored":
+                ledger = replace(ledger, errored=ledger.errored + tokens)
+        return ledger
+
+    def take(self, summary: GroupSummary, trained: Iterable[int]) -> TokenLedger:
+        """A step took a group; ``trained`` are the loss tokens of each completion."""
+        ledger = self
+        columns = zip(summary.lengths, trained, summary.scores, strict=True)
+        for length, num_trained, score in columns:
+            if score.error is not None:
+                ledger = replace(ledger, errored=ledger.errored + length)
+                continue
+            used = num_trained if score.value is not None else 0
+            ledger = replace(
+                ledger, trained=ledger.trained + used, masked=ledger.masked + length - used
+            )
+        return ledger
+
+    def roll_back(self, buffered: int) -> TokenLedger:
+        """A resume leaves what waited behind."""
+        return replace(self, rolled_back=self.rolled_back + buffered)
+
+
+def buffered_tokens(groups: Iterable[FinishedGroup]) -> int:
+    """Tokens of finished groups that wait."""
+    return sum(sum(group.summary.lengths) for group in groups)

@@ -1,0 +1,164 @@
+"""Checkpoints: a directory is one iff its manifest, written last, verifies.
+
+Everything is written into a temporary directory and synced; the manifest (sizes and checksums of
+all files) comes last; then one rename makes it a checkpoint. A crash at any point leaves the older
+checkpoints and at most a temporary directory, which the next save removes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from raygrpo.algorithm.ledger import TokenLedger
+from raygrpo.algorithm.window import WindowState
+from raygrpo.errors import StorageError
+
+MANIFEST = "manifest.json"
+_STATE = "state.pkl"
+_FORMAT = 1
+_CHUNK = 2**24
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunState:
+    """The driver's state at a step's boundary; the learner's lies beside it."""
+
+    step: int
+    window: WindowState
+    prompts: dict[str, Any]
+    ledger: TokenLedger
+    num_tokens: int
+
+
+class Checkpoints:
+    """The ``checkpoints/`` folder of a run; ``keep`` newest stay (0 keeps all)."""
+
+    def __init__(self, root: Path, keep: int = 0) -> None:
+        self._root = root
+        self._keep = keep
+
+    def begin(self, step: int) -> Path:
+        """A fresh temporary directory to save into; leftovers of earlier crashes go."""
+        try:
+            self._root.mkdir(parents=True, exist_ok=True)
+            for leftover in self._root.glob(".tmp-*"):
+                shutil.rmtree(leftover)
+            path = self._root / f".tmp-{_name(step)}"
+            path.mkdir()
+        except OSError as error:
+            raise StorageError(f"cannot start a checkpoint in {self._root}: {error}") from error
+        return path
+
+    def commit(self, directory: Path, state: RunState) -> Path:
+        """Makes a saved directory the checkpoint of ``state.step``; returns its final path.
+
+        Raises:
+            StorageError: it cannot be written; older checkpoints are untouched.
+        """
+        final = self._root / _name(state.step)
+        try:
+            with (directory / _STATE).open("wb") as file:
+                pickle.dump(state, file)
+            files = {}
+            for path in sorted(p for p in directory.rglob("*") if p.is_file()):
+                _sync(path)
+                files[str(path.relative_to(directory))] = _fingerprint(path)
+            manifest = {"format": _FORMAT, "step": state.step, "files": files}
+            (directory / MANIFEST).write_text(json.dumps(manifest, indent=1))
+            for folder in (directory / MANIFEST, *(p for p in directory.rglob("*") if p.is_dir())):
+                _sync(folder)
+            _sync(directory)
+            if final.exists():
+                shutil.rmtree(final)
+            directory.rename(final)
+            _sync(self._root)
+            self._prune()
+        except OSError as error:
+            raise StorageError(f"cannot commit the checkpoint {final}: {error}") from error
+        return final
+
+    def all(self) -> list[Path]:
+        """Committed checkpoints, oldest first, verified or not."""
+        return sorted(self._root.glob("step-*")) if self._root.is_dir() else []
+
+    def newest_valid(self) -> tuple[Path | None, list[str]]:
+        """The newest checkpoint that verifies, and why newer ones do not."""
+        problems = []
+        for path in reversed(self.all()):
+            try:
+                verify(path)
+            except StorageError as error:
+                problems.append(str(error))
+                continue
+            return path, problems
+        return None, problems
+
+    def _prune(self) -> None:
+        if self._keep:
+            for old in self.all()[: -self._keep]:
+                # Renamed first: a crash in the middle must not leave half a checkpoint.
+                doomed = self._root / f".tmp-old-{old.name}"
+                old.rename(doomed)
+                shutil.rmtree(doomed)
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """Checks every file of a checkpoint against its manifest, which is returned.
+
+    Raises:
+        StorageError: the manifest is missing or damaged, or a file differs from it.
+    """
+    try:
+        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
+        expected = manifest["files"]
+        if manifest["format"] != _FORMAT:
+            raise StorageError(f"{path}: unknown checkpoint format {manifest['format']}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StorageError(f"{path} has no readable manifest: {error}") from None
+    for name, fingerprint in expected.items():
+        file = path / name
+        if not file.is_file():
+            raise StorageError(f"{path}: {name} is missing")
+        if file.stat().st_size != fingerprint["bytes"] or _fingerprint(file) != fingerprint:
+            raise StorageError(f"{path}: {name} is damaged")
+    return manifest
+
+
+def load_state(path: Path) -> RunState:
+    """The driver's state of a checkpoint of one's own (it is a pickle: never load a stranger's)."""
+    try:
+        with (path / _STATE).open("rb") as file:
+            state = pickle.load(file)
+    except (OSError, pickle.UnpicklingError, EOFError) as error:
+        raise StorageError(f"cannot read {path / _STATE}: {error}") from error
+    if not isinstance(state, RunState):
+        raise StorageError(f"{path / _STATE} holds no run state")
+    return state
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08}"
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    digest = xxhash.xxh3_64()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return {"bytes": path.stat().st_size, "xxh3_64": digest.hexdigest()}
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
