@@ -1,0 +1,278 @@
+"""One step of the learner, written once for every backend."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raygrpo.algorithm.loss import LossConfig, LossInputs, policy_loss
+from raygrpo.config import RunConfig
+from raygrpo.errors import ConfigError, NumericError, RayGrpoError, StorageError
+from raygrpo.learner.policy import PolicyInputs, PolicyModel, policy_inputs
+from raygrpo.learner.schedule import learning_rate
+from raygrpo.learner.shards import (
+    Layout,
+    random_state,
+    read_shard,
+    set_random_state,
+    write_shard,
+)
+from raygrpo.types import FloatArray, Microbatch, Stat, merge_stats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Prepared:
+    """A microbatch on the device; ``ref_logprobs`` [B, T] is None when beta is 0."""
+
+    inputs: PolicyInputs
+    sampler_logprobs: Tensor
+    sequence_ids: Tensor
+    advantages: Tensor
+    loss_weights: Tensor
+    ref_logprobs: Tensor | None
+
+
+class Learner(ABC):
+    """One rank of the learner; every method but ``num_updates`` is collective over the ranks.
+
+    A step is ``num_iterations`` passes over its minibatches, one optimizer update each. After a
+    NumericError the weights are those before the failed update, but gradients may be left behind:
+    make a new learner and load a checkpoint.
+
+    Attributes:
+        num_updates: optimizer updates done or skipped, which the learning rate is a function of.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        policy: PolicyModel,
+        reference: PolicyModel | None,
+        device: torch.device,
+        rank: int,
+        layout: Layout,
+    ) -> None:
+        self.config = config
+        self.device = device
+        self.rank = rank
+        self.num_updates = 0
+        self._policy = policy
+        self._reference = reference
+        self._layout = layout
+        self._loss_config = LossConfig(
+            **config.loss.model_dump(), max_completion_length=config.sampling.max_tokens
+        )
+        train = config.train
+        self._updates_per_step = train.num_iterations * train.num_minibatches
+        self._total_updates = train.steps * self._updates_per_step
+
+    @property
+    def supports_shared_prompts(self) -> bool:
+        """Whether microbatches may hold rows that share a prompt."""
+        return self._policy.supports_shared_prompts
+
+    def update(
+        self, minibatches: Sequence[Sequence[Microbatch]], *, skip: bool = False
+    ) -> dict[str, Stat]:
+        """Trains one step on this rank's microbatches; returns this rank's statistics.
+
+        Every rank passes as many minibatches, with as many microbatches in each. Merging over
+        ranks is addition: ``loss``, ``grad_norm`` and ``learning_rate``, which are global, come
+        from rank 0 alone, with one count an update. A minibatch without microbatches makes no
+        optimizer update, but counts as one.
+
+        Args:
+            skip: train nothing and only count the step's updates (``minibatches`` is not read).
+
+        Raises:
+            NumericError: on every rank, when a loss or the gradient is not finite on any.
+        """
+        if skip:
+            self.num_updates += self._updates_per_step
+            return {}
+        batches = [[self._prepare(item) for item in minibatch] for minibatch in minibatches]
+        old = self._first_logprobs(batches)
+        stats: list[dict[str, Stat]] = []
+        for _ in range(self.config.train.num_iterations):
+            for batch, kept in zip(batches, old, strict=True):
+                stats.append(self._update_once(batch, kept))
+        return merge_stats(list(stats))
+
+    def score(self, microbatch: Microbatch) -> FloatArray:
+        """Logprobs [B, T] of the trained tokens under the policy, in nats; 0 elsewhere."""
+        with torch.no_grad():
+            logprobs, _ = self._forward(policy_inputs(microbatch, self.device))
+        scores: FloatArray = logprobs.cpu().numpy()
+        return scores
+
+    def save(self, directory: Path | str) -> None:
+        """Writes this rank's weights, optimizer, counter and generators into ``directory``.
+
+        Raises:
+            StorageError: the file cannot be written.
+        """
+        state = {
+            "num_updates": self.num_updates,
+            "random": random_state(self.device),
+            **self._state(),
+        }
+        write_shard(Path(directory), self.rank, self._layout, state)
+
+    def load(self, directory: Path | str) -> None:
+        """Restores what `save` wrote, bit for bit.
+
+        Raises:
+            ConfigError: saved by another number of ranks, ZeRO stage, dtype or model. Nothing has
+                been changed then.
+            StorageError: this rank's file, or another's, is missing or unreadable.
+        """
+        failure: RayGrpoError | None = None
+        state: dict[str, Any] = {}
+        try:
+            state = read_shard(Path(directory), self.rank, self._layout)
+            self._check_state(state)
+        except (ConfigError, StorageError) as error:
+            failure = error
+        failed = self._sum_over_ranks(0.0 if failure is None else 1.0)
+        if failure is not None:
+            raise failure
+        if failed:
+            raise StorageError(f"{failed:.0f} other ranks cannot load from {directory}")
+        self._load_state(state)
+        set_random_state(state["random"], self.device)
+        self.num_updates = int(state["num_updates"])
+
+    @abstractmethod
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Weights and persistent buffers by their Hugging Face names, as CPU copies.
+
+        Lazy; every rank must iterate to the end, in step. Tied weights come once; floating-point
+        weights are in the model's dtype.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Frees what the learner holds; it cannot be used afterwards."""
+
+    @abstractmethod
+    def _forward(self, inputs: PolicyInputs) -> tuple[Tensor, Tensor]:
+        """Logprobs and entropies [B, T] under the policy."""
+
+    @abstractmethod
+    def _backward(self, loss: Tensor, *, last: bool) -> None:
+        """Adds the gradient of this rank's part of the loss; ``last`` ends the minibatch."""
+
+    @abstractmethod
+    def _apply(self, lr: float) -> float:
+        """Clips and applies the gradient; returns its norm before clipping.
+
+        A norm that is not finite leaves the weights as they are.
+        """
+
+    @abstractmethod
+    def _sum_over_ranks(self, value: float) -> float: ...
+
+    @abstractmethod
+    def _state(self) -> dict[str, Any]:
+        """This rank's weights and optimizer state."""
+
+    @abstractmethod
+    def _check_state(self, state: dict[str, Any]) -> None:
+        """Raises ConfigError when the state is of another model; changes nothing."""
+
+    @abstractmethod
+    def _load_state(self, state: dict[str, Any]) -> None: ...
+
+    def _prepare(self, microbatch: Microbatch) -> _Prepared:
+        inputs = policy_inputs(microbatch, self.device)
+        ref_logprobs = None
+        if self._reference is not None:
+            with torch.no_grad():
+                ref_logprobs, _ = self._reference(inputs)
+        return _Prepared(
+            inputs=inputs,
+            sampler_logprobs=torch.tensor(microbatch.sampler_logprobs, device=self.device),
+            sequence_ids=torch.tensor(microbatch.sequence_ids, device=self.device),
+            advantages=torch.tensor(microbatch.advantages, device=self.device),
+            loss_weights=torch.tensor(microbatch.loss_weights, device=self.device),
+            ref_logprobs=ref_logprobs,
+        )
+
+    def _first_logprobs(self, batches: Sequence[Sequence[_Prepared]]) -> list[list[Tensor | None]]:
+        """Logprobs before the step's first update; None where its own forward pass gives them."""
+        if len(batches) == 1:
+            return [[None] * len(batches[0])]
+        with torch.no_grad():
+            return [[self._forward(item.inputs)[0] for item in batch] for batch in batches]
+
+    def _update_once(self, batch: Sequence[_Prepared], old: list[Tensor | None]) -> dict[str, Stat]:
+        """One optimizer update; a None in ``old`` is replaced by this pass's logprobs."""
+        lr = learning_rate(self.num_updates, self._total_updates, self.config.optimizer)
+        stats: list[dict[str, Stat]] = []
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for index, item in enumerate(batch):
+            logprobs, entropies = self._forward(item.inputs)
+            loss, part = policy_loss(
+                _loss_inputs(item, logprobs, entropies, old[index]), self._loss_config
+            )
+            self._backward(loss, last=index == len(batch) - 1)
+            if old[index] is None:
+                old[index] = logprobs.detach()
+            total += loss.detach()
+            stats.append(part)
+        if batch:
+            stats.append(self._finish(float(total), lr))
+        self.num_updates += 1
+        return merge_stats(list(stats))
+
+    def _finish(self, rank_loss: float, lr: float) -> dict[str, Stat]:
+        # The sum is not finite on any rank when one rank's part is not: all ranks agree.
+        loss = self._sum_over_ranks(rank_loss)
+        if not math.isfinite(loss):
+            raise NumericError(
+                f"the loss of optimizer update {self.num_updates} is {loss}",
+                "lower optimizer.lr, or resume from an earlier checkpoint",
+            )
+        norm = self._apply(lr)
+        if not math.isfinite(norm):
+            raise NumericError(
+                f"the gradient norm of optimizer update {self.num_updates} is {norm}; "
+                "the weights are unchanged",
+                "lower optimizer.lr, or resume from an earlier checkpoint",
+            )
+        if self.rank:
+            return {}
+        values = {"loss": loss, "grad_norm": norm, "learning_rate": lr}
+        return {name: Stat.of(value) for name, value in values.items()}
+
+
+def _loss_inputs(
+    item: _Prepared, logprobs: Tensor, entropies: Tensor, old: Tensor | None
+) -> LossInputs:
+    return LossInputs(
+        logprobs=logprobs,
+        old_logprobs=old,
+        sampler_logprobs=item.sampler_logprobs,
+        ref_logprobs=item.ref_logprobs,
+        entropies=entropies,
+        loss_mask=item.inputs.loss_mask,
+        advantages=item.advantages,
+        sequence_ids=item.sequence_ids,
+        loss_weights=item.loss_weights,
+    )
+
+
+def persistent_buffers(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The buffers that a state dict of ``model`` holds, by name, as CPU copies."""
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield f"{prefix}.{name}" if prefix else name, buffer.detach().cpu().clone()

@@ -1,0 +1,98 @@
+"""The DeepSpeed configuration of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from raygrpo.config import RunConfig
+from raygrpo.errors import ConfigError
+
+# Elements of a communication bucket; DeepSpeed's own 5e8 would hold 2 GB of fp32 for one.
+BUCKET_ELEMENTS = 50_000_000
+
+# What is refused, and the key that says it instead: with these, an update would no longer be the
+# one that the configuration describes.
+_REFUSED = {
+    "train_batch_size": "train.groups_per_step",
+    "train_micro_batch_size_per_gpu": "train.tokens_per_microbatch",
+    "gradient_accumulation_steps": "train.tokens_per_microbatch",
+    "managed_gradient_accumulation": "train.tokens_per_microbatch",
+    "gradient_clipping": "optimizer.max_grad_norm",
+    "optimizer": "optimizer.lr, optimizer.betas and optimizer.weight_decay",
+    "scheduler": "optimizer.schedule and optimizer.warmup_updates",
+    "fp16": "model.dtype",
+    "bf16": "model.dtype",
+    "bfloat16": "model.dtype",
+    "torch_autocast": "model.dtype",
+    "zero_optimization.stage": "learner.zero_stage",
+}
+
+
+def deepspeed_config(config: RunConfig) -> dict[str, Any]:
+    """DeepSpeed's configuration, the user's ``learner.deepspeed`` merged over ours.
+
+    Gradients are summed over the microbatches of one optimizer update, whose number varies, so
+    DeepSpeed is told of a batch of 1 and of each update's end. ``gradient_clipping`` is always set
+    (DeepSpeed clips to 1.0 otherwise); stage 0 in fp32, which reports no norm, is clipped by the
+    learner.
+
+    Raises:
+        ConfigError: a key in ``learner.deepspeed`` that would change what an update is.
+    """
+    user = config.learner.deepspeed
+    _refuse(user)
+    stage = config.learner.zero_stage
+    bf16 = config.model.dtype == "bfloat16"
+    ours: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0 if clips_itself(config) else config.optimizer.max_grad_norm,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": bf16},
+        "communication_data_type": "fp32",
+        "zero_optimization": {
+            "stage": stage,
+            "overlap_comm": False,
+            "reduce_bucket_size": BUCKET_ELEMENTS,
+            "allgather_bucket_size": BUCKET_ELEMENTS,
+        },
+    }
+    if bf16 and stage:
+        ours["data_types"] = {"grad_accum_dtype": "fp32"}
+    return _merge(ours, user)
+
+
+def clips_itself(config: RunConfig) -> bool:
+    """Whether the learner, not DeepSpeed, takes the norm and clips."""
+    return config.learner.zero_stage == 0 and config.model.dtype == "float32"
+
+
+def _refuse(user: Mapping[str, Any]) -> None:
+    zero = user.get("zero_optimization", {})
+    if not isinstance(zero, Mapping):
+        raise ConfigError("learner.deepspeed.zero_optimization must be a mapping")
+    given = [*user, *(f"zero_optimization.{name}" for name in zero)]
+    for name in given:
+        if name in _REFUSED:
+            raise ConfigError(
+                f"learner.deepspeed.{name} cannot be set there", f"set {_REFUSED[name]}"
+            )
+    for part in ("offload_optimizer", "offload_param"):
+        section = zero.get(part) or {}
+        if isinstance(section, Mapping) and section.get("device") == "nvme":
+            raise ConfigError(
+                f"learner.deepspeed.zero_optimization.{part} to nvme is not supported",
+                "set its device to cpu",
+            )
+
+
+def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for name, value in top.items():
+        below = merged.get(name)
+        if isinstance(below, Mapping) and isinstance(value, Mapping):
+            value = _merge(below, value)
+        merged[name] = value
+    return merged

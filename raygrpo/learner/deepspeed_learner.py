@@ -1,0 +1,277 @@
+"""The learner on DeepSpeed: ZeRO 0 to 3, fp32, or bf16 with fp32 master weights."""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raygrpo.config import RunConfig
+from raygrpo.errors import ConfigError
+from raygrpo.learner.base import Learner, persistent_buffers
+from raygrpo.learner.deepspeed_config import clips_itself, deepspeed_config
+from raygrpo.learner.policy import LogprobHead, PolicyInputs, PolicyModel, load_policy
+from raygrpo.learner.shards import Layout
+from raygrpo.models import DTYPES
+from raygrpo.weights.buckets import BUCKET_BYTES
+
+
+class DeepSpeedLearner(Learner):
+    """One rank of a ZeRO-sharded learner; all ranks construct it together.
+
+    Limits: each rank loads the whole model on its CPU before DeepSpeed shards it (so that the
+    initial weights are exactly those of a plain load), and keeps the frozen reference of the KL
+    whole, in the model's dtype, on its device. ZeRO-0 in bf16 accumulates gradients over
+    microbatches in bf16; the other stages accumulate in fp32.
+
+    Args:
+        rank: of ``config.learner.num_ranks``.
+        local_rank: among the ranks of this host.
+        device: ``cpu`` (gloo) or ``cuda``, ``cuda:0``, ... (NCCL).
+
+    Raises:
+        ConfigError: the model or ``learner.deepspeed`` cannot be used.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        rank: int = 0,
+        local_rank: int = 0,
+        master_addr: str = "127.0.0.1",
+        master_port: int,
+        device: str = "cpu",
+    ) -> None:
+        settings = deepspeed_config(config)
+        place = torch.device(device)
+        _set_environment(config, rank, local_rank, master_addr, master_port, place)
+        _fix_kernels(config)
+        policy = load_policy(
+            config.model,
+            seed=config.seed,
+            dtype=DTYPES[config.model.dtype],
+            temperature=config.sampling.temperature,
+            gradient_checkpointing=config.learner.gradient_checkpointing,
+        )
+        frozen = None
+        if config.loss.beta:
+            frozen = copy.deepcopy(policy).requires_grad_(False).to(place)
+        super().__init__(
+            config,
+            policy=policy,
+            reference=frozen,
+            device=place,
+            rank=rank,
+            layout=Layout(
+                num_ranks=config.learner.num_ranks,
+                zero_stage=config.learner.zero_stage,
+                dtype=config.model.dtype,
+            ),
+        )
+        self._stage = config.learner.zero_stage
+        section = config.optimizer
+        self._optimizer = torch.optim.AdamW(
+            policy.parameters(),
+            lr=section.lr,
+            betas=section.betas,
+            weight_decay=section.weight_decay,
+        )
+        _init_distributed(config, place)
+        self._engine = _make_engine(policy, self._optimizer, settings)
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        model = self._policy.model
+        for group in _groups(model, BUCKET_BYTES):
+            copies = self._gather(group)
+            yield from copies
+        yield from persistent_buffers(model)
+
+    def close(self) -> None:
+        import torch.distributed as dist
+
+        self._engine.destroy()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _gather(self, group: list[tuple[str, nn.Parameter]]) -> list[tuple[str, Tensor]]:
+        """CPU copies; under ZeRO-3 the gather ends before a caller sees them."""
+        if self._stage < 3:
+            return [(name, parameter.detach().cpu().clone()) for name, parameter in group]
+        from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+        with GatheredParameters([parameter for _, parameter in group]):
+            return [(name, parameter.detach().cpu().clone()) for name, parameter in group]
+
+    def _forward(self, inputs: PolicyInputs) -> tuple[Tensor, Tensor]:
+        output: tuple[Tensor, Tensor] = self._engine(inputs)
+        return output
+
+    def _backward(self, loss: Tensor, *, last: bool) -> None:
+        self._engine.set_gradient_accumulation_boundary(last)
+        # DeepSpeed averages gradients over ranks; the loss is normalised globally already.
+        self._engine.backward(loss * self.config.learner.num_ranks)
+
+    def _apply(self, lr: float) -> float:
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        if clips_itself(self.config):
+            return self._clip_and_step()
+        self._engine.step()
+        # ZeRO 1 to 3 and bf16 skip a step whose gradient is not finite.
+        if not self._engine.was_step_applied():
+            return float("nan")
+        return float(self._engine.get_global_grad_norm())
+
+    def _clip_and_step(self) -> float:
+        max_norm = self.config.optimizer.max_grad_norm or float("inf")
+        norm = float(torch.nn.utils.clip_grad_norm_(self._policy.parameters(), max_norm))
+        if norm < float("inf"):
+            self._engine.step()
+        else:
+            self._engine.zero_grad()
+        return norm
+
+    def _sum_over_ranks(self, value: float) -> float:
+        import torch.distributed as dist
+
+        total = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return float(total)
+
+    def _masters(self) -> list[Tensor]:
+        """This rank's fp32 weights, which AdamW's state belongs to."""
+        if self._stage == 3:
+            return list(self._engine.optimizer.fp32_partitioned_groups_flat)
+        return [item for group in self._optimizer.param_groups for item in group["params"]]
+
+    def _state(self) -> dict[str, Any]:
+        masters = self._masters()
+        return {
+            "masters": [master.detach().cpu() for master in masters],
+            "optimizer": [dict(self._optimizer.state.get(master, {})) for master in masters],
+        }
+
+    def _check_state(self, state: dict[str, Any]) -> None:
+        if [m.shape for m in state["masters"]] != [m.shape for m in self._masters()]:
+            raise ConfigError("the checkpoint is of another model", "set model.path to that model")
+
+    def _load_state(self, state: dict[str, Any]) -> None:
+        for master, saved, moments in zip(
+            self._masters(), state["masters"], state["optimizer"], strict=True
+        ):
+            master.data.copy_(saved)
+            held = self._optimizer.state[master]
+            for name, value in moments.items():
+                if name in held:
+                    held[name].copy_(value)
+                else:
+                    # AdamW keeps its step count on the CPU.
+                    held[name] = value if value.ndim == 0 else value.to(master.device)
+        self._publish_masters()
+
+    def _publish_masters(self) -> None:
+        """Brings the model's weights up to the fp32 ones, as the end of an optimizer step does."""
+        optimizer = self._engine.optimizer
+        if self._stage == 3:
+            for index in range(len(optimizer.fp32_partitioned_groups_flat)):
+                optimizer._reassign_or_swap_out_partitioned_parameters(index)
+            if optimizer.persistent_parameters:
+                optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+        elif self._stage:
+            optimizer.update_lp_params()
+        elif not clips_itself(self.config):
+            for masters, weights in zip(optimizer.fp32_groups, optimizer.fp16_groups, strict=True):
+                for master, weight in zip(masters, weights, strict=True):
+                    weight.data.copy_(master.data)
+
+
+def _set_environment(
+    config: RunConfig,
+    rank: int,
+    local_rank: int,
+    master_addr: str,
+    master_port: int,
+    device: torch.device,
+) -> None:
+    """What DeepSpeed reads when it is imported and when its process group starts."""
+    # A process that sees only its own GPU calls it 0, whatever its rank on the host.
+    local = (device.index or 0) if device.type == "cuda" else local_rank
+    os.environ.update(
+        DS_ACCELERATOR=device.type,
+        RANK=str(rank),
+        WORLD_SIZE=str(config.learner.num_ranks),
+        LOCAL_RANK=str(local),
+        MASTER_ADDR=master_addr,
+        MASTER_PORT=str(master_port),
+    )
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    if master_addr in ("127.0.0.1", "localhost"):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
+
+def _fix_kernels(config: RunConfig) -> None:
+    if config.learner.threads:
+        torch.set_num_threads(config.learner.threads)
+    torch.manual_seed(config.seed)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def _init_distributed(config: RunConfig, device: torch.device) -> None:
+    import deepspeed
+    import torch.distributed as dist
+    from deepspeed.utils import logger
+
+    logger.setLevel("WARNING")
+    # DeepSpeed calls collectives that torch has renamed: a line for each, each time.
+    warnings.filterwarnings(
+        "ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning
+    )
+    # Otherwise DeepSpeed compiles a shared-memory op: a minute, and a compiler needed.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        deepspeed.init_distributed(
+            dist_backend="nccl" if device.type == "cuda" else "gloo",
+            auto_mpi_discovery=False,
+            timeout=timedelta(seconds=config.ray.update_timeout_s),
+        )
+
+
+def _make_engine(
+    policy: PolicyModel, optimizer: torch.optim.Optimizer, settings: dict[str, Any]
+) -> Any:
+    import deepspeed
+    from deepspeed.utils import set_z3_leaf_modules
+
+    set_z3_leaf_modules(policy, [LogprobHead])
+    engine, *_ = deepspeed.initialize(
+        model=policy, optimizer=optimizer, config=settings, dist_init_required=False
+    )
+    return engine
+
+
+def _groups(model: nn.Module, max_bytes: int) -> Iterator[list[tuple[str, nn.Parameter]]]:
+    """Parameters in order, in runs of at most ``max_bytes`` (or one parameter)."""
+    run: list[tuple[str, nn.Parameter]] = []
+    size = 0
+    for name, parameter in model.named_parameters():
+        # ZeRO-3 leaves numel() at 0 and keeps the real one here.
+        count = getattr(parameter, "ds_numel", parameter.numel())
+        num_bytes = count * parameter.element_size()
+        if run and size + num_bytes > max_bytes:
+            yield run
+            run, size = [], 0
+        run.append((name, parameter))
+        size += num_bytes
+    if run:
+        yield run

@@ -1,0 +1,292 @@
+"""The network in training: from a microbatch to the logprob of each trained token."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from raygrpo.algorithm.logprobs import chunk_tokens_for, token_logprobs
+from raygrpo.config import ModelSection
+from raygrpo.errors import ConfigError
+from raygrpo.models import attention_masks, load_model, logit_transform
+from raygrpo.types import Microbatch
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyInputs:
+    """What `PolicyModel` reads of a microbatch, on its device.
+
+    ``token_ids`` and ``loss_mask`` are [B, T]. ``rows``, ``columns`` and ``predictors`` [N] name
+    the N trained tokens and the column whose hidden state predicts each; without any, they name one
+    untrained token, so that every microbatch passes through all of the network (under ZeRO-3 ranks
+    must take the same path). ``tree`` is None where plain causal attention is exact.
+    """
+
+    token_ids: Tensor
+    loss_mask: Tensor
+    rows: Tensor
+    columns: Tensor
+    predictors: Tensor
+    tree: TreeLayout | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TreeLayout:
+    """Positions, segments and their parents [B, T] of rows that share prompts."""
+
+    positions: Tensor
+    segment_ids: Tensor
+    parent_ids: Tensor
+
+    def allowed(self) -> Tensor:
+        """[B, Q, K]: a token sees its own and its parent's segment, up to its position."""
+        query, key = self.segment_ids[:, :, None], self.segment_ids[:, None, :]
+        related = (query == key) | (self.parent_ids[:, :, None] == key)
+        causal = self.positions[:, None, :] <= self.positions[:, :, None]
+        return related & causal & (query >= 0) & (key >= 0)
+
+
+def policy_inputs(microbatch: Microbatch, device: torch.device) -> PolicyInputs:
+    """The arrays of a microbatch as tensors on ``device``."""
+    rows, columns = np.nonzero(microbatch.loss_mask)
+    if not rows.size:
+        rows = columns = np.zeros(1, np.int64)
+    tree = None
+    if not _is_plain(microbatch):
+        tree = TreeLayout(
+            positions=_tensor(microbatch.positions, device).clamp(min=0),
+            segment_ids=_tensor(microbatch.segment_ids, device),
+            parent_ids=_tensor(microbatch.parent_ids, device),
+        )
+    return PolicyInputs(
+        token_ids=_tensor(microbatch.token_ids, device),
+        loss_mask=torch.tensor(microbatch.loss_mask, device=device),
+        rows=_tensor(rows, device),
+        columns=_tensor(columns, device),
+        predictors=_tensor(microbatch.predictors[rows, columns], device),
+        tree=tree,
+    )
+
+
+def _tensor(array: Any, device: torch.device) -> Tensor:
+    return torch.tensor(array, dtype=torch.long, device=device)
+
+
+def _is_plain(microbatch: Microbatch) -> bool:
+    """One segment a row, from column 0, padded on the right: causal attention needs no mask."""
+    real = microbatch.segment_ids >= 0
+    counted = np.broadcast_to(np.arange(real.shape[1]), real.shape)
+    alone = microbatch.segment_ids == microbatch.segment_ids[:, :1]
+    return bool(
+        (microbatch.parent_ids < 0).all()
+        and (alone | ~real).all()
+        and (microbatch.positions == counted)[real].all()
+        and (real == (counted < real.sum(1, keepdims=True))).all()
+    )
+
+
+class LogprobHead(nn.Module):
+    """The language-model head, from hidden states to logprobs, in chunks.
+
+    One module, so that ZeRO-3 gathers the head's weight once for all chunks, whose number differs
+    between ranks: `forward` calls the head's own ``forward``, which passes by its hooks.
+    """
+
+    def __init__(self, model: Any, temperature: float) -> None:
+        super().__init__()
+        self.head = model.get_output_embeddings()
+        if self.head is None:
+            raise ConfigError(f"models of type {model.config.model_type!r} have no language head")
+        self.transform = logit_transform(model.config)
+        self.temperature = temperature
+        self.chunk_tokens = chunk_tokens_for(model.config.get_text_config().vocab_size)
+
+    def forward(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Logprobs [N] and entropies [N] of ``targets`` [N], given ``hidden`` [N, H]."""
+        return token_logprobs(
+            hidden,
+            self.head.forward,
+            targets,
+            temperature=self.temperature,
+            transform=self.transform,
+            chunk_tokens=self.chunk_tokens,
+        )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """All logits at temperature 1; for probes."""
+        logits: Tensor = self.transform(self.head(hidden).float())
+        return logits
+
+
+class PolicyModel(nn.Module):
+    """A Hugging Face causal language model whose forward gives logprobs of trained tokens.
+
+    The temperature belongs to the policy: logprobs are of softmax(logits / temperature). Dropout
+    is off, whatever the model's configuration says: the ratio of two policies must not be noise.
+
+    Attributes:
+        model: the Hugging Face model; its parameters are the policy's.
+        supports_shared_prompts: whether rows in which completions share their prompt compute the
+            same as rows of their own; where False, callers build plain rows.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        temperature: float = 1.0,
+        supports_shared_prompts: bool = True,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.logprob_head = LogprobHead(model, temperature)
+        self.supports_shared_prompts = supports_shared_prompts
+        _disable_dropout(model)
+        # Transformers recomputes activations in training mode only; nothing else depends on it.
+        self.train(gradient_checkpointing)
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def forward(self, inputs: PolicyInputs) -> tuple[Tensor, Tensor]:
+        """Logprobs and entropies [B, T], fp32, in nats; zeros where nothing is trained."""
+        hidden_BTH = self.hidden(inputs.token_ids, inputs.tree)
+        targets = inputs.token_ids[inputs.rows, inputs.columns]
+        logprobs, entropies = self.logprob_head(hidden_BTH[inputs.rows, inputs.predictors], targets)
+        return self._scatter(inputs, logprobs), self._scatter(inputs, entropies)
+
+    def hidden(self, token_ids: Tensor, tree: TreeLayout | None) -> Tensor:
+        """Last hidden states [B, T, H]."""
+        options: dict[str, Any] = {}
+        if tree is not None:
+            options["position_ids"] = tree.positions
+            options["attention_mask"] = attention_masks(
+                self.model.config, tree.allowed(), tree.positions, tree.positions, self.dtype
+            )
+        output = self.model.base_model(input_ids=token_ids, use_cache=False, **options)
+        hidden: Tensor = output.last_hidden_state
+        return hidden
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the network's weights."""
+        dtype: torch.dtype = self.model.dtype
+        return dtype
+
+    @staticmethod
+    def _scatter(inputs: PolicyInputs, values: Tensor) -> Tensor:
+        shape = inputs.token_ids.shape
+        grid = torch.zeros(shape, dtype=values.dtype, device=values.device)
+        return grid.index_put((inputs.rows, inputs.columns), values) * inputs.loss_mask
+
+
+def _disable_dropout(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def load_policy(
+    section: ModelSection,
+    *,
+    seed: int,
+    dtype: torch.dtype,
+    temperature: float,
+    gradient_checkpointing: bool = False,
+) -> PolicyModel:
+    """Loads the policy on CPU and probes that it computes what the Hugging Face model computes.
+
+    Raises:
+        ConfigError: the model does not load, keeps parameters in several dtypes, or makes its
+            logits in a way that is not known here.
+    """
+    model = load_model(section, seed=seed, dtype=dtype)
+    kinds = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    if kinds != {dtype}:
+        raise ConfigError(
+            f"{section.path!r} keeps parameters in {sorted(map(str, kinds))}, not only in {dtype}",
+            "set model.dtype: float32",
+        )
+    # The comparison is of exact mathematics: bfloat16's rounding would hide a real difference.
+    probed = model if dtype == torch.float32 else copy.deepcopy(model).float()
+    supported = probe(PolicyModel(probed))
+    return PolicyModel(
+        model,
+        temperature=temperature,
+        supports_shared_prompts=supported,
+        gradient_checkpointing=gradient_checkpointing,
+    )
+
+
+PROBE_PROMPT, PROBE_COMPLETIONS = 7, (5, 4)
+# fp32 rounding of two orders of summation stays below 1e-5 of the largest logit, while a forgotten
+# cap, scale or mask shows in the second or third digit.
+PROBE_TOLERANCE = 1e-4
+
+
+@torch.no_grad()
+def probe(policy: PolicyModel) -> bool:
+    """Compares logits with the wrapped fp32 model's own; returns whether prompts can be shared.
+
+    Raises:
+        ConfigError: the logits differ.
+    """
+    vocabulary = policy.model.config.get_text_config().vocab_size
+    rows = _probe_rows(vocabulary)
+    expected = [policy.model(row[None], use_cache=False).logits.float()[0] for row in rows]
+    ours = [policy.logprob_head.logits(policy.hidden(row[None], None))[0] for row in rows]
+    if not all(_close(a, b) for a, b in zip(ours, expected, strict=True)):
+        kind = policy.model.config.model_type
+        raise ConfigError(
+            f"models of type {kind!r} make their logits in a way that raygrpo does not know",
+            "use another model type, or report this one",
+        )
+    try:
+        shared = _shared_probe_logits(policy, rows)
+    except (ConfigError, TypeError, ValueError, RuntimeError, KeyError) as error:
+        # Which layers take a 4-D mask only shows when one is given.
+        log.warning("prompts are not shared in training rows: %s", error)
+        return False
+    return all(_close(a, b[PROBE_PROMPT - 1 :]) for a, b in zip(shared, expected, strict=True))
+
+
+def _probe_rows(vocabulary: int) -> list[Tensor]:
+    tokens = torch.arange(1, 1 + PROBE_PROMPT + sum(PROBE_COMPLETIONS)) * 7919 % vocabulary
+    prompt, *completions = torch.split(tokens, [PROBE_PROMPT, *PROBE_COMPLETIONS])
+    return [torch.cat([prompt, completion]) for completion in completions]
+
+
+def _shared_probe_logits(policy: PolicyModel, rows: list[Tensor]) -> list[Tensor]:
+    """Logits of each row from the prompt's last token on, all computed in one row, padded."""
+    tails = [row[PROBE_PROMPT:] for row in rows]
+    padding = torch.zeros(1, dtype=torch.long)
+    tokens = torch.cat([rows[0][:PROBE_PROMPT], *tails, padding])
+    lengths = [PROBE_PROMPT, *map(len, tails)]
+    segments = [torch.full((n,), i) for i, n in enumerate(lengths)]
+    starts = [0] + [PROBE_PROMPT] * len(tails)
+    positions = [torch.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)]
+    segment_ids = torch.cat([*segments, padding - 1])[None]
+    layout = TreeLayout(
+        positions=torch.cat([*positions, padding])[None],
+        segment_ids=segment_ids,
+        parent_ids=torch.where(segment_ids > 0, 0, -1),
+    )
+    logits = policy.logprob_head.logits(policy.hidden(tokens[None], layout))[0]
+    prompt, *rest = torch.split(logits[:-1], lengths)
+    return [torch.cat([prompt[-1:], tail]) for tail in rest]
+
+
+def _close(ours: Tensor, expected: Tensor) -> bool:
+    scale = max(1.0, float(expected.abs().max()))
+    return float((ours - expected).abs().max()) <= PROBE_TOLERANCE * scale

@@ -1,0 +1,91 @@
+"""The learner that the others are measured against: one process, plain torch, fp32."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raygrpo.config import RunConfig
+from raygrpo.errors import ConfigError
+from raygrpo.learner.base import Learner, persistent_buffers
+from raygrpo.learner.policy import PolicyInputs, load_policy
+from raygrpo.learner.shards import Layout
+
+
+class ReferenceLearner(Learner):
+    """AdamW from torch on the whole model.
+
+    Raises:
+        ConfigError: the configuration asks for another dtype than float32.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        if config.model.dtype != "float32":
+            raise ConfigError("the reference learner computes in float32 only")
+        policy = load_policy(
+            config.model,
+            seed=config.seed,
+            dtype=torch.float32,
+            temperature=config.sampling.temperature,
+            gradient_checkpointing=config.learner.gradient_checkpointing,
+        )
+        frozen = copy.deepcopy(policy).requires_grad_(False) if config.loss.beta else None
+        super().__init__(
+            config,
+            policy=policy,
+            reference=frozen,
+            device=torch.device("cpu"),
+            rank=0,
+            layout=Layout(num_ranks=1, zero_stage=0, dtype="float32"),
+        )
+        section = config.optimizer
+        self._optimizer = torch.optim.AdamW(
+            policy.parameters(),
+            lr=section.lr,
+            betas=section.betas,
+            weight_decay=section.weight_decay,
+        )
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self._policy.model.named_parameters():
+            yield name, parameter.detach().clone()
+        yield from persistent_buffers(self._policy.model)
+
+    def close(self) -> None:
+        self._optimizer.zero_grad()
+
+    def _forward(self, inputs: PolicyInputs) -> tuple[Tensor, Tensor]:
+        output: tuple[Tensor, Tensor] = self._policy(inputs)
+        return output
+
+    def _backward(self, loss: Tensor, *, last: bool) -> None:
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def _apply(self, lr: float) -> float:
+        max_norm = self.config.optimizer.max_grad_norm or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(self._policy.parameters(), max_norm)
+        if torch.isfinite(norm):
+            for group in self._optimizer.param_groups:
+                group["lr"] = lr
+            self._optimizer.step()
+        self._optimizer.zero_grad()
+        return float(norm)
+
+    def _sum_over_ranks(self, value: float) -> float:
+        return value
+
+    def _state(self) -> dict[str, Any]:
+        return {"model": self._policy.model.state_dict(), "optimizer": self._optimizer.state_dict()}
+
+    def _check_state(self, state: dict[str, Any]) -> None:
+        ours = {name: tensor.shape for name, tensor in self._policy.model.state_dict().items()}
+        if ours != {name: tensor.shape for name, tensor in state["model"].items()}:
+            raise ConfigError("the checkpoint is of another model", "set model.path to that model")
+
+    def _load_state(self, state: dict[str, Any]) -> None:
+        self._policy.model.load_state_dict(state["model"])
+        self._optimizer.load_state_dict(state["optimizer"])
