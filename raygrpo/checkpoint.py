@@ -36,6 +36,7 @@ class RunState:
     prompts: dict[str, Any]
     ledger: TokenLedger
     num_tokens: int
+    buffered_tokens: int
 
 
 class Checkpoints:

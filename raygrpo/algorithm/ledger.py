@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from raygrpo.algorithm.window import Fate, FinishedGroup
 from raygrpo.types import GroupSummary
@@ -16,7 +16,8 @@ class TokenLedger:
     ``reported`` reached the driver. ``masked`` were taken into a step without loss: truncated under
     the overlong filter, not written by the policy, or without a reward. ``rolled_back`` were
     finished but not trained when a checkpoint was left and are generated again. ``lost_groups``
-    counts groups that died with a worker before they were reported.
+    counts groups that died with a worker before they were reported (and were sent again),
+    ``dropped_groups`` those given up.
     """
 
     reported: int = 0
@@ -64,6 +65,20 @@ class TokenLedger:
                 ledger, trained=ledger.trained + used, masked=ledger.masked + length - used
             )
         return ledger
+
+    def lose(self, groups: int) -> TokenLedger:
+        """Groups died with a worker before they were reported."""
+        return replace(self, lost_groups=self.lost_groups + groups)
+
+    def drop(self, groups: int) -> TokenLedger:
+        """Groups were given up before they were reported."""
+        return replace(self, dropped_groups=self.dropped_groups + groups)
+
+    def metrics(self, buffered: int) -> dict[str, float]:
+        """All of it as metrics; ``buffered`` tokens still wait."""
+        counts = {field.name: float(getattr(self, field.name)) for field in fields(self)}
+        counts |= {"buffered": float(buffered), "unexplained": float(self.unexplained(buffered))}
+        return {f"ledger/{name}": value for name, value in counts.items()}
 
     def roll_back(self, buffered: int) -> TokenLedger:
         """A resume leaves what waited behind."""

@@ -1,0 +1,332 @@
+"""The loop: admit groups, train steps, publish weights, and nothing else.
+
+One loop serves on-policy and asynchronous training: on-policy is a ``max_staleness`` of 0. The
+driver holds references and summaries, never tokens; `RolloutPool.wait` is the only blocking line.
+
+    prompts -> window.admit -> pool (generate, score) -> window.finish -> window.take_step
+            -> learner.update -> learner.publish -> pool.load -> next version
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from raygrpo.actors.futures import Pending
+from raygrpo.actors.learner import LearnerGroup
+from raygrpo.actors.pool import Done, RolloutPool
+from raygrpo.actors.scorer import ScoreReport
+from raygrpo.algorithm.ledger import TokenLedger, buffered_tokens
+from raygrpo.algorithm.plan import make_step_batch, num_trained_tokens
+from raygrpo.algorithm.window import FinishedGroup, Window
+from raygrpo.checkpoint import Checkpoints, RunState
+from raygrpo.config import RunConfig
+from raygrpo.data.prompts import PromptSource
+from raygrpo.errors import DataError, RewardError
+from raygrpo.evaluation import Evaluation
+from raygrpo.rewards.contract import TrainerState
+from raygrpo.tracking.metrics import StepFacts, step_metrics
+from raygrpo.tracking.tracker import Tracker
+from raygrpo.types import GroupRequest, GroupSummary, Prompt, StepBatch, StepResult, Version
+
+_TICK_S = 1.0  # how soon a signal is noticed while nothing else happens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """What a trainer drives."""
+
+    config: RunConfig
+    pool: RolloutPool
+    learner: LearnerGroup
+    prompts: PromptSource
+    eval_prompts: list[Prompt]
+    tracker: Tracker
+    checkpoints: Checkpoints
+    incarnation: int
+
+
+@dataclass(slots=True)
+class Span:
+    """What has happened since the last step was taken or finished."""
+
+    started: float = field(default_factory=time.monotonic)
+    waited_s: float = 0.0
+    finished: list[GroupSummary] = field(default_factory=list)
+    errored_scores: int = 0
+    scores: int = 0
+    dropped_groups: int = 0
+
+
+class Trainer:
+    """Runs a training run from where ``restored`` left it."""
+
+    def __init__(self, parts: Parts, restored: RunState | None = None) -> None:
+        self._config = config = parts.config
+        self._pool, self._learner, self._prompts = parts.pool, parts.learner, parts.prompts
+        self._eval_prompts, self._tracker = parts.eval_prompts, parts.tracker
+        self._checkpoints, self._incarnation = parts.checkpoints, parts.incarnation
+        self.step = restored.step if restored else 0
+        self._window = Window(
+            steps=config.train.steps,
+            groups_per_step=config.train.groups_per_step,
+            max_staleness=config.train.max_staleness,
+            dynamic_sampling=config.train.dynamic_sampling,
+            max_refill_factor=config.train.max_refill_factor,
+            trains=lambda summary, i: num_trained_tokens(summary, i, config.advantage) > 0,
+            state=restored.window if restored else None,
+        )
+        self._ledger = restored.ledger if restored else TokenLedger()
+        if restored:
+            self._ledger = self._ledger.roll_back(restored.buffered_tokens)
+        self._num_tokens = restored.num_tokens if restored else 0
+        self._saved_step = restored.step if restored else -1
+        self._resumed = restored is not None
+        self._update: Pending[StepResult] | None = None
+        self._publish: Pending[Any] | None = None
+        self._save: Pending[None] | None = None
+        self._saving: tuple[Path, RunState] | None = None
+        self._evaluation: Evaluation | None = None
+        self._record: dict[str, float] | None = None
+        self._training: tuple[StepBatch, list[FinishedGroup]] | None = None
+        self._sync: dict[str, float] = {}
+        self._span = Span()
+        self._driver_s = 0.0
+        self._num_groups = 0
+        self.first_traceback: str | None = None
+        self.first_token_at: float | None = None
+        self._stopping = False
+
+    def stop(self) -> None:
+        """Asks for an orderly stop: the running update is finished and committed."""
+        self._stopping = True
+
+    @property
+    def driver_s_per_group(self) -> float:
+        """The driver's own time, waiting left out, for each finished group."""
+        return self._driver_s / max(self._num_groups, 1)
+
+    def run(self) -> bool:
+        """Trains to the last step; False when it was stopped before, with all committed."""
+        self._span = Span()
+        self._start_publish()
+        for request in self._window.pending:
+            self._pool.submit(request)
+        if self.step == 0 and not self._resumed:
+            self._record = {}
+        while not self._finished():
+            started, waited = time.monotonic(), self._pool.waited_s
+            self._settle()
+            self._admit()
+            self._start_update()
+            self._start_save()
+            self._take(self._pool.wait(self._pendings(), _TICK_S))
+            blocked = self._pool.waited_s - waited
+            self._driver_s += time.monotonic() - started - blocked
+        return self.step >= self._config.train.steps
+
+    def _finished(self) -> bool:
+        busy = self._update or self._publish or self._save or self._record is not None
+        ended = self.step >= self._config.train.steps or self._stopping
+        return ended and not busy and self._saved_step == self.step
+
+    def _pendings(self) -> list[Pending[Any]]:
+        return [p for p in (self._update, self._publish, self._save) if p is not None]
+
+    # What may start.
+
+    def _admit(self) -> None:
+        self._pool.trainer_state = TrainerState(
+            global_step=self.step, max_steps=self._config.train.steps, epoch=self._prompts.epoch
+        )
+        while not self._stopping and self._window.has_room(self.step):
+            request = GroupRequest(
+                stream="train",
+                group_id=self._window.admitted,
+                attempt=0,
+                prompt=self._prompts.next(),
+                seed=self._config.seed,
+                sampling=self._config.sampling.settings(),
+                min_version=Version(self._incarnation, self.step),
+            )
+            self._pool.submit(self._window.admit(request))
+
+    def _start_update(self) -> None:
+        # An evaluation is of one version, so the next one waits for it; so does a record.
+        if self._update or self._record is not None or self._stopping:
+            return
+        if not self._window.step_ready():
+            return
+        groups = self._window.take_step()
+        batch = make_step_batch(self.step, groups, self._config)
+        for group in groups:
+            self._ledger = self._ledger.take(group.summary, self._trained(group.summary))
+        self._training = (batch, groups)
+        self._update = self._learner.update(batch, self._incarnation)
+
+    def _start_publish(self) -> None:
+        self._publish = self._learner.publish(Version(self._incarnation, self.step))
+
+    def _start_save(self) -> None:
+        if self._save or self._update or self._saved_step == self.step:
+            return
+        every = self._config.checkpoint.save_steps
+        last = self.step >= self._config.train.steps or self._stopping
+        if not last and not (every and self.step and self.step % every == 0):
+            return
+        directory = self._checkpoints.begin(self.step)
+        self._saving = (directory, self._state())
+        self._save = self._learner.save(directory)
+
+    def _state(self) -> RunState:
+        return RunState(
+            step=self.step,
+            window=self._window.state(),
+            prompts=self._prompts.state(),
+            ledger=self._ledger,
+            num_tokens=self._num_tokens,
+            buffered_tokens=buffered_tokens(self._window.buffered),
+        )
+
+    # What has happened.
+
+    def _take(self, done: Done) -> None:
+        for kind, fields in done.events:
+            self._tracker.event(kind, step=self.step, **fields)
+        for load in done.loads:
+            self._sync["sync/load_s"] = max(self._sync.get("sync/load_s", 0.0), load.load_s)
+        for group, report in done.groups:
+            self._take_group(group, report)
+        for stream, group_id in done.lost:
+            self._requeue(stream, group_id)
+        for stream, group_id in done.dropped:
+            self._drop(stream, group_id)
+        for pending in done.completed:
+            if pending is self._update:
+                self._take_update()
+            elif pending is self._publish:
+                self._take_publish()
+
+    def _take_group(self, group: FinishedGroup, report: ScoreReport) -> None:
+        summary = group.summary
+        self._num_groups += 1
+        self.first_token_at = self.first_token_at or time.time() - report.summary.score_s
+        if report.traceback and self.first_traceback is None:
+            self.first_traceback = report.traceback
+            self._tracker.event("reward_error", step=self.step, traceback=report.traceback)
+        self._count_errors(summary)
+        if summary.stream == "eval":
+            if self._evaluation is not None:
+                self._evaluation.finish(summary)
+            return
+        awaited = summary.group_id in {request.group_id for request in self._window.pending}
+        self._ledger = self._ledger.report(summary, awaited=awaited)
+        self._num_tokens += summary.prompt_length * len(summary.lengths) + sum(summary.lengths)
+        self._span.finished.append(summary)
+        self._ledger = self._ledger.decide(self._window.finish(group))
+
+    def _count_errors(self, summary: GroupSummary) -> None:
+        """Stops the run once errored scores pass their share of a whole step's scores."""
+        span, config = self._span, self._config
+        span.scores += len(summary.scores)
+        span.errored_scores += sum(score.error is not None for score in summary.scores)
+        whole = config.train.groups_per_step * config.sampling.num_completions
+        frac = span.errored_scores / max(span.scores, whole)
+        if frac > config.scorers.max_reward_error_frac:
+            first = next((s.error for s in summary.scores if s.error), "see the traceback")
+            raise RewardError(
+                f"{span.errored_scores} of {max(span.scores, whole)} scores failed "
+                f"(scorers.max_reward_error_frac is {config.scorers.max_reward_error_frac:g}); "
+                f"{first}\nfirst traceback:\n{self.first_traceback}",
+                "correct the reward function, or raise its timeout_s",
+            )
+
+    def _requeue(self, stream: str, group_id: int) -> None:
+        if stream == "eval":
+            if self._evaluation is not None:
+                self._pool.submit(self._evaluation.requeue(group_id))
+            return
+        self._ledger = self._ledger.lose(1)
+        request = self._window.requeue(group_id)
+        if request is not None:
+            self._pool.submit(request)
+
+    def _drop(self, stream: str, group_id: int) -> None:
+        if stream == "eval":
+            if self._evaluation is not None:
+                self._evaluation.drop(group_id)
+            return
+        self._ledger = self._ledger.drop(1)
+        self._ledger = self._ledger.decide(self._window.fail(group_id))
+        self._span.dropped_groups += 1
+        if self._span.dropped_groups > self._config.train.groups_per_step:
+            raise DataError(
+                f"{self._span.dropped_groups} groups in a row could not be generated",
+                "events.jsonl names each and the reason",
+            )
+
+    def _take_publish(self) -> None:
+        assert self._publish is not None
+        self._sync = {
+            "sync/publish_s": self._publish.seconds,
+            "sync/bytes": float(self._publish.value.num_bytes),
+        }
+        self._publish = None
+        self._pool.load()
+
+    def _take_update(self) -> None:
+        assert self._update is not None
+        assert self._training is not None
+        result, (batch, groups) = self._update.value, self._training
+        update_s, self._update, self._training = self._update.seconds, None, None
+        span, self._span = self._span, Span()
+        facts = StepFacts(
+            step=batch.step,
+            finished=tuple(span.finished),
+            trained=tuple(group.summary for group in groups),
+            stats=result.stats,
+            epoch=self._prompts.epoch,
+            num_tokens=self._num_tokens,
+            step_s=time.monotonic() - span.started,
+            update_s=update_s,
+        )
+        self.step += 1
+        self._record = step_metrics(facts) | self._ledger_metrics() | self._sync
+        self._start_publish()
+
+    def _ledger_metrics(self) -> dict[str, float]:
+        buffered = buffered_tokens(self._window.buffered)
+        return self._ledger.metrics(buffered)
+
+    def _settle(self) -> None:
+        """Closes what is complete: the evaluation, then the step's record, then its checkpoint."""
+        if self._record is not None and self._publish is None:
+            if self._evaluation is None and self._evaluates_now():
+                version = Version(self._incarnation, self.step)
+                self._evaluation = Evaluation(self._eval_prompts, version, self._config)
+                for request in self._evaluation.requests:
+                    self._pool.submit(request)
+            if self._evaluation is None or self._evaluation.done:
+                extra = self._evaluation.metrics() if self._evaluation else {}
+                if self._record or extra:
+                    self._tracker.log_step(self.step, self._record | extra)
+                self._record = self._evaluation = None
+        if self._save is not None and not self._save.open_refs and self._record is None:
+            assert self._saving is not None
+            directory, state = self._saving
+            path = self._checkpoints.commit(directory, state)
+            self._saved_step = state.step
+            self._tracker.event("checkpoint", step=state.step, path=path.name)
+            self._save = self._saving = None
+
+    def _evaluates_now(self) -> bool:
+        every = self._config.eval.every_steps
+        if not every or not self._eval_prompts or self._stopping:
+            return False
+        return self.step % every == 0 or self.step >= self._config.train.steps
+
+    def _trained(self, summary: GroupSummary) -> list[int]:
+        section = self._config.advantage
+        return [num_trained_tokens(summary, i, section) for i in range(len(summary.lengths))]
