@@ -11,6 +11,7 @@ from raygrpo.types import (
     FloatArray,
     Group,
     GroupRequest,
+    Stream,
     Version,
     WeightsManifest,
 )
@@ -44,8 +45,8 @@ class Engine(Protocol):
     def load_weights(self, manifest: WeightsManifest, buckets: Iterable[ByteArray]) -> None:
         """Loads a version bucket by bucket, after verifying each; legal between steps."""
 
-    def abort(self, group_id: int) -> list[Completion]:
-        """Drops a group (by the id of its stream-unique request); returns its partial tokens."""
+    def abort(self, stream: Stream, group_id: int) -> list[Completion]:
+        """Drops a group; returns its completions so far, none if it had not begun or is gone."""
 
     def score(self, token_ids: Sequence[int], temperature: float = 1.0) -> FloatArray:
         """Logprobs [T] of each token given those before it, in nats; index 0 is 0."""

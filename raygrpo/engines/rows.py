@@ -1,0 +1,136 @@
+"""The completions being decoded, as a table of numpy columns: the first rows are in use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from raygrpo.engines.randomness import KeyArray
+from raygrpo.types import Completion, Finish, GroupRequest, Version
+
+Indices = npt.NDArray[np.int64]
+
+
+class RowTable:
+    """Columns [rows] and token histories [rows, positions] of the running completions.
+
+    A history holds the prompt and then the completion; past its end it repeats an id of the
+    prompt, so that a whole history may be read as a set of seen ids.
+    """
+
+    def __init__(self) -> None:
+        self.num_rows = 0
+        self.group = np.zeros(0, np.int64)
+        self.completion = np.zeros(0, np.int64)
+        self.setting = np.zeros(0, np.int64)
+        self.keys: KeyArray = np.zeros(0, np.uint64)
+        self.prompt_length = np.zeros(0, np.int64)
+        self.length = np.zeros(0, np.int64)
+        self.min_length = np.zeros(0, np.int64)
+        self.max_length = np.zeros(0, np.int64)
+        self.tokens = np.zeros((0, 0), np.int64)
+        self.logprobs = np.zeros((0, 0), np.float32)
+        self.versions = np.zeros((0, 0), np.int32)
+
+    _COLUMNS = (
+        "group", "completion", "setting", "keys", "prompt_length", "length", "min_length",
+        "max_length", "tokens", "logprobs", "versions",
+    )  # fmt: skip
+
+    @property
+    def longest(self) -> int:
+        """The longest history in use."""
+        return int(self.length[: self.num_rows].max(initial=0))
+
+    @property
+    def generated(self) -> Indices:
+        """Completion lengths so far, [R]."""
+        rows = slice(self.num_rows)
+        return self.length[rows] - self.prompt_length[rows]
+
+    def add(self, request: GroupRequest, group: int, setting: int, keys: KeyArray) -> int:
+        """Takes in a group's rows after its prompt; returns the first row."""
+        sampling, prompt = request.sampling, request.prompt.token_ids
+        first, count = self.num_rows, sampling.num_completions
+        self._reserve(first + count, prompt.size + sampling.max_tokens)
+        rows = slice(first, first + count)
+        self.num_rows += count
+        self.group[rows] = group
+        self.completion[rows] = np.arange(count)
+        self.setting[rows] = setting
+        self.keys[rows] = keys
+        self.prompt_length[rows] = self.length[rows] = prompt.size
+        self.min_length[rows] = prompt.size + sampling.min_tokens
+        self.max_length[rows] = prompt.size + sampling.max_tokens
+        self.tokens[rows] = prompt[0]
+        self.tokens[rows, : prompt.size] = prompt
+        return first
+
+    def _reserve(self, rows: int, length: int) -> None:
+        have_rows, have_length = self.tokens.shape
+        rows, length = max(rows, have_rows), max(length, have_length)
+        if (rows, length) == (have_rows, have_length):
+            return
+        for name in self._COLUMNS:
+            old: npt.NDArray[Any] = getattr(self, name)
+            new = np.zeros((rows, length)[: old.ndim], old.dtype)
+            if name == "tokens":
+                new[:have_rows] = old[:, :1] if old.size else 0
+            new[tuple(slice(size) for size in old.shape)] = old
+            setattr(self, name, new)
+
+    def append(
+        self,
+        rows: slice,
+        tokens: npt.NDArray[np.int64],
+        logprobs: npt.NDArray[np.float32],
+        version: int,
+    ) -> None:
+        """Appends one token to each of the rows."""
+        index, place = np.arange(rows.start, rows.stop), self.length[rows]
+        self.tokens[index, place] = tokens
+        self.logprobs[index, place] = logprobs
+        self.versions[index, place] = version
+        self.length[rows] += 1
+
+    def last(self, rows: slice) -> Indices:
+        """The rows' newest ids."""
+        return self.tokens[np.arange(rows.start, rows.stop), self.length[rows] - 1]
+
+    def remove(self, rows: list[int]) -> tuple[list[int], list[int]]:
+        """Frees rows and closes the gaps; returns (sources, targets) of the rows that moved."""
+        gone, kept = set(rows), self.num_rows - len(rows)
+        sources = [row for row in range(kept, self.num_rows) if row not in gone]
+        targets = sorted(row for row in gone if row < kept)
+        for name in self._COLUMNS:
+            column = getattr(self, name)
+            column[targets] = column[sources]
+        self.num_rows = kept
+        return sources, targets
+
+    def make_completion(
+        self, row: int, finish: Finish, tokenizer: Any, versions: list[Version]
+    ) -> Completion:
+        """A row's completion so far; ``versions`` gives the meaning of the version column."""
+        span = slice(int(self.prompt_length[row]), int(self.length[row]))
+        tokens = self.tokens[row, span].astype(np.int32)
+        return Completion(
+            token_ids=tokens,
+            logprobs=self.logprobs[row, span].copy(),
+            loss_mask=np.ones(tokens.size, np.bool_),
+            text=tokenizer.decode(tokens.tolist(), skip_special_tokens=True),
+            finish=finish,
+            version_runs=_run_lengths(self.versions[row, span], versions),
+        )
+
+
+def _run_lengths(
+    column: npt.NDArray[np.int32], versions: list[Version]
+) -> tuple[tuple[Version, int], ...]:
+    starts = [0, *(np.flatnonzero(np.diff(column)) + 1).tolist()]
+    counts = np.diff([*starts, column.size]).tolist()
+    return tuple(
+        (versions[column[start]], count) for start, count in zip(starts, counts, strict=True)
+    )

@@ -1,0 +1,47 @@
+"""Stop strings, found by decoding only the newest tokens of a completion."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+TokenIds = npt.NDArray[np.int64]
+SLACK = 4
+
+
+class StopStrings:
+    """Whether a completion's text holds a stop string that its newest token may have ended."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._special = frozenset(tokenizer.all_special_ids)
+
+    def found(self, token_ids: TokenIds, stops: Sequence[str], *, whole: bool = False) -> bool:
+        """Looks in the newest of ``token_ids`` [C], or in all of them where ``whole``.
+
+        A token that shows in the text adds a byte or more, so a stop string spans at most as many
+        tokens as it has bytes; `SLACK` keeps it away from the cut, where decoders strip a space.
+        """
+        if not whole:
+            needed = max(len(stop.encode()) for stop in stops) + SLACK
+            tail = self._shown_tail(token_ids, needed)
+            if not self._contains(tail, stops):
+                return False
+        return self._contains(token_ids.tolist(), stops)
+
+    def _shown_tail(self, token_ids: TokenIds, needed: int) -> list[int]:
+        tail: list[int] = []
+        for index in range(len(token_ids) - 1, -1, -1):
+            token = int(token_ids[index])
+            if token not in self._special:
+                tail.append(token)
+                if len(tail) == needed:
+                    break
+        return tail[::-1]
+
+    def _contains(self, token_ids: list[int], stops: Sequence[str]) -> bool:
+        text = self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        return any(stop in text for stop in stops)

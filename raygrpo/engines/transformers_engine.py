@@ -1,0 +1,399 @@
+"""The embedded engine: continuous batching over a transformers model, on CPU or one GPU."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from raygrpo.config import ModelSection
+from raygrpo.engines.cache import SlotCache
+from raygrpo.engines.loading import check_manifest, copy_buckets, weight_targets
+from raygrpo.engines.randomness import row_keys, uniforms
+from raygrpo.engines.rows import RowTable
+from raygrpo.engines.sampling import sample
+from raygrpo.engines.stops import StopStrings
+from raygrpo.errors import DataError, InfraError, NumericError
+from raygrpo.models import (
+    DTYPES,
+    attention_masks,
+    load_model,
+    load_tokenizer,
+    logit_transform,
+    stop_token_ids,
+)
+from raygrpo.types import (
+    ByteArray,
+    Completion,
+    Finish,
+    FloatArray,
+    Group,
+    GroupRequest,
+    Sampling,
+    Stream,
+    Version,
+    WeightsManifest,
+)
+
+Key = tuple[Stream, int]
+PREFILL_CHUNK = 1024
+SCORE_CHUNK = 128
+FIRST_ROOM = 256
+
+
+@dataclass(slots=True)
+class Running:
+    """A group being decoded, with its completions that have ended."""
+
+    request: GroupRequest
+    started: float
+    ended: dict[int, Completion] = field(default_factory=dict)
+
+    @property
+    def key(self) -> Key:
+        """The group's identity in the engine."""
+        return self.request.stream, self.request.group_id
+
+
+class TransformersEngine:
+    """Decodes groups with a transformers model; implements `raygrpo.engines.base.Engine`.
+
+    Groups join whole, in order of submission, as rows become free; a group of more than
+    ``max_rows`` completions runs alone. The prompt is computed once and its keys and values are
+    copied to the group's rows. A step decodes one token of each row by one forward pass and
+    removes the rows that ended. ``deterministic`` runs one group at a time in memory of its own,
+    so that its tokens depend on weights, request and thread count only.
+    """
+
+    def __init__(
+        self,
+        model: ModelSection,
+        *,
+        seed: int,
+        max_rows: int,
+        deterministic: bool,
+        device: str = "cpu",
+    ) -> None:
+        self._device = torch.device(device)
+        self._model = load_model(model, seed=seed, dtype=DTYPES[model.dtype]).to(self._device)
+        self._model.eval().requires_grad_(False)
+        self._tokenizer = load_tokenizer(model)
+        self._config = self._model.config
+        self._text_config = self._config.get_text_config()
+        self._decoder = self._model.get_decoder()
+        self._head = self._model.get_output_embeddings()
+        self._transform = logit_transform(self._config)
+        self._targets = weight_targets(self._model)
+        self._max_rows, self._deterministic = max_rows, deterministic
+        self._is_stop = np.zeros(self._head.weight.shape[0], np.bool_)
+        stop_ids = stop_token_ids(self._model, self._tokenizer)
+        self._is_stop[[token for token in stop_ids if token < self._is_stop.size]] = True
+        self._stops = StopStrings(self._tokenizer)
+        self._version: Version | None = None
+        self._versions: list[Version] = []
+        self._settings: list[Sampling] = []
+        self._waiting: dict[Key, GroupRequest] = {}
+        self._running: dict[int, Running] = {}
+        self._finished: list[Group] = []
+        self._num_started = 0
+        self._rows = RowTable()
+        self._cache = self._new_cache()
+
+    def _new_cache(self) -> SlotCache:
+        return SlotCache(self._text_config.num_hidden_layers)
+
+    @property
+    def version(self) -> Version | None:
+        """The version of the weights held; None before the first load and after a failed one."""
+        return self._version
+
+    @property
+    def num_unfinished(self) -> int:
+        """Groups submitted and not yet returned or aborted."""
+        return len(self._waiting) + len(self._running) + len(self._finished)
+
+    @property
+    def can_step(self) -> bool:
+        """Whether a step would make progress."""
+        if self._version is None:
+            return False
+        return bool(self._running or self._finished) or any(
+            request.min_version <= self._version for request in self._waiting.values()
+        )
+
+    def submit(self, request: GroupRequest) -> None:
+        """Queues a group.
+
+        Raises:
+            DataError: the prompt and ``max_tokens`` exceed the model's positions, or the prompt has
+                ids that the model lacks.
+            InfraError: the group is here already.
+        """
+        key = (request.stream, request.group_id)
+        name, prompt = f"group {key[0]}/{key[1]}", request.prompt.token_ids
+        if key in self._waiting or any(group.key == key for group in self._running.values()):
+            raise InfraError(f"{name} is being generated already", "abort it first")
+        limit = getattr(self._text_config, "max_position_embeddings", None)
+        if limit is not None and prompt.size + request.sampling.max_tokens > limit:
+            raise DataError(
+                f"{name}: a prompt of {prompt.size} tokens and max_tokens "
+                f"{request.sampling.max_tokens} exceed the model's {limit} positions",
+                "lower sampling.max_tokens or data.max_prompt_length",
+            )
+        if int(prompt.min()) < 0 or int(prompt.max()) >= self._is_stop.size:
+            raise DataError(
+                f"{name}: the prompt has token ids outside the model's {self._is_stop.size}",
+                "use the model's own tokenizer",
+            )
+        self._waiting[key] = request
+
+    @torch.inference_mode()
+    def step(self) -> list[Group]:
+        """Decodes one token of every running completion, then starts the groups that fit.
+
+        Raises:
+            NumericError: logits were not finite; the groups concerned are dropped, and the others
+                go on at the next step.
+            InfraError: no whole version is loaded.
+        """
+        if self._version is None:
+            raise InfraError("the engine holds no whole version", "load weights first")
+        if self._running:
+            self._decode()
+        self._start_waiting(self._version)
+        finished, self._finished = self._finished, []
+        return finished
+
+    def _start_waiting(self, version: Version) -> None:
+        for key, request in list(self._waiting.items()):
+            if request.min_version > version:
+                continue
+            if not self._fits(request.sampling.num_completions):
+                return
+            del self._waiting[key]
+            self._start(request)
+
+    def _fits(self, count: int) -> bool:
+        if not self._running:
+            return True
+        return not self._deterministic and self._rows.num_rows + count <= self._max_rows
+
+    def _start(self, request: GroupRequest) -> None:
+        serial, self._num_started = self._num_started, self._num_started + 1
+        self._running[serial] = Running(request, time.monotonic())
+        if request.sampling not in self._settings:
+            self._settings.append(request.sampling)
+        sampling, length = request.sampling, request.prompt.token_ids.size
+        count = sampling.num_completions
+        keys = row_keys(request.seed, request.stream, request.group_id, count)
+        first = self._rows.add(request, serial, self._settings.index(sampling), keys)
+        if self._deterministic:
+            self._cache = self._new_cache()
+        self._cache.reserve(first + count, length + min(sampling.max_tokens, FIRST_ROOM))
+        logits = self._prefill(request.prompt.token_ids, first)
+        self._cache.share(first, count - 1, length)
+        self._append(slice(first, first + count), logits.expand(count, -1))
+
+    def _prefill(self, prompt: npt.NDArray[np.int32], row: int) -> Tensor:
+        """Computes a prompt into a row of the cache; returns its last logits [1, V]."""
+        ids = torch.from_numpy(prompt.astype(np.int64)).to(self._device)[None]
+        hidden = None
+        for start in range(0, prompt.size, PREFILL_CHUNK):
+            stop = min(start + PREFILL_CHUNK, prompt.size)
+            self._cache.plan_prefill(row, start, stop)
+            positions = torch.arange(start, stop, device=self._device)[None]
+            hidden = self._forward(ids[:, start:stop], positions, stop)
+        assert hidden is not None
+        return self._logits(hidden[:, -1])
+
+    def _decode(self) -> None:
+        table = self._rows
+        rows, longest = slice(0, table.num_rows), table.longest
+        self._cache.reserve(table.num_rows, longest)
+        positions = torch.from_numpy(table.length[rows] - 1).to(self._device)
+        ids = torch.from_numpy(table.last(rows)).to(self._device)
+        self._cache.plan_decode(positions, longest)
+        hidden = self._forward(ids[:, None], positions[:, None], longest)
+        self._append(rows, self._logits(hidden[:, 0]))
+
+    def _forward(self, ids: Tensor, positions: Tensor, num_keys: int) -> Tensor:
+        """Hidden states [R, Q, H] of ids [R, Q] that see the first keys up to their position."""
+        keys = torch.arange(num_keys, device=self._device)[None]
+        allowed = keys[:, None, :] <= positions[:, :, None]
+        masks = attention_masks(
+            self._config, allowed, positions, keys.expand(len(ids), -1), self._model.dtype
+        )
+        output = self._decoder(
+            input_ids=ids,
+            attention_mask=masks,
+            position_ids=positions,
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        hidden: Tensor = output.last_hidden_state
+        return hidden
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return self._transform(self._head(hidden).float())
+
+    def _append(self, rows: slice, logits: Tensor) -> None:
+        """Samples each row's next token, and takes out the rows that end with it."""
+        finite = logits.sum(-1).isfinite().cpu().numpy()
+        if not finite.all():
+            self._fail(np.flatnonzero(~finite) + rows.start)
+        tokens, logprobs = self._sample(rows, logits)
+        self._rows.append(rows, tokens, logprobs, len(self._versions) - 1)
+        self._collect(rows)
+
+    def _sample(
+        self, rows: slice, logits: Tensor
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        table = self._rows
+        drawn = table.length[rows] - table.prompt_length[rows]
+        numbers = torch.from_numpy(uniforms(table.keys[rows], drawn)).to(self._device)
+        settings = table.setting[rows]
+        tokens = torch.empty(len(drawn), dtype=torch.int64, device=self._device)
+        logprobs = torch.empty(len(drawn), dtype=torch.float32, device=self._device)
+        for setting in np.unique(settings):
+            chosen = np.flatnonzero(settings == setting)
+            mine = torch.from_numpy(chosen).to(self._device)
+            part = logits if chosen.size == settings.size else logits[mine]
+            tokens[mine], logprobs[mine] = sample(
+                part,
+                self._settings[setting],
+                numbers[mine],
+                history=self._history(self._settings[setting], chosen + rows.start),
+                forbidden=self._forbidden(chosen + rows.start),
+            )
+        return tokens.cpu().numpy(), logprobs.cpu().numpy()
+
+    def _history(self, sampling: Sampling, rows: npt.NDArray[np.int64]) -> Tensor | None:
+        if sampling.repetition_penalty == 1:
+            return None
+        longest = int(self._rows.length[rows].max())
+        return torch.from_numpy(self._rows.tokens[rows, :longest]).to(self._device)
+
+    def _forbidden(self, rows: npt.NDArray[np.int64]) -> Tensor | None:
+        early = self._rows.length[rows] < self._rows.min_length[rows]
+        if not early.any():
+            return None
+        return torch.from_numpy(early[:, None] & self._is_stop).to(self._device)
+
+    def _collect(self, rows: slice) -> None:
+        """Ends rows whose newest token stops them, and groups all of whose rows have ended."""
+        table = self._rows
+        stopped = self._is_stop[table.last(rows)] | self._string_stops(rows)
+        full = table.length[rows] >= table.max_length[rows]
+        gone = (np.flatnonzero(stopped | full) + rows.start).tolist()
+        if not gone:
+            return
+        for row in gone:
+            self._end_row(row, "stop" if stopped[row - rows.start] else "length")
+        self._remove_rows(gone)
+        for serial, group in list(self._running.items()):
+            if len(group.ended) == group.request.sampling.num_completions:
+                del self._running[serial]
+                self._finished.append(_make_group(group))
+
+    def _string_stops(self, rows: slice) -> npt.NDArray[np.bool_]:
+        table = self._rows
+        found = np.zeros(rows.stop - rows.start, np.bool_)
+        stopping = [number for number, setting in enumerate(self._settings) if setting.stop]
+        for index in np.flatnonzero(np.isin(table.setting[rows], stopping)):
+            row = rows.start + index
+            length, least = table.length[row], table.min_length[row]
+            if length >= least:
+                written = table.tokens[row, table.prompt_length[row] : length]
+                stops = self._settings[table.setting[row]].stop
+                found[index] = self._stops.found(written, stops, whole=bool(length == least))
+        return found
+
+    def _end_row(self, row: int, finish: Finish) -> None:
+        group = self._running[int(self._rows.group[row])]
+        completion = self._rows.make_completion(row, finish, self._tokenizer, self._versions)
+        group.ended[int(self._rows.completion[row])] = completion
+
+    def _remove_rows(self, rows: list[int]) -> None:
+        sources, targets = self._rows.remove(rows)
+        if sources:
+            self._cache.move(sources, targets, int(self._rows.length[targets].max()))
+
+    def _fail(self, rows: npt.NDArray[np.int64]) -> None:
+        serials = np.unique(self._rows.group[rows])
+        names = ", ".join("{}/{}".format(*self._running[int(serial)].key) for serial in serials)
+        for serial in serials:
+            self._drop(int(serial), clear=True)
+        raise NumericError(
+            f"group {names}: logits are not finite under version {self._version}",
+            "look at the gradient norms of the steps before; lower the learning rate",
+        )
+
+    def _drop(self, serial: int, *, clear: bool = False) -> None:
+        table = self._rows
+        rows = np.flatnonzero(table.group[: table.num_rows] == serial).tolist()
+        if clear:
+            self._cache.clear(rows)
+        self._remove_rows(rows)
+        del self._running[serial]
+
+    def load_weights(self, manifest: WeightsManifest, buckets: Iterable[ByteArray]) -> None:
+        """Loads a version in place; running completions go on with the keys and values they have.
+
+        Raises:
+            InfraError: the version does not fit (nothing is changed), or a bucket is corrupt or
+                missing (no version is held until a load succeeds).
+        """
+        check_manifest(self._targets, manifest, self._version)
+        self._version = None
+        copy_buckets(self._targets, manifest, buckets)
+        self._version = manifest.version
+        if self._versions[-1:] != [manifest.version]:
+            self._versions.append(manifest.version)
+
+    @torch.inference_mode()
+    def abort(self, stream: Stream, group_id: int) -> list[Completion]:
+        """Drops a group; returns its completions so far, in order, none if it had not begun."""
+        key: Key = (stream, group_id)
+        self._waiting.pop(key, None)
+        for serial, group in self._running.items():
+            if group.key == key:
+                for row in range(self._rows.num_rows):
+                    if self._rows.group[row] == serial:
+                        self._end_row(row, "abort")
+                self._drop(serial)
+                return [group.ended[index] for index in sorted(group.ended)]
+        return []
+
+    @torch.inference_mode()
+    def score(self, token_ids: Sequence[int], temperature: float = 1.0) -> FloatArray:
+        """Logprobs [T] of each token given those before it, in nats, by one full forward pass."""
+        ids = torch.tensor(list(token_ids), dtype=torch.int64, device=self._device)
+        hidden = self._decoder(input_ids=ids[None], use_cache=False).last_hidden_state[0]
+        scores = np.zeros(len(ids), np.float32)
+        for start in range(0, len(ids) - 1, SCORE_CHUNK):
+            predicted = ids[start + 1 : start + 1 + SCORE_CHUNK]
+            logits = self._logits(hidden[start : start + len(predicted)]) / temperature
+            logprobs = logits.log_softmax(-1).gather(-1, predicted[:, None])[:, 0]
+            scores[start + 1 : start + 1 + len(predicted)] = logprobs.cpu().numpy()
+        return scores
+
+    def close(self) -> None:
+        """Drops all groups and frees model and cache; the engine cannot be used afterwards."""
+        self._waiting, self._running, self._finished = {}, {}, []
+        self._version, self._targets = None, {}
+        self._rows, self._cache = RowTable(), self._new_cache()
+        del self._model, self._decoder, self._head
+
+
+def _make_group(running: Running) -> Group:
+    completions = tuple(running.ended[index] for index in sorted(running.ended))
+    return Group(
+        request=running.request,
+        completions=completions,
+        generate_s=time.monotonic() - running.started,
+    )
