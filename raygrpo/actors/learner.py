@@ -122,7 +122,7 @@ class LearnerActor:
             self._config.learner.num_ranks,
             tokens_per_microbatch=self._config.train.tokens_per_microbatch,
             shared_prompts=learner.supports_shared_prompts,
-            attention_length=6.0 * learner.hidden_size,
+            attention_length=6.0 * learner.hf_model.config.get_text_config().hidden_size,
         )[self._rank]
         needed = {row[0].group_id for plan in plans for rows in plan for row in rows}
         groups = self._fetch(batch.payloads, sorted(needed))

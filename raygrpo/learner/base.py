@@ -75,6 +75,11 @@ class Learner(ABC):
         self._total_updates = train.steps * self._updates_per_step
 
     @property
+    def hf_model(self) -> Any:
+        """The Hugging Face model: its configurations are whole, its weights may be sharded."""
+        return self._policy.model
+
+    @property
     def supports_shared_prompts(self) -> bool:
         """Whether microbatches may hold rows that share a prompt."""
         return self._policy.supports_shared_prompts
