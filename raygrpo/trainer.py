@@ -119,9 +119,9 @@ class Trainer:
         while not self._finished():
             started, waited = time.monotonic(), self._pool.waited_s
             self._settle()
+            self._start_save()
             self._admit()
             self._start_update()
-            self._start_save()
             self._take(self._pool.wait(self._pendings(), _TICK_S))
             blocked = self._pool.waited_s - waited
             self._driver_s += time.monotonic() - started - blocked
@@ -212,7 +212,8 @@ class Trainer:
     def _take_group(self, group: FinishedGroup, report: ScoreReport) -> None:
         summary = group.summary
         self._num_groups += 1
-        self.first_token_at = self.first_token_at or time.time() - report.summary.score_s
+        if self.first_token_at is None:
+            self.first_token_at = time.time() - summary.score_s - summary.generate_s
         if report.traceback and self.first_traceback is None:
             self.first_traceback = report.traceback
             self._tracker.event("reward_error", step=self.step, traceback=report.traceback)
@@ -308,8 +309,9 @@ class Trainer:
                 self._evaluation = Evaluation(self._eval_prompts, version, self._config)
                 for request in self._evaluation.requests:
                     self._pool.submit(request)
-            if self._evaluation is None or self._evaluation.done:
-                extra = self._evaluation.metrics() if self._evaluation else {}
+            evaluated = self._evaluation is not None and self._evaluation.done
+            if self._evaluation is None or evaluated or self._stopping:
+                extra = self._evaluation.metrics() if self._evaluation and evaluated else {}
                 if self._record or extra:
                     self._tracker.log_step(self.step, self._record | extra)
                 self._record = self._evaluation = None

@@ -57,3 +57,8 @@ class WeightStoreActor:
                 f"version {tuple(version)} is not newer than {tuple(newest)}: "
                 "a learner of an older incarnation is still publishing"
             )
+
+
+def start_store() -> Any:
+    """Starts the store; it holds bytes and needs no core of its own."""
+    return WeightStoreActor.options(num_cpus=0).remote()

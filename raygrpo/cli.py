@@ -1,0 +1,99 @@
+"""The command line. Exit codes: 0 done, 2 bad input found before the first step, 3 stopped in order
+(the same command resumes), 4 a typed failure, 1 a bug."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from raygrpo.config import describe_keys, dump_config, load_config
+from raygrpo.errors import RayGrpoError
+
+EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_FAILED = 2, 3, 4
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Train causal language models with GRPO on Ray.",
+)
+_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+@app.command(context_settings=_OVERRIDES)
+def train(
+    context: typer.Context,
+    config: Annotated[Path, typer.Argument(help="YAML file of the run.")],
+) -> None:
+    """Train, or resume, the run that CONFIG describes; then export the model.
+
+    Keys are overridden by --section.key=value.
+    """
+    from raygrpo.session import Session
+
+    session = None
+    try:
+        resolved = load_config(config, context.args)
+        with Session(resolved) as session:
+            session.prepare()
+            outcome = session.run()
+    except RayGrpoError as error:
+        started = session is not None and session.started
+        _fail(error, EXIT_FAILED if started else EXIT_BAD_INPUT)
+    if not outcome.finished:
+        typer.echo(f"stopped, all committed; run the same command to resume ({outcome.run_dir})")
+        raise typer.Exit(EXIT_STOPPED)
+    typer.echo(f"run directory   {outcome.run_dir}")
+    typer.echo(f"curve           {outcome.run_dir / 'curve.png'}")
+    typer.echo(f"exported model  {outcome.export}")
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Directory of a run.")],
+    step: Annotated[int | None, typer.Option(help="Checkpoint to take; none: the newest.")] = None,
+) -> None:
+    """Write the model of a checkpoint, with its card, to RUN/export."""
+    from raygrpo.session import export_run
+
+    try:
+        path = export_run(run, step)
+    except RayGrpoError as error:
+        _fail(error, EXIT_BAD_INPUT)
+    typer.echo(str(path))
+
+
+@app.command(name="config", context_settings=_OVERRIDES)
+def show_config(
+    context: typer.Context,
+    path: Annotated[Path | None, typer.Argument(help="YAML file to resolve.")] = None,
+) -> None:
+    """List every key with its default, unit and meaning; with PATH, print the resolved file."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    if path is not None:
+        try:
+            typer.echo(dump_config(load_config(path, context.args)))
+        except RayGrpoError as error:
+            _fail(error, EXIT_BAD_INPUT)
+        return
+    table = Table("key", "default", "unit", "meaning", box=None)
+    for row in describe_keys():
+        table.add_row(*(escape(cell) for cell in row))
+    console = Console()
+    (console if console.is_terminal else Console(width=180)).print(table)
+
+
+def _fail(error: RayGrpoError, code: int) -> NoReturn:
+    typer.echo(f"{type(error).__name__}: {error}", err=True)
+    raise typer.Exit(code)
+
+
+def main() -> None:
+    """Entry point of the ``raygrpo`` command."""
+    app(prog_name="raygrpo", standalone_mode=True, args=sys.argv[1:])

@@ -1,0 +1,301 @@
+"""A whole run: check everything, start the actors, train, export."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raygrpo.checkpoint import Checkpoints, RunState, load_state, verify
+from raygrpo.config import RewardSection, RunConfig, load_config
+from raygrpo.errors import ConfigError, StorageError
+from raygrpo.run_dir import RunDir
+
+RewardCallable = Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How a run ended; not ``finished`` after an orderly stop, which the same command resumes."""
+
+    finished: bool
+    run_dir: Path
+    export: Path | None
+    metrics: dict[str, float]
+
+
+def train(
+    config: RunConfig | Mapping[str, Any] | Path | str,
+    *,
+    reward_funcs: Sequence[RewardCallable] | RewardCallable = (),
+    dataset: Any = None,
+    eval_dataset: Any = None,
+    overrides: Sequence[str] = (),
+) -> Outcome:
+    """Trains a model as ``config`` says, or resumes the run in its directory.
+
+    Args:
+        config: a configuration, a mapping of one, or the path of its YAML file.
+        reward_funcs: callables in place of ``rewards``, called as TRL calls them; closures may be
+            passed.
+        dataset: a `datasets.Dataset` in place of ``data.source``.
+        eval_dataset: the same for ``eval.source``.
+        overrides: ``section.key=value`` strings.
+
+    Raises:
+        RayGrpoError: what is wrong, and what to do about it.
+    """
+    funcs = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
+    resolved, functions = _resolve(config, funcs, dataset is not None, overrides)
+    with Session(resolved, functions, dataset, eval_dataset) as session:
+        session.prepare()
+        return session.run()
+
+
+def _resolve(
+    config: RunConfig | Mapping[str, Any] | Path | str,
+    funcs: Sequence[RewardCallable],
+    has_dataset: bool,
+    overrides: Sequence[str],
+) -> tuple[RunConfig, dict[str, bytes]]:
+    from raygrpo.rewards.loading import pack_function
+
+    if not isinstance(config, RunConfig):
+        if has_dataset and isinstance(config, Mapping):
+            config = {**config, "data": {"source": "python", **config.get("data", {})}}
+        config = load_config(config, overrides)
+    if not funcs:
+        return config, {}
+    names = [getattr(func, "__name__", type(func).__name__) for func in funcs]
+    if len(set(names)) != len(names):
+        raise ConfigError(f"reward functions need distinct names, not {names}")
+    sections = [RewardSection(func=name, name=name) for name in names]
+    functions = {name: pack_function(func) for name, func in zip(names, funcs, strict=True)}
+    return config.model_copy(update={"rewards": sections}), functions
+
+
+class Session:
+    """One run from its checks to its export; a context manager that leaves nothing behind."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        functions: Mapping[str, bytes] | None = None,
+        dataset: Any = None,
+        eval_dataset: Any = None,
+    ) -> None:
+        self.config = config
+        self.started = False
+        self._functions = dict(functions or {})
+        self._dataset = dataset
+        self._eval_dataset = eval_dataset
+        self._born = time.time()
+        self._closers = contextlib.ExitStack()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._closers.close()
+
+    def prepare(self) -> None:
+        """Everything that can fail before the first step: checks first, then data, then actors."""
+        from raygrpo.models import check_model_path, load_tokenizer
+        from raygrpo.rewards.loading import check_reward
+
+        config = self.config
+        if not config.rewards:
+            raise ConfigError("no rewards", "set rewards, or pass reward_funcs")
+        for reward in config.rewards:
+            check_reward(reward, passed=self._functions)
+        check_model_path(config.model)
+        self.run_dir = RunDir.claim(config)
+        self._closers.callback(self.run_dir.release)
+        self._tokenizer = load_tokenizer(config.model)
+        self._load_data()
+        self._find_checkpoint()
+        self._start_actors()
+
+    def run(self) -> Outcome:
+        """Trains, then exports; SIGTERM and SIGINT stop in order, the running step committed."""
+        from raygrpo.trainer import Parts, Trainer
+
+        trainer = Trainer(
+            Parts(
+                config=self.config,
+                pool=self._pool,
+                learner=self._learner,
+                prompts=self._prompts,
+                eval_prompts=self._eval_prompts,
+                tracker=self._tracker,
+                checkpoints=self._checkpoints,
+                incarnation=self._incarnation,
+            ),
+            self._restored,
+        )
+        self.started = True
+        with _stop_signals(trainer.stop):
+            finished = trainer.run()
+        self._tracker.event(
+            "run_end",
+            step=trainer.step,
+            finished=finished,
+            driver_ms_per_group=1e3 * trainer.driver_s_per_group,
+            first_token_s=(trainer.first_token_at or self._born) - self._born,
+        )
+        export = self._export() if finished else None
+        self._tracker.close()
+        return Outcome(
+            finished=finished,
+            run_dir=self.run_dir.root,
+            export=export,
+            metrics=self._tracker.last_metrics,
+        )
+
+    def _load_data(self) -> None:
+        from raygrpo.data.prompts import PromptSource
+        from raygrpo.data.sources import load_rows
+
+        config = self.config
+        rows = self._dataset
+        if rows is None:
+            rows = load_rows(config.data, seed=config.seed)
+        self._prompts = PromptSource(
+            rows, config.data, self._tokenizer, seed=config.seed, stream="train"
+        )
+        self._eval_prompts = []
+        if config.eval.every_steps:
+            section = config.data.model_copy(
+                update={
+                    "source": config.eval.source or config.data.source,
+                    "split": config.eval.split,
+                    "params": {**config.data.params, **config.eval.params},
+                }
+            )
+            eval_rows = self._eval_dataset
+            if eval_rows is None:
+                eval_rows = load_rows(section, seed=config.seed)
+            source = PromptSource(
+                eval_rows, section, self._tokenizer, seed=config.seed, stream="eval"
+            )
+            self._eval_prompts = source.take(config.eval.num_prompts)
+
+    def _find_checkpoint(self) -> None:
+        from raygrpo.tracking.tracker import Tracker
+
+        self._checkpoints = Checkpoints(self.run_dir.checkpoints, self.config.checkpoint.keep)
+        path, problems = self._checkpoints.newest_valid()
+        self._restored_from = path
+        self._restored: RunState | None = load_state(path) if path else None
+        step = self._restored.step if self._restored else 0
+        self._incarnation = self.run_dir.next_incarnation()
+        self._tracker = Tracker(self.run_dir.root, self.config, resume_step=step if path else None)
+        self._closers.callback(self._tracker.close)
+        for problem in problems:
+            self._tracker.event("checkpoint_refused", step=step, reason=problem)
+        if self._restored:
+            self._prompts.restore(self._restored.prompts)
+            self._tracker.event("resumed", step=step, incarnation=self._incarnation)
+
+    def _start_actors(self) -> None:
+        from raygrpo.actors.connect import connect, disconnect
+        from raygrpo.actors.learner import LearnerGroup
+        from raygrpo.actors.placement import demand_of
+        from raygrpo.actors.pool import RolloutPool
+        from raygrpo.actors.weight_store import start_store
+
+        connection = connect(self.config, demand_of(self.config))
+        self._closers.callback(disconnect)
+        store = start_store()
+        self._learner = LearnerGroup(self.config, store, local=connection.local)
+        self._pool = RolloutPool(self.config, store, self._functions, local=connection.local)
+        starting = self._learner.start()
+        self._pool.start()
+        self.pids = {f"learner-{rank}": pid for rank, pid in enumerate(starting.wait())}
+        self.pids |= self._pool.pids
+        self._tracker.event("started", step=0, pids=self.pids, seconds=time.time() - self._born)
+        if self._restored_from is not None:
+            self._learner.load(self._restored_from).wait()
+
+    def _export(self) -> Path:
+        path = self._checkpoints.all()[-1]
+        return export_checkpoint(self.run_dir, path, self.config, self._tokenizer)
+
+
+def export_checkpoint(run_dir: RunDir, path: Path, config: RunConfig, tokenizer: Any) -> Path:
+    """Makes ``export/``: the model of a checkpoint with its card; an older export is replaced.
+
+    Raises:
+        StorageError: the checkpoint does not verify, or the export cannot be written.
+    """
+    from raygrpo.model_card import card_facts, write_model_card
+
+    manifest = verify(path)
+    temporary = run_dir.root / ".tmp-export"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.copytree(path / "model", temporary)
+        facts = card_facts(config, run_dir.root, step=int(manifest["step"]), tokenizer=tokenizer)
+        write_model_card(temporary, facts)
+        if run_dir.export.exists():
+            shutil.rmtree(run_dir.export)
+        temporary.rename(run_dir.export)
+    except OSError as error:
+        raise StorageError(f"cannot write {run_dir.export}: {error}") from error
+    return run_dir.export
+
+
+def export_run(root: Path, step: int | None = None) -> Path:
+    """Exports a checkpoint of a run on disk: the one of ``step``, else the newest that verifies.
+
+    Raises:
+        ConfigError: no run or no such checkpoint.
+        StorageError: the checkpoint does not verify.
+    """
+    from raygrpo.models import load_tokenizer
+
+    run_dir = RunDir(root.expanduser().absolute())
+    if not run_dir.config_path.is_file():
+        raise ConfigError(f"{root} holds no run", "name a run directory")
+    config = load_config(run_dir.config_path)
+    checkpoints = Checkpoints(run_dir.checkpoints)
+    if step is None:
+        path, problems = checkpoints.newest_valid()
+        reason = "; ".join(problems) or "it was stopped before its first one"
+    else:
+        path = next((p for p in checkpoints.all() if p.name == f"step-{step:08}"), None)
+        reason = f"it has {', '.join(p.name for p in checkpoints.all()) or 'none'}"
+    if path is None:
+        raise ConfigError(f"{root} has no checkpoint to export: {reason}")
+    tokenizer = load_tokenizer(config.model.model_copy(update={"path": str(path / "model")}))
+    return export_checkpoint(run_dir, path, config, tokenizer)
+
+
+@contextlib.contextmanager
+def _stop_signals(stop: Callable[[], None]) -> Iterator[None]:
+    """The first SIGTERM or SIGINT asks for an orderly stop, a second one interrupts at once.
+
+    Entered after Ray has started, which replaces handlers of its own.
+    """
+
+    def handle(number: int, frame: object) -> None:
+        stop()
+        signal.signal(number, previous[number])
+
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    previous: dict[int, Any] = {}
+    try:
+        for number in numbers:
+            previous[number] = signal.signal(number, handle)
+    except ValueError:  # not the main thread: the caller handles signals
+        pass
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
