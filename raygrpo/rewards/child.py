@@ -1,0 +1,208 @@
+"""The child process of one reward function: loads it, then answers calls in its main thread.
+
+``python -m raygrpo.rewards.child FD GUARD_PID``, started by `guard`. Requests come pickled; replies
+go back as JSON, so that the host unpickles nothing which user code has made.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import copy
+import ctypes
+import json
+import math
+import numbers
+import os
+import pickle
+import signal
+import socket
+import sys
+import traceback
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Mapping
+from decimal import Decimal
+from typing import Any
+
+from raygrpo.rewards.contract import Call, Setup
+from raygrpo.rewards.loading import accepted_arguments, hidden_columns, load_reward
+from raygrpo.rewards.wire import Channel
+
+PR_SET_PDEATHSIG = 1
+MAX_ERROR_CHARS = 300
+
+
+def main(fd: int, guard_pid: int) -> None:
+    """Serves until the host closes the connection."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != guard_pid:
+        return
+    os.set_inheritable(fd, False)
+    channel = Channel(socket.socket(fileno=fd))
+    with contextlib.suppress(EOFError, ConnectionError):
+        setup: Setup = pickle.loads(channel.receive(None))
+        sys.path += [path for path in setup.paths if path not in sys.path]
+        reward = _load(setup, channel)
+        while reward is not None:
+            call: Call = pickle.loads(channel.receive(None))
+            _send(channel, reward.answer(call))
+
+
+def _load(setup: Setup, channel: Channel) -> ServedReward | None:
+    try:
+        reward = ServedReward(setup, load_reward(setup))
+    except BaseException as error:  # the user's module may raise anything, SystemExit included
+        _send(channel, _failure(setup.name, "cannot be loaded", error))
+        return None
+    _send(channel, {})
+    return reward
+
+
+def _send(channel: Channel, reply: Mapping[str, Any]) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    channel.send(json.dumps(reply).encode(), None)
+
+
+class ServedReward:
+    """A loaded reward function and how to call it."""
+
+    def __init__(self, setup: Setup, function: Callable[..., Any]) -> None:
+        self._name = setup.name
+        self._function = function
+        self._params = setup.params
+        self._hidden = hidden_columns(setup)
+        self._accepted = accepted_arguments(function)
+        self._runner = asyncio.Runner()
+        self._pid = os.getpid()
+
+    def answer(self, call: Call) -> Mapping[str, Any]:
+        """The reply to one call: ``parts`` and ``errors`` [G], ``metrics``, ``extras``."""
+        reports = Reports()
+        try:
+            values = self._call(call, reports)
+            parts, errors = _read_values(self._name, values, len(call.completions))
+        except BaseException as error:  # user code may raise anything, SystemExit included
+            if os.getpid() == self._pid:
+                return _failure(self._name, "raised", error)
+        finally:
+            # A process that the function forked, and which came back here, is not the child.
+            if os.getpid() != self._pid:
+                os._exit(1)
+        return {"parts": parts, "errors": errors, **reports.to_json(len(call.completions))}
+
+    def _call(self, call: Call, reports: Reports) -> Any:
+        size = len(call.completions)
+        arguments: dict[str, Any] = {
+            name: _repeat(value, size)
+            for name, value in call.columns.items()
+            if name not in self._hidden
+        }
+        arguments |= {
+            "prompts": _repeat(call.prompt, size),
+            "completions": list(call.completions),
+            "completion_ids": list(call.completion_ids),
+            "trainer_state": call.trainer_state,
+            "log_extra": reports.log_extra,
+            "log_metric": reports.log_metric,
+            **self._params,
+        }
+        if self._accepted is not None:
+            arguments = {k: v for k, v in arguments.items() if k in self._accepted}
+        values = self._function(**arguments)
+        # One event loop for all calls: clients that an async function keeps are bound to theirs.
+        return self._runner.run(_wait(values)) if isinstance(values, Awaitable) else values
+
+
+class Reports:
+    """What a reward function logs during one call."""
+
+    def __init__(self) -> None:
+        self._metrics: dict[str, list[float]] = defaultdict(list)
+        self._extras: dict[str, list[Any]] = defaultdict(list)
+
+    def log_metric(self, name: str, value: float) -> None:
+        """Reports a value; a metric is the mean of its values over a step."""
+        self._metrics[str(name)].append(_number(value))
+
+    def log_extra(self, column: str, values: list[Any]) -> None:
+        """Adds values to a column beside the completions."""
+        self._extras[str(column)].extend(_plain(value) for value in values)
+
+    def to_json(self, size: int) -> dict[str, Any]:
+        """Finite metrics and columns of the group's size; what is left out is told on stderr."""
+        finite = {k: [v for v in values if math.isfinite(v)] for k, values in self._metrics.items()}
+        metrics = {name: values for name, values in finite.items() if values}
+        extras = {name: values for name, values in self._extras.items() if len(values) == size}
+        for name in (self._metrics.keys() - metrics) | (self._extras.keys() - extras):
+            print(f"log of {name!r} left out: not finite, or not {size} values", file=sys.stderr)
+        return {"metrics": metrics, "extras": extras}
+
+
+async def _wait(values: Awaitable[Any]) -> Any:
+    return await values
+
+
+def _repeat(value: Any, size: int) -> list[Any]:
+    """``size`` copies: a function that changes one completion's row must not change the others'."""
+    if value is None or isinstance(value, (str, bytes, bool, int, float)):
+        return [value] * size
+    return [copy.deepcopy(value) for _ in range(size)]
+
+
+def _read_values(name: str, values: Any, size: int) -> tuple[list[float | None], list[str | None]]:
+    if not isinstance(values, (list, tuple)) and hasattr(values, "tolist"):
+        values = values.tolist()
+    if not isinstance(values, (list, tuple)):
+        raise TypeError(f"returned a {type(values).__name__}, not a list of {size} rewards")
+    if len(values) != size:
+        raise ValueError(f"returned {len(values)} rewards for {size} completions")
+    parts: list[float | None] = []
+    errors: list[str | None] = []
+    for value in values:
+        part, error = _read_value(value)
+        parts.append(part)
+        errors.append(f"{name}: returned {error}" if error else None)
+    return parts, errors
+
+
+def _read_value(value: Any) -> tuple[float | None, str | None]:
+    if value is None:
+        return None, None
+    try:
+        part = _number(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return None, f"{_clean(repr(value))[:80]}, which is no number"
+    return (part, None) if math.isfinite(part) else (None, f"{part}, which is not finite")
+
+
+def _number(value: Any) -> float:
+    """A float from a number, a numpy scalar, or anything with ``item()``, such as a tensor."""
+    if not isinstance(value, (numbers.Real, Decimal)) and hasattr(value, "item"):
+        value = value.item()
+    if not isinstance(value, (numbers.Real, Decimal)):
+        raise TypeError(f"a {type(value).__name__} is no number")
+    return float(value)
+
+
+def _plain(value: Any) -> str | int | float | bool | None:
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    return _clean(value if isinstance(value, str) else repr(value))
+
+
+def _clean(text: str) -> str:
+    """Text that can be written as UTF-8 anywhere: completions may hold lone surrogates."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _failure(name: str, what: str, error: BaseException) -> Mapping[str, Any]:
+    last = traceback.format_exception_only(error)[-1].strip()
+    return {
+        "error": _clean(f"{name}: {what}: {last}")[:MAX_ERROR_CHARS],
+        "traceback": _clean("".join(traceback.format_exception(error))),
+    }
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,122 @@
+"""What crosses between a scorer, its reward functions and the trainer.
+
+The call follows TRL: ``f(prompts=, completions=, completion_ids=, trainer_state=, log_extra=,
+log_metric=, **columns) -> list[float | None]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from raygrpo.types import Group, Score
+
+RESERVED_COLUMNS = frozenset(
+    {
+        "prompt",
+        "prompts",
+        "completion",
+        "completions",
+        "completion_ids",
+        "trainer_state",
+        "log_extra",
+        "log_metric",
+    }
+)
+
+
+class RewardFunction(Protocol):
+    """A reward: one value per completion, None where it does not apply; or an awaitable of it."""
+
+    def __call__(self, **arguments: Any) -> Any: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerState:
+    """Progress that reward functions may read, under TRL's attribute names.
+
+    ``global_step`` counts finished steps of ``max_steps``; ``epoch`` is in passes over the data.
+    """
+
+    global_step: int
+    max_steps: int
+    epoch: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """What a child needs to load its function and be ready.
+
+    ``pickled`` (cloudpickle) is the function itself when it was passed in Python; otherwise
+    ``func`` says where it is. ``paths`` joins the module search path.
+    """
+
+    name: str
+    func: str
+    pickled: bytes | None
+    params: Mapping[str, Any]
+    paths: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One group for a reward function: the row once, completions [G] in full."""
+
+    prompt: Any
+    columns: Mapping[str, Any]
+    completions: Sequence[Any]
+    completion_ids: Sequence[list[int]]
+    trainer_state: TrainerState
+
+
+def make_call(group: Group, trainer_state: TrainerState) -> Call:
+    """A group as rewards see it: messages in, messages out; text otherwise."""
+    prompt = group.request.prompt
+    texts = [completion.text for completion in group.completions]
+    conversational = prompt.messages is not None
+    return Call(
+        prompt=[dict(m) for m in prompt.messages] if prompt.messages is not None else prompt.text,
+        columns={k: v for k, v in prompt.columns.items() if k not in RESERVED_COLUMNS},
+        completions=[[{"role": "assistant", "content": t}] for t in texts]
+        if conversational
+        else texts,
+        completion_ids=[completion.token_ids.tolist() for completion in group.completions],
+        trainer_state=trainer_state,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """What one reward function made of one group.
+
+    ``parts`` [G] and ``errors`` [G]: a completion's value, or None with or without an error. When
+    the call failed as a whole, every completion carries the error and ``traceback`` is set.
+    """
+
+    parts: tuple[float | None, ...]
+    errors: tuple[str | None, ...]
+    metrics: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    extras: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    traceback: str | None = None
+
+    @staticmethod
+    def failed(size: int, error: str, traceback: str) -> Reply:
+        """The reply of a call that failed as a whole."""
+        return Reply(parts=(None,) * size, errors=(error,) * size, traceback=traceback)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredGroup:
+    """The scores [G] of a group and what its reward functions reported.
+
+    ``metrics`` are the values given to ``log_metric``, in order of the rewards; ``extras`` the
+    columns [G] given to ``log_extra``; ``traceback`` the first one, None when nothing failed;
+    ``seconds`` the wall time of each reward by name.
+    """
+
+    scores: tuple[Score, ...]
+    metrics: Mapping[str, tuple[float, ...]]
+    extras: Mapping[str, tuple[Any, ...]]
+    traceback: str | None
+    seconds: Mapping[str, float]

@@ -1,0 +1,77 @@
+"""The built-in reward `reasoning_gym`: the score of a reasoning-gym task's own verifier."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+from reasoning_gym.factory import DATASETS, get_score_answer_fn
+from reasoning_gym.utils import extract_answer
+
+from raygrpo.rewards.text import completion_text
+
+Scorer = Callable[[str, dict[str, Any]], float]
+
+# Verifiers of reasoning-gym 0.1.25 that parse the answer without guarding against text that does
+# not parse; for those, such text is a wrong answer.
+UNGUARDED: dict[str, tuple[type[Exception], ...]] = {
+    "boxnet": (TypeError, AttributeError),
+    "game_of_life": (KeyError, TypeError),
+    "prime_factorization": (ValueError,),
+}
+
+
+def reasoning_gym(
+    completions: Sequence[Any],
+    question: Sequence[str],
+    metadata: Sequence[Any],
+    answer: Sequence[str | None] | None = None,
+    task: str | None = None,
+    **columns: Any,
+) -> list[float]:
+    """The task's ``score_answer`` of the text inside the last <answer> tag, or of all of it.
+
+    ``metadata`` is a dict or its JSON. ``task`` None takes the row's own (``source_dataset`` in
+    its metadata), so that mixed tasks can be scored. Some tasks give partial credit.
+    """
+    answers = answer if answer is not None else [None] * len(completions)
+    rows = zip(completions, question, answers, metadata, strict=True)
+    scores = []
+    for completion, asked, expected, about in rows:
+        about = json.loads(about) if isinstance(about, str) else about
+        entry = {"question": asked, "answer": expected, "metadata": about}
+        text = completion_text(completion)
+        tagged = extract_answer(text)
+        name = task or about["source_dataset"]
+        scores.append(score(name, text.strip() if tagged is None else tagged, entry))
+    return scores
+
+
+def score(task: str, text: str, entry: dict[str, Any]) -> float:
+    """The task's score of one text.
+
+    Raises:
+        ValueError: no such task.
+        Exception: the verifier's own, unless the task is known to raise on text that is no answer.
+    """
+    scorer = _scorer(task)
+    try:
+        return float(scorer(text, entry))
+    except UNGUARDED.get(task, ()):
+        if entry["answer"] is not None:
+            # Fails as well where the row, not the text, is at fault: that must not pass as 0.
+            scorer(entry["answer"], entry)
+        return 0.0
+
+
+@lru_cache
+def _scorer(task: str) -> Scorer:
+    if task not in DATASETS:
+        close = difflib.get_close_matches(task, DATASETS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"reasoning-gym has no task {task!r}{hint}")
+    scorer: Scorer = get_score_answer_fn(task)
+    return scorer

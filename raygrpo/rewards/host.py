@@ -1,0 +1,305 @@
+"""The scorer's side of reward functions: one persistent child process each, and their sum."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from raygrpo.config import RewardSection
+from raygrpo.errors import ConfigError, RewardError
+from raygrpo.rewards.contract import Reply, ScoredGroup, Setup, TrainerState, make_call
+from raygrpo.rewards.loading import anchor_reward, reward_name
+from raygrpo.rewards.wire import Channel
+from raygrpo.types import Group, Score
+
+GUARD = Path(__file__).with_name("guard.py")
+START_TIMEOUT_S = 60.0
+END_TIMEOUT_S = 5.0
+
+
+class _ChildFailed(Exception):
+    """A child missed a deadline, died, or could not load its function."""
+
+    def __init__(self, error: str, traceback: str) -> None:
+        super().__init__(error)
+        self.error = error
+        self.traceback = traceback
+
+
+class RewardChild:
+    """One reward function in a process of its own, ended with all it started when it fails.
+
+    Its work is done in order by one thread of the host, so a fresh child warms up behind the
+    caller's back.
+    """
+
+    def __init__(self, setup: Setup, timeout_s: float, start_timeout_s: float) -> None:
+        self.name = setup.name
+        self._setup = pickle.dumps(setup)
+        self._timeout_s = timeout_s
+        self._start_timeout_s = start_timeout_s
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"reward-{setup.name}")
+        self._lock = threading.Lock()
+        self._closed = False
+        self._process: subprocess.Popen[bytes] | None = None
+        self._channel: Channel | None = None
+
+    def start(self) -> Future[None]:
+        """Starts the process and loads the function."""
+        return self._thread.submit(self._warm)
+
+    def call(self, request: bytes, size: int) -> Future[tuple[Reply, float]]:
+        """Scores a pickled `Call` of ``size`` completions; the reply and its seconds.
+
+        A failure is a reply as well, and the next call meets a fresh process.
+        """
+        return self._thread.submit(self._answer, request, size)
+
+    def close(self) -> None:
+        """Ends the process and all it started; a call under way fails."""
+        with self._lock:
+            self._closed = True
+        self._end()
+        self._thread.shutdown()
+
+    def _answer(self, request: bytes, size: int) -> tuple[Reply, float]:
+        started = time.monotonic()
+        try:
+            channel = self._channel
+            if channel is None or not channel.is_idle():  # never started, or died between calls
+                self._warm()
+                started = time.monotonic()
+            message = self._exchange(request, started + self._timeout_s)
+            reply = _read_reply(message, size)
+        except _ChildFailed as failure:
+            reply = Reply.failed(size, failure.error, failure.traceback)
+            self._end()
+            with contextlib.suppress(RuntimeError):  # closed in the meantime
+                self._thread.submit(self._warm_quietly)
+        return reply, time.monotonic() - started
+
+    def _warm_quietly(self) -> None:
+        # A call that finds no process warms one up again, and reports why that fails.
+        with contextlib.suppress(_ChildFailed):
+            self._warm()
+
+    def _warm(self) -> None:
+        self._end()
+        deadline = time.monotonic() + self._start_timeout_s
+        self._spawn()
+        try:
+            message = self._exchange(self._setup, deadline)
+            if "error" in message:
+                raise _ChildFailed(message["error"], message["traceback"])
+        except _ChildFailed:
+            self._end()
+            raise
+
+    def _spawn(self) -> None:
+        ours, theirs = socket.socketpair()
+        fd = theirs.fileno()
+        command = [sys.executable, "-I", "-S", str(GUARD), str(os.getpid()), str(fd)]
+        command += [sys.executable, "-m", "raygrpo.rewards.child"]
+        with self._lock, theirs:
+            if self._closed:
+                ours.close()
+                raise _ChildFailed(f"{self.name}: the scorer is closed", "")
+            self._process = subprocess.Popen(
+                command, pass_fds=(fd,), stdin=subprocess.DEVNULL, start_new_session=True
+            )
+            self._channel = Channel(ours)
+
+    def _exchange(self, request: bytes, deadline: float) -> Mapping[str, Any]:
+        channel = self._channel
+        if channel is None:
+            raise _ChildFailed(f"{self.name}: the scorer is closed", "")
+        try:
+            channel.send(request, deadline)
+            message: Mapping[str, Any] = json.loads(channel.receive(deadline))
+        except TimeoutError:
+            limit = self._start_timeout_s if request is self._setup else self._timeout_s
+            doing = "was not loaded" if request is self._setup else "gave no answer"
+            error = f"{self.name}: {doing} within {limit:g} s"
+            raise _ChildFailed(error, error) from None
+        except (EOFError, OSError):
+            error = f"{self.name}: its process ended {self._describe_end()}"
+            raise _ChildFailed(error, error) from None
+        except ValueError as broken:
+            error = f"{self.name}: its process broke the protocol: {broken}"
+            raise _ChildFailed(error, error) from None
+        return message
+
+    def _describe_end(self) -> str:
+        process = self._process
+        if process is None:
+            return "because the scorer was closed"
+        try:
+            code = process.wait(END_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            return "its connection"
+        number = code - 128 if code > 128 else -code
+        if number in set(signal.Signals):
+            return f"by {signal.Signals(number).name}"
+        return f"with exit code {code}"
+
+    def _end(self) -> None:
+        with self._lock:
+            process, self._process = self._process, None
+            channel, self._channel = self._channel, None
+        if process is not None:
+            process.terminate()
+            try:
+                process.wait(END_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        if channel is not None:
+            channel.close()
+
+
+def _read_reply(message: Mapping[str, Any], size: int) -> Reply:
+    if "error" in message:
+        return Reply.failed(size, message["error"], message["traceback"])
+    return Reply(
+        parts=tuple(message["parts"]),
+        errors=tuple(message["errors"]),
+        metrics={name: tuple(values) for name, values in message["metrics"].items()},
+        extras={name: tuple(values) for name, values in message["extras"].items()},
+    )
+
+
+class RewardHost:
+    """All reward functions of one scorer; a context manager.
+
+    Args:
+        rewards: the configured rewards; a relative file starts from ``directory``.
+        functions: by reward name, the bytes (`pack_function`) of those passed in Python.
+        directory: where relative files and modules are looked for; None: the current one.
+        start_timeout_s: deadline of one function's import, in seconds.
+    """
+
+    def __init__(
+        self,
+        rewards: Sequence[RewardSection],
+        functions: Mapping[str, bytes],
+        *,
+        directory: Path | None = None,
+        start_timeout_s: float = START_TIMEOUT_S,
+    ) -> None:
+        names = [reward_name(reward) for reward in rewards]
+        if len(set(names)) != len(names):
+            raise ConfigError(f"rewards need distinct names, not {names}", "set rewards[].name")
+        here = (directory or Path.cwd()).absolute()
+        paths = (*(str(Path(path).absolute()) for path in sys.path), str(here))
+        self._weights = {reward_name(reward): reward.weight for reward in rewards}
+        self._children = [
+            RewardChild(
+                Setup(
+                    name=reward_name(reward),
+                    func=anchor_reward(reward, here).func,
+                    pickled=functions.get(reward_name(reward)),
+                    params=reward.params,
+                    paths=paths,
+                ),
+                reward.timeout_s,
+                start_timeout_s,
+            )
+            for reward in rewards
+        ]
+
+    def start(self) -> None:
+        """Starts all children and waits until their functions are loaded.
+
+        Raises:
+            RewardError: a function cannot be loaded, with its traceback; all children are ended.
+        """
+        starts = [child.start() for child in self._children]
+        failures = [error for start in starts if (error := start.exception()) is not None]
+        if not failures:
+            return
+        self.close()
+        first = failures[0]
+        if not isinstance(first, _ChildFailed):
+            raise first
+        raise RewardError(f"{first.error}\n{first.traceback}".rstrip())
+
+    def score(self, group: Group, trainer_state: TrainerState) -> ScoredGroup:
+        """Scores a group by all rewards at once; a failing reward is an errored score."""
+        request = pickle.dumps(make_call(group, trainer_state))
+        size = len(group.completions)
+        calls = {child.name: child.call(request, size) for child in self._children}
+        answers = {name: call.result() for name, call in calls.items()}
+        return combine(
+            {name: reply for name, (reply, _) in answers.items()},
+            self._weights,
+            {name: seconds for name, (_, seconds) in answers.items()},
+            size,
+        )
+
+    def close(self) -> None:
+        """Ends all children and everything they started."""
+        for child in self._children:
+            child.close()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def combine(
+    replies: Mapping[str, Reply],
+    weights: Mapping[str, float],
+    seconds: Mapping[str, float],
+    size: int,
+) -> ScoredGroup:
+    """The scores [size]: sums by weight of the parts that are not None.
+
+    A completion has no value when all its parts are None, or when any is errored.
+    """
+    metrics: dict[str, tuple[float, ...]] = defaultdict(tuple)
+    extras: dict[str, tuple[Any, ...]] = {}
+    for reply in replies.values():
+        for name, values in reply.metrics.items():
+            metrics[name] += values
+        extras |= reply.extras
+    tracebacks = (reply.traceback for reply in replies.values() if reply.traceback)
+    return ScoredGroup(
+        scores=tuple(_score(replies, weights, index) for index in range(size)),
+        metrics=dict(metrics),
+        extras=extras,
+        traceback=next(tracebacks, None),
+        seconds=seconds,
+    )
+
+
+def _score(replies: Mapping[str, Reply], weights: Mapping[str, float], index: int) -> Score:
+    parts = {name: reply.parts[index] for name, reply in replies.items()}
+    errors = [error for reply in replies.values() if (error := reply.errors[index]) is not None]
+    weighted = [weights[name] * part for name, part in parts.items() if part is not None]
+    if not errors and not math.isfinite(sum(weighted)):
+        errors.append("the weighted sum is not finite")
+    value = sum(weighted) if weighted and not errors else None
+    return Score(value=value, parts=parts, error="; ".join(errors) if errors else None)

@@ -1,0 +1,286 @@
+"""Where reward functions come from: built in, ``module:function``, ``file.py:function``, Python.
+
+The driver checks (`check_reward`) without running any user code; a child loads (`load_reward`).
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import importlib.util
+import inspect
+import re
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.machinery import PathFinder
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+
+from raygrpo.config import RewardSection
+from raygrpo.errors import ConfigError, RewardError
+from raygrpo.rewards.contract import RESERVED_COLUMNS, Setup
+
+
+@dataclass(frozen=True, slots=True)
+class Builtin:
+    """A built-in reward's place and the parameters it takes."""
+
+    target: str
+    required: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        """All parameters."""
+        return self.required + self.optional
+
+
+BUILTINS: Mapping[str, Builtin] = {
+    "exact": Builtin("raygrpo.rewards.text:exact", (), ("column", "strip", "first_line")),
+    "number": Builtin("raygrpo.rewards.text:number", (), ("column",)),
+    "format": Builtin("raygrpo.rewards.text:format", ("pattern",)),
+    "length": Builtin("raygrpo.rewards.text:length", ("max_length", "buffer")),
+    "math": Builtin("raygrpo.rewards.math_answer:math", (), ("column",)),
+    "reasoning_gym": Builtin("raygrpo.rewards.gym:reasoning_gym", (), ("task",)),
+}
+
+
+def reward_name(section: RewardSection) -> str:
+    """The name in metrics: the section's own, else the function's."""
+    return section.name or section.func.rpartition(":")[2]
+
+
+def pack_function(function: Callable[..., Any]) -> bytes:
+    """A callable passed in Python, closures included, as bytes for a child process.
+
+    Raises:
+        ConfigError: it holds something that cannot be pickled.
+    """
+    try:
+        data: bytes = cloudpickle.dumps(function)
+    except Exception as error:  # pickling runs whatever __reduce__ the user's objects have
+        raise ConfigError(
+            f"the reward function {function!r} cannot be pickled: {error}",
+            "create locks, clients and open files inside the function",
+        ) from error
+    return data
+
+
+def check_reward(
+    section: RewardSection, directory: Path | None = None, passed: Collection[str] = ()
+) -> None:
+    """Finds what can be found wrong before any process starts; runs no user code.
+
+    Args:
+        directory: what a relative path starts from, and a place of modules; None: the current one.
+        passed: names of the functions that were passed in Python, which need no looking up.
+
+    Raises:
+        ConfigError: an unknown built-in or parameter of one; a missing file or module; a file with
+            a syntax error or without that name at its top level.
+    """
+    name = reward_name(section)
+    if name in passed:
+        return
+    place, colon, attribute = section.func.rpartition(":")
+    if not colon:
+        _check_builtin(section)
+    elif not attribute.isidentifier() and not _is_file(place):
+        raise ConfigError(
+            f"reward {section.func!r} names no function",
+            "write module:function or file.py:function",
+        )
+    elif _is_file(place):
+        _check_file(_path(place, directory), attribute)
+    else:
+        _check_module(place, directory)
+
+
+def anchor_reward(section: RewardSection, directory: Path | None = None) -> RewardSection:
+    """The same section with a file's path made absolute, for processes that run elsewhere."""
+    place, colon, attribute = section.func.rpartition(":")
+    if not colon or not _is_file(place):
+        return section
+    return section.model_copy(update={"func": f"{_path(place, directory)}:{attribute}"})
+
+
+def load_reward(setup: Setup) -> Callable[..., Any]:
+    """Imports a reward function; called in its child process.
+
+    Raises:
+        RewardError: what was found is no callable, or does not take the configured parameters.
+        Exception: whatever importing the user's code raises.
+    """
+    function = _resolve(setup)
+    if not callable(function) or inspect.isclass(function):
+        kind = "a class" if inspect.isclass(function) else f"a {type(function).__name__}"
+        raise RewardError(f"reward {setup.name}: {setup.func} is {kind}, not a function")
+    accepted = accepted_arguments(function)
+    unknown = sorted(set(setup.params) - accepted) if accepted is not None else []
+    if unknown:
+        raise RewardError(
+            f"reward {setup.name}: {setup.func} takes no parameter {', '.join(unknown)}",
+            "remove it from rewards[].params, or add it to the function",
+        )
+    loaded: Callable[..., Any] = function
+    return loaded
+
+
+def accepted_arguments(function: Callable[..., Any]) -> frozenset[str] | None:
+    """The keyword arguments that a callable names; None when it takes any (or does not tell)."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return None
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return frozenset(parameter.name for parameter in parameters if parameter.kind in named)
+
+
+def hidden_columns(setup: Setup) -> frozenset[str]:
+    """Dataset columns that the function must not get: a built-in's parameters are no columns."""
+    builtin = BUILTINS.get(setup.func) if setup.pickled is None else None
+    return RESERVED_COLUMNS | frozenset(builtin.params if builtin else ())
+
+
+def _resolve(setup: Setup) -> Any:
+    if setup.pickled is not None:
+        return cloudpickle.loads(setup.pickled)
+    func = BUILTINS[setup.func].target if setup.func in BUILTINS else setup.func
+    place, _, attribute = func.rpartition(":")
+    module = _load_file(Path(place)) if _is_file(place) else importlib.import_module(place)
+    found: Any = module
+    for part in attribute.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def _load_file(path: Path) -> Any:
+    name = f"raygrpo_reward_{re.sub(r'[^0-9A-Za-z]', '_', path.stem)}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise RewardError(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    # As for a script: its neighbours can be imported. Last, so that they shadow nothing.
+    sys.path.append(str(path.parent))
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _is_file(place: str) -> bool:
+    return place.endswith(".py") or "/" in place
+
+
+def _path(place: str, directory: Path | None) -> Path:
+    return ((directory or Path.cwd()) / Path(place).expanduser()).absolute()
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
+
+
+def _check_builtin(section: RewardSection) -> None:
+    builtin = BUILTINS.get(section.func)
+    if builtin is None:
+        raise ConfigError(
+            f"unknown reward {section.func!r}",
+            f"{_nearest(section.func, list(BUILTINS))} (or write module:function, "
+            "file.py:function)",
+        )
+    for param in section.params:
+        if param not in builtin.params:
+            raise ConfigError(
+                f"reward {section.func} has no parameter {param!r}",
+                _nearest(param, builtin.params),
+            )
+    if missing := [param for param in builtin.required if param not in section.params]:
+        raise ConfigError(
+            f"reward {section.func} needs {', '.join(missing)}", "set it in rewards[].params"
+        )
+    _check_values(section)
+
+
+def _check_values(section: RewardSection) -> None:
+    params = section.params
+    if section.func == "format":
+        try:
+            re.compile(params["pattern"])
+        except (re.error, TypeError) as error:
+            raise ConfigError(f"reward format: pattern is no regular expression: {error}") from None
+    if section.func == "length":
+        longest, buffer = params["max_length"], params["buffer"]
+        if not (isinstance(longest, int) and isinstance(buffer, int) and 0 <= buffer <= longest):
+            raise ConfigError(
+                f"reward length: max_length {longest!r} and buffer {buffer!r} do not fit",
+                "use token counts with 0 <= buffer <= max_length",
+            )
+
+
+def _check_module(place: str, directory: Path | None) -> None:
+    top = place.partition(".")[0]
+    if top == "__main__":
+        raise ConfigError(
+            "a reward in __main__ cannot be found by name", "pass the function itself from Python"
+        )
+    # Only the top package is looked up: finding a submodule would import its parents.
+    here = [str(directory or Path.cwd())]
+    try:
+        found = top in sys.modules or importlib.util.find_spec(top) is not None
+    except (ImportError, ValueError):
+        found = False
+    if not found and PathFinder.find_spec(top, here) is None:
+        raise ConfigError(
+            f"no module {top!r} for the reward {place!r}",
+            f"install it, put it beside the configuration in {here[0]}, or write its path",
+        )
+
+
+def _check_file(path: Path, attribute: str) -> None:
+    if not path.is_file():
+        raise ConfigError(f"no reward file at {path}", "check the path")
+    try:
+        tree = ast.parse(path.read_bytes(), str(path))
+    except (SyntaxError, ValueError) as error:
+        raise ConfigError(f"{path} is no valid Python: {error}") from None
+    names = _top_level_names(tree.body)
+    if attribute.partition(".")[0] not in names and "*" not in names:
+        known = [name for name in names if not name.startswith("_")]
+        raise ConfigError(
+            f"{path} defines no {attribute!r}",
+            _nearest(attribute, known) if known else "it defines nothing",
+        )
+
+
+def _top_level_names(body: Sequence[ast.stmt]) -> set[str]:
+    """Names that a module's statements bind, those under if, try and with included."""
+    names: set[str] = set()
+    for statement in body:
+        match statement:
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
+                names.add(name)
+            case ast.ClassDef(name=name):
+                names.add(name)
+            case ast.Import(names=aliases) | ast.ImportFrom(names=aliases):
+                names.update((alias.asname or alias.name).partition(".")[0] for alias in aliases)
+            case ast.Assign(targets=targets):
+                names.update(_bound(targets))
+            case ast.AnnAssign(target=target, value=ast.expr()):
+                names.update(_bound([target]))
+            case ast.If() | ast.Try() | ast.With():
+                for block in ("body", "orelse", "finalbody"):
+                    names |= _top_level_names(getattr(statement, block, []))
+                for handler in getattr(statement, "handlers", []):
+                    names |= _top_level_names(handler.body)
+    return names
+
+
+def _bound(targets: Sequence[ast.expr]) -> set[str]:
+    nodes = (node for target in targets for node in ast.walk(target))
+    return {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}

@@ -1,0 +1,48 @@
+"""The built-in reward `math`: symbolic equality by math-verify.
+
+math-verify bounds its own work by SIGALRM, so it works in a process's main thread only: that is
+where a reward's child makes its calls.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+from math_verify import parse, verify
+
+from raygrpo.rewards.text import completion_text
+
+MARKED = re.compile(r"\$|\\boxed|\\\(|\\\[")
+PROSE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")
+
+
+def math(
+    completions: Sequence[Any],
+    log_metric: Callable[[str, float], None],
+    column: str = "answer",
+    **columns: Any,
+) -> list[float | None]:
+    """1 where the text's final answer equals the one in ``column`` mathematically, else 0.
+
+    An answer that cannot be parsed gives None, counted in ``math/unparsable_answer_frac``.
+    """
+    answers = [_parse_answer(str(answer)) for answer in columns[column]]
+    log_metric("math/unparsable_answer_frac", answers.count(()) / len(answers))
+    return [
+        float(verify(list(answer), parse(completion_text(completion)))) if answer else None
+        for completion, answer in zip(completions, answers, strict=True)
+    ]
+
+
+@lru_cache(maxsize=1024)
+def _parse_answer(answer: str) -> tuple[Any, ...]:
+    """The parsed answer; () when it is no mathematics.
+
+    math-verify looks for LaTeX inside delimiters, so a bare expression is given some.
+    """
+    bare = not MARKED.search(answer) and not PROSE.search(answer)
+    parsed = tuple(parse(f"\\boxed{{{answer}}}" if bare else answer))
+    return () if all(isinstance(item, str) for item in parsed) else parsed

@@ -1,0 +1,109 @@
+"""Built-in rewards that read only text and lengths: `exact`, `number`, `format` and `length`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from decimal import Decimal, InvalidOperation
+from typing import Any
+
+# A sign counts only where no operand stands before it: "10-3" ends in 3, "x = -3" in -3.
+NUMBER = re.compile(
+    r"(?:(?<![\w)\]])[-+\u2212])?"
+    r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
+    r"(?:[eE][-+]?[0-9]+(?!\w))?"
+)
+
+
+def completion_text(completion: Any) -> str:
+    """The text of a completion: itself, or the content of its last message."""
+    if isinstance(completion, str):
+        return completion
+    content = completion[-1]["content"] if completion else ""
+    if isinstance(content, str):
+        return content
+    return "".join(block.get("text", "") for block in content or ())
+
+
+def last_number(text: str) -> Decimal | None:
+    """The last number written in a text: 1,234 or -3 or 2.50 or 1e5; "1/2" reads as 2."""
+    found = None
+    for match in NUMBER.finditer(text):
+        found = match
+    if found is None:
+        return None
+    try:
+        return Decimal(found[0].replace(",", "").replace("\u2212", "-"))
+    except InvalidOperation:  # an exponent beyond what a Decimal holds
+        return None
+
+
+def exact(
+    completions: Sequence[Any],
+    column: str = "answer",
+    strip: bool = True,
+    first_line: bool = False,
+    **columns: Any,
+) -> list[float]:
+    """1 where the text equals ``column``, else 0.
+
+    ``strip`` ignores white space around both; ``first_line`` looks at the completion's first line
+    only (the first that is not blank, with ``strip``).
+    """
+
+    def clean(text: str) -> str:
+        return text.strip() if strip else text
+
+    scores = []
+    for completion, answer in zip(completions, columns[column], strict=True):
+        text = clean(completion_text(completion))
+        if first_line:
+            text = clean(text.partition("\n")[0])
+        scores.append(float(text == clean(str(answer))))
+    return scores
+
+
+def number(
+    completions: Sequence[Any],
+    log_metric: Callable[[str, float], None],
+    column: str = "answer",
+    **columns: Any,
+) -> list[float | None]:
+    """1 where the last number of the text equals the last number of ``column``, else 0.
+
+    Numbers are compared exactly as decimals. An answer without a number gives None, counted in the
+    metric ``number/unparsable_answer_frac``.
+    """
+    answers = [last_number(str(answer)) for answer in columns[column]]
+    log_metric("number/unparsable_answer_frac", answers.count(None) / len(answers))
+    return [
+        None if answer is None else float(last_number(completion_text(completion)) == answer)
+        for completion, answer in zip(completions, answers, strict=True)
+    ]
+
+
+def format(completions: Sequence[Any], pattern: str, **columns: Any) -> list[float]:
+    """1 where the whole text matches the regular expression ``pattern`` (``.`` matches newlines).
+
+    A pattern that backtracks without end is ended by the call's deadline.
+    """
+    compiled = re.compile(pattern, re.DOTALL)
+    return [float(compiled.fullmatch(completion_text(item)) is not None) for item in completions]
+
+
+def length(
+    completion_ids: Sequence[Sequence[int]], max_length: int, buffer: int, **columns: Any
+) -> list[float]:
+    """The soft overlong penalty of DAPO (arXiv 2503.14476, equation 13), in tokens.
+
+    0 up to ``max_length - buffer``, then linearly down to -1 at ``max_length`` and beyond.
+    """
+    free = max_length - buffer
+    penalties = []
+    for ids in completion_ids:
+        over = len(ids) - free
+        if over <= 0:
+            penalties.append(0.0)
+        else:
+            penalties.append(-1.0 if len(ids) > max_length else -over / buffer)
+    return penalties

@@ -1,0 +1,73 @@
+"""Framed messages between a reward's host and its child process, every wait with a deadline.
+
+A frame is its length (8 bytes, big-endian) and its bytes. `multiprocessing.connection` would block
+in the middle of a frame whose other end is stuck.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+import time
+
+HEADER = struct.Struct("!Q")
+MAX_FRAME_BYTES = 1 << 31
+
+
+class Channel:
+    """One end of a stream socket.
+
+    Deadlines are of `time.monotonic`, in seconds; None waits for ever. Past one, TimeoutError is
+    raised; EOFError or another OSError when the other end is gone. Either breaks the channel.
+    """
+
+    def __init__(self, end: socket.socket) -> None:
+        self._socket = end
+
+    def send(self, payload: bytes, deadline: float | None) -> None:
+        """Sends one frame."""
+        rest = memoryview(HEADER.pack(len(payload)) + payload)
+        while rest:
+            self._set_timeout(deadline)
+            rest = rest[self._socket.send(rest) :]
+
+    def receive(self, deadline: float | None) -> bytes:
+        """Receives one frame."""
+        (size,) = HEADER.unpack(self._receive_exactly(HEADER.size, deadline))
+        if size > MAX_FRAME_BYTES:
+            raise EOFError(f"a frame of {size} bytes: the stream is broken")
+        return self._receive_exactly(size, deadline)
+
+    def is_idle(self) -> bool:
+        """Whether the other end is there and nothing has arrived: between calls, nothing should."""
+        self._socket.setblocking(False)
+        try:
+            self._socket.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
+
+    def close(self) -> None:
+        """Closes this end."""
+        self._socket.close()
+
+    def _receive_exactly(self, size: int, deadline: float | None) -> bytes:
+        data = bytearray()
+        while len(data) < size:
+            self._set_timeout(deadline)
+            part = self._socket.recv(min(size - len(data), 1 << 20))
+            if not part:
+                raise EOFError("the other end is gone")
+            data += part
+        return bytes(data)
+
+    def _set_timeout(self, deadline: float | None) -> None:
+        if deadline is None:
+            self._socket.settimeout(None)
+            return
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self._socket.settimeout(left)

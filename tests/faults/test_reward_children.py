@@ -1,0 +1,570 @@
+"""Reward functions in real child processes: what they return, and every way they fail."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from raygrpo.config import RewardSection
+from raygrpo.errors import RewardError
+from raygrpo.rewards.contract import ScoredGroup, TrainerState
+from raygrpo.rewards.host import RewardHost
+from raygrpo.rewards.loading import pack_function
+from raygrpo.types import Completion, Group, GroupRequest, Prompt, Sampling, Version
+
+STATE = TrainerState(global_step=3, max_steps=10, epoch=0.5)
+# Deadlines of polls for what should take milliseconds; long, because the machine may be busy.
+SOON_S = 20.0
+
+
+def make_group(
+    texts: Sequence[str], columns: dict[str, Any] | None = None, chat: bool = False
+) -> Group:
+    message = {"role": "user", "content": "1 + 1 ="}
+    prompt = Prompt(
+        id="p",
+        token_ids=np.array([1, 2], np.int32),
+        text=None if chat else "1 + 1 =",
+        messages=(message,) if chat else None,
+        columns=columns or {},
+    )
+    version = Version(0, 0)
+    completions = []
+    for text in texts:
+        size = max(1, len(text))
+        completions.append(
+            Completion(
+                token_ids=np.arange(size, dtype=np.int32),
+                logprobs=np.zeros(size, np.float32),
+                loss_mask=np.ones(size, np.bool_),
+                text=text,
+                finish="stop",
+                version_runs=((version, size),),
+            )
+        )
+    request = GroupRequest(
+        stream="train",
+        group_id=0,
+        attempt=0,
+        prompt=prompt,
+        seed=0,
+        sampling=Sampling(num_completions=len(texts), max_tokens=8),
+        min_version=version,
+    )
+    return Group(request=request, completions=tuple(completions))
+
+
+def passed(
+    functions: dict[str, Callable[..., Any]], timeout_s: float = 30.0, **options: Any
+) -> RewardHost:
+    """A host of functions passed in Python."""
+    sections = [RewardSection(func=name, timeout_s=timeout_s, **options) for name in functions]
+    return RewardHost(sections, {name: pack_function(f) for name, f in functions.items()})
+
+
+def configured(func: str, directory: Path | None = None, **options: Any) -> RewardHost:
+    return RewardHost([RewardSection(func=func, **options)], {}, directory=directory)
+
+
+def values(scored: ScoredGroup) -> list[float | None]:
+    return [score.value for score in scored.scores]
+
+
+def only_error(scored: ScoredGroup) -> str:
+    """The error that all completions share; none has a value."""
+    assert values(scored) == [None] * len(scored.scores)
+    (error,) = {score.error for score in scored.scores}
+    assert error is not None
+    return error
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Polls, since nothing tells one process of the end of another's child."""
+    deadline = time.monotonic() + SOON_S
+    while not condition():
+        assert time.monotonic() < deadline, "deadline passed"
+        time.sleep(0.01)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"
+
+
+def read_pids(path: Path, count: int) -> list[int]:
+    def complete() -> bool:
+        return path.exists() and path.read_text().count("\n") >= count
+
+    wait_until(complete)
+    return [int(line) for line in path.read_text().split()]
+
+
+def descendants(pid: int) -> list[int]:
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    found, frontier = [], [pid]
+    while frontier:
+        frontier = [child for child, parent in parents.items() if parent in frontier]
+        found += frontier
+    return found
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left() -> Iterator[None]:
+    before = set(descendants(os.getpid()))
+    yield
+    wait_until(lambda: not set(descendants(os.getpid())) - before)
+
+
+class TestContract:
+    def test_arguments_are_trls(self) -> None:
+        seen_columns = {"answer": "2", "level": 1, "tags": ["a"], "prompt": "not this"}
+
+        def spy(
+            prompts: list[Any],
+            completions: list[Any],
+            completion_ids: list[Any],
+            log_extra: Callable[..., None],
+            log_metric: Callable[..., None],
+            trainer_state: Any,
+            **columns: Any,
+        ) -> list[float]:
+            assert prompts == ["1 + 1 ="] * 3
+            assert completions == ["a", "bb", ""]
+            assert completion_ids == [[0], [0, 1], [0]] and type(completion_ids[1][0]) is int
+            assert columns == {"answer": ["2"] * 3, "level": [1] * 3, "tags": [["a"]] * 3}
+            columns["tags"][0].append("changed")
+            assert columns["tags"][1] == ["a"]
+            assert (trainer_state.global_step, trainer_state.max_steps) == (3, 10)
+            assert trainer_state.epoch == 0.5
+            log_extra("seen", ["x", 2, None])
+            log_extra("too_short", ["x"])
+            log_metric("hits", np.float32(2))
+            log_metric("hits", 3)
+            log_metric("broken", float("nan"))
+            return [0.0, 1.0, 2.0]
+
+        with passed({"spy": spy}) as host:
+            scored = host.score(make_group(["a", "bb", ""], seen_columns), STATE)
+        assert scored.traceback is None
+        assert values(scored) == [0, 1, 2]
+        assert scored.metrics == {"hits": (2.0, 3.0)}
+        assert scored.extras == {"seen": ("x", 2, None)}
+        assert scored.seconds.keys() == {"spy"} and scored.seconds["spy"] > 0
+
+    def test_conversational(self) -> None:
+        def spy(prompts: list[Any], completions: list[Any]) -> list[float]:
+            assert prompts == [[{"role": "user", "content": "1 + 1 ="}]] * 2
+            assert completions == [[{"role": "assistant", "content": c}] for c in ("2", "3")]
+            return [1.0, 0.0]
+
+        with passed({"spy": spy}) as host:
+            assert values(host.score(make_group(["2", "3"], chat=True), STATE)) == [1, 0]
+
+    def test_several_with_weights_and_none(self) -> None:
+        offset = 10.0
+
+        def closure(completions: list[str]) -> list[float | None]:
+            return [None if c == "skip" else offset for c in completions]
+
+        async def later(completions: list[str], **_: Any) -> list[float | None]:
+            await asyncio.sleep(0)
+            return [None if c in ("skip", "half") else 1.0 for c in completions]
+
+        functions = {"closure": pack_function(closure), "later": pack_function(later)}
+        sections = [RewardSection(func="closure"), RewardSection(func="later", weight=-0.5)]
+        with RewardHost(sections, functions) as host:
+            scored = host.score(make_group(["full", "half", "skip"]), STATE)
+        assert values(scored) == [9.5, 10.0, None]
+        assert [score.error for score in scored.scores] == [None] * 3
+        assert scored.scores[1].parts == {"closure": 10.0, "later": None}
+
+    def test_one_event_loop_serves_all_calls(self) -> None:
+        loops: list[Any] = []
+
+        async def keeps_a_client(completions: list[str]) -> list[float]:
+            loops.append(asyncio.get_running_loop())
+            return [float(all(loop is loops[0] for loop in loops)) for _ in completions]
+
+        with passed({"f": keeps_a_client}) as host:
+            assert values(host.score(make_group(["a"]), STATE)) == [1]
+            assert values(host.score(make_group(["a"]), STATE)) == [1]
+
+    def test_numbers_of_all_kinds(self) -> None:
+        def numbers(completions: list[str]) -> list[Any]:
+            from decimal import Decimal
+            from fractions import Fraction
+
+            import torch
+
+            return [
+                *(True, 2, 0.5, np.float32(0.25), np.int64(3), np.bool_(True)),
+                *(torch.tensor(1.5), np.array([4.0]), Decimal("0.1"), Fraction(1, 4)),
+            ]
+
+        with passed({"numbers": numbers}) as host:
+            scored = host.score(make_group(["x"] * 10), STATE)
+        assert values(scored) == [1, 2, 0.5, 0.25, 3, 1, 1.5, 4, 0.1, 0.25]
+
+    def test_arrays_count_as_lists(self) -> None:
+        with passed({"array": lambda completions: np.arange(len(completions))}) as host:
+            assert values(host.score(make_group(["x", "y"]), STATE)) == [0, 1]
+
+    def test_partial_and_object(self) -> None:
+        class Scaled:
+            def __call__(self, completions: list[str], scale: float = 1.0) -> list[float]:
+                return [scale for _ in completions]
+
+        functions = {"partial": functools.partial(Scaled(), scale=3.0), "object": Scaled()}
+        with passed(functions) as host:
+            assert values(host.score(make_group(["x"]), STATE)) == [4.0]
+
+    def test_from_a_file_with_neighbours_and_params(self, tmp_path: Path) -> None:
+        (tmp_path / "neighbour.py").write_text("BONUS = 5.0\n")
+        (tmp_path / "mine.py").write_text(
+            "from neighbour import BONUS\n"
+            "def f(completions, scale, **kwargs):\n"
+            "    return [scale * len(c) + BONUS for c in completions]\n"
+        )
+        with configured("mine.py:f", tmp_path, params={"scale": 2}) as host:
+            assert values(host.score(make_group(["a", "bbb"]), STATE)) == [7, 11]
+
+    def test_from_a_module_beside_the_configuration(self, tmp_path: Path) -> None:
+        package = tmp_path / "my_rewards_package"
+        package.mkdir()
+        (package / "deep.py").write_text("def f(completions): return [1 for _ in completions]\n")
+        with configured("my_rewards_package.deep:f", tmp_path) as host:
+            assert values(host.score(make_group(["a"]), STATE)) == [1]
+
+    def test_trl_rewards_run_unchanged(self, tmp_path: Path) -> None:
+        from trl.rewards import (  # the oracle, called directly
+            accuracy_reward,
+            get_soft_overlong_punishment,
+            think_format_reward,
+        )
+
+        (tmp_path / "mine.py").write_text(
+            "from trl.rewards import get_soft_overlong_punishment\n"
+            "overlong = get_soft_overlong_punishment(40, 20)\n"
+        )
+        sections = [
+            RewardSection(func="trl.rewards:accuracy_reward"),
+            RewardSection(func="trl.rewards:think_format_reward"),
+            RewardSection(func="mine.py:overlong"),
+        ]
+        texts = [r"<think>so</think> $\boxed{\frac{1}{2}}$", r"$\boxed{3}$", "none " * 7]
+        group = make_group(texts, {"solution": "$0.5$"}, chat=True)
+        with RewardHost(sections, {}, directory=tmp_path) as host:
+            scored = host.score(group, STATE)
+        assert scored.traceback is None
+        completions = [[{"role": "assistant", "content": text}] for text in texts]
+        ids = [[0] * len(text) for text in texts]
+        expected = {
+            "accuracy_reward": accuracy_reward(completions, ["$0.5$"] * 3),
+            "think_format_reward": think_format_reward(completions),
+            "overlong": get_soft_overlong_punishment(40, 20)(ids),
+        }
+        assert expected["accuracy_reward"] == [1, 0, 0] and min(expected["overlong"]) < 0
+        for name, parts in expected.items():
+            assert [score.parts[name] for score in scored.scores] == parts
+        assert scored.extras["solution"] == ("$0.5$",) * 3
+
+    def test_built_ins_in_children(self) -> None:
+        row = {
+            "question": "State the final answer to: 1 + 1",
+            "answer": "2",
+            "metadata": '{"source_dataset": "chain_sum"}',
+            "pattern": "a column that is no parameter",
+        }
+        sections = [
+            RewardSection(func="exact"),
+            RewardSection(func="number"),
+            RewardSection(func="math"),
+            RewardSection(func="format", params={"pattern": "[0-9]"}),
+            RewardSection(func="length", params={"max_length": 8, "buffer": 4}),
+            RewardSection(func="reasoning_gym"),
+        ]
+        with RewardHost(sections, {}) as host:
+            scored = host.score(make_group(["2", "so 2.0", "3"], row), STATE)
+        assert scored.traceback is None
+        parts = [tuple(score.parts.values()) for score in scored.scores]
+        assert parts[0] == (1, 1, 1, 1, 0, 1)
+        assert parts[1][:5] == (0, 1, 1, 0, -0.5)
+        assert parts[2] == (0, 0, 0, 1, 0, 0)
+
+
+def bad_or_size(bad: Callable[[], Any]) -> Callable[..., Any]:
+    """Fails on completions that say so, else returns their lengths."""
+
+    def reward(completions: list[str]) -> Any:
+        return bad() if completions[0] == "bad" else [float(len(c)) for c in completions]
+
+    return reward
+
+
+def sleep_for_ever() -> None:
+    signal.pause()
+
+
+def hold_the_interpreter() -> None:
+    import re
+
+    re.fullmatch("(a+)+", "a" * 64 + "b")  # exponential, in C, without releasing the GIL
+
+
+def kill_itself() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def signal_its_group() -> None:
+    os.killpg(0, signal.SIGKILL)
+
+
+def close_everything() -> None:
+    os.closerange(3, 256)
+
+
+def return_twice() -> list[float]:
+    os.fork()  # both processes return to the caller
+    return [1.0, 1.0]
+
+
+class TestFailures:
+    @pytest.mark.parametrize(
+        ("bad", "says", "trace"),
+        [
+            (lambda: 1 / 0, "raised: ZeroDivisionError: division by zero", "1 / 0"),
+            (lambda: sys.exit(0), "raised: SystemExit: 0", "sys.exit"),
+            (lambda: [1.0], "returned 1 rewards for 2 completions", "ValueError"),
+            (lambda: 1.0, "returned a float, not a list of 2 rewards", "TypeError"),
+            (lambda: None, "returned a NoneType", "TypeError"),
+            (lambda: "ab", "returned a str", "TypeError"),
+            (lambda: os._exit(3), "its process ended with exit code 3", "exit code 3"),
+            (kill_itself, "its process ended by SIGKILL", "SIGKILL"),
+            (signal_its_group, "its process ended by SIGKILL", "SIGKILL"),
+            (close_everything, "its process ended with exit code 1", "exit code 1"),
+        ],
+    )
+    def test_the_group_is_errored_and_the_next_call_works(
+        self, bad: Callable[[], Any], says: str, trace: str
+    ) -> None:
+        with passed({"f": bad_or_size(bad)}) as host:
+            failed = host.score(make_group(["bad", "x"]), STATE)
+            assert only_error(failed).startswith("f: ") and says in only_error(failed)
+            assert failed.traceback is not None and trace in failed.traceback
+            assert values(host.score(make_group(["xx", "xxx"]), STATE)) == [2, 3]
+
+    @pytest.mark.parametrize("bad", [sleep_for_ever, hold_the_interpreter])
+    def test_past_the_deadline(self, bad: Callable[[], Any]) -> None:
+        functions = {"f": bad_or_size(bad), "good": lambda completions: [1.0 for _ in completions]}
+        with passed(functions, timeout_s=1.0) as host:
+            started = time.monotonic()
+            failed = host.score(make_group(["bad", "x"]), STATE)
+            assert time.monotonic() - started < SOON_S
+            assert only_error(failed) == "f: gave no answer within 1 s"
+            assert [score.parts["good"] for score in failed.scores] == [1, 1]
+            assert values(host.score(make_group(["xx"]), STATE)) == [3]
+
+    def test_single_bad_elements_error_only_their_completion(self) -> None:
+        def mixed(completions: list[str]) -> list[Any]:
+            return [1.0, float("nan"), float("inf"), "1.0", np.float32("nan"), 10**400, None, 1j]
+
+        with passed({"mixed": mixed}) as host:
+            scored = host.score(make_group(["x"] * 8), STATE)
+        assert values(scored) == [1, None, None, None, None, None, None, None]
+        errors = [score.error for score in scored.scores]
+        assert errors[0] is None and errors[6] is None
+        assert errors[1] == "mixed: returned nan, which is not finite"
+        assert errors[3] == "mixed: returned '1.0', which is no number"
+        assert all(errors[i] for i in (1, 2, 3, 4, 5, 7))
+
+    def test_one_reward_fails_and_the_others_parts_are_kept(self) -> None:
+        with passed({"f": bad_or_size(lambda: 1 / 0), "g": lambda completions: [1, 2]}) as host:
+            scored = host.score(make_group(["bad", "x"]), STATE)
+        assert "ZeroDivisionError" in only_error(scored)
+        assert [score.parts for score in scored.scores] == [{"f": None, "g": i} for i in (1, 2)]
+
+    def test_a_missing_column_is_named(self) -> None:
+        with passed({"f": lambda completions, solution: [0.0]}) as host:
+            assert "missing 1 required positional argument: 'solution'" in only_error(
+                host.score(make_group(["x"]), STATE)
+            )
+
+    def test_a_child_that_dies_between_calls_costs_nothing(self, tmp_path: Path) -> None:
+        pids = tmp_path / "pids"
+
+        def note(completions: list[str]) -> list[float]:
+            with pids.open("a") as file:
+                file.write(f"{os.getpid()}\n")
+            return [1.0 for _ in completions]
+
+        with passed({"f": note}) as host:
+            host.score(make_group(["x"]), STATE)
+            (pid,) = read_pids(pids, 1)
+            os.kill(pid, signal.SIGKILL)
+            wait_until(lambda: not is_running(pid))
+            assert values(host.score(make_group(["x"]), STATE)) == [1]
+
+    def test_a_fork_that_returns_as_well_does_not_answer_twice(self) -> None:
+        with passed({"f": bad_or_size(return_twice)}) as host:
+            assert values(host.score(make_group(["bad", "x"]), STATE)) == [1, 1]
+            for size in (1, 2, 3):
+                assert values(host.score(make_group(["x" * size]), STATE)) == [size]
+
+    def test_loud_functions_and_large_payloads(self, capfd: pytest.CaptureFixture[str]) -> None:
+        size_chars = 3_000_000
+
+        def loud(completions: list[str], log_extra: Callable[..., None]) -> list[float]:
+            print("o" * size_chars)
+            print("e" * size_chars, file=sys.stderr)
+            os.write(1, b"straight to the descriptor\n")
+            log_extra("echo", completions)
+            return [float(len(c)) for c in completions]
+
+        with passed({"loud": loud}) as host:
+            texts = ["x" * size_chars, "\ud800 is half a character"]
+            scored = host.score(make_group(texts), STATE)
+        assert values(scored) == [size_chars, len(texts[1])]
+        assert scored.extras["echo"] == (texts[0], "? is half a character")
+        printed = capfd.readouterr()
+        assert printed.out.count("o") >= size_chars and printed.err.count("e") >= size_chars
+
+
+class TestStart:
+    def test_the_childs_traceback_is_shown(self, tmp_path: Path) -> None:
+        (tmp_path / "mine.py").write_text("import no_such_module_at_all\ndef f(completions): ...\n")
+        with pytest.raises(RewardError, match=r"cannot be loaded.*ModuleNotFoundError") as caught:
+            configured("mine.py:f", tmp_path).start()
+        assert "mine.py" in str(caught.value) and "line 1" in str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("source", "says"),
+        [
+            ("raise SystemExit(4)", "SystemExit: 4"),
+            ("import os; os._exit(7)", "exit code 7"),
+            ("import signal; signal.pause()", "was not loaded within 3 s"),
+            ("f = 3", "is a int, not a function"),
+        ],
+    )
+    def test_modules_that_cannot_be_loaded(self, tmp_path: Path, source: str, says: str) -> None:
+        (tmp_path / "mine.py").write_text(source)
+        sections = [RewardSection(func="mine.py:f"), RewardSection(func="exact")]
+        with pytest.raises(RewardError, match=says):
+            RewardHost(sections, {}, directory=tmp_path, start_timeout_s=3.0).start()
+
+
+def spawn_family(path: str) -> Callable[..., Any]:
+    """A reward that starts a grandchild of every kind, writes all pids, then never returns.
+
+    The kinds: forked, holding the connection; in a session of its own; a double-forked daemon.
+    """
+
+    def reward(completions: list[str]) -> Any:
+        if completions[0] != "bad":
+            return [1.0 for _ in completions]
+
+        def note() -> None:
+            with open(path, "a") as file:
+                file.write(f"{os.getpid()}\n")
+
+        def stay() -> None:
+            note()
+            while True:
+                signal.pause()
+
+        if os.fork() == 0:
+            stay()
+        if os.fork() == 0:
+            os.setsid()
+            stay()
+        if os.fork() == 0:
+            if os.fork() == 0:
+                os.setsid()
+                stay()
+            os._exit(0)
+        note()
+        if completions[1] == "exits":
+            os.wait()
+            os._exit(5)
+        signal.pause()
+        return None
+
+    return reward
+
+
+HOST_SCRIPT = """
+import sys, threading
+sys.path.insert(0, {tests!r})
+from test_reward_children import *
+path = sys.argv[1]
+with passed({{"f": spawn_family(path), "idle": spawn_family(path)}}, timeout_s=600) as host:
+    # From a thread that ends: nothing may depend on the thread that started a child.
+    thread = threading.Thread(target=lambda: host.score(make_group(["good", "x"]), STATE))
+    thread.start()
+    thread.join()
+    print("ready", flush=True)
+    host.score(make_group(["bad", "x"]), STATE)
+"""
+
+
+class TestNoOrphans:
+    @pytest.mark.parametrize("how", ["hangs", "exits"])
+    def test_grandchildren_end_with_a_failed_child(self, tmp_path: Path, how: str) -> None:
+        path = tmp_path / "pids"
+        with passed({"f": spawn_family(str(path))}, timeout_s=2.0) as host:
+            failed = host.score(make_group(["bad", how]), STATE)
+            assert ("exit code 5" if how == "exits" else "within 2 s") in only_error(failed)
+            pids = read_pids(path, 4)
+            assert len(set(pids)) == 4
+            wait_until(lambda: not any(is_running(pid) for pid in pids))
+            assert values(host.score(make_group(["x"]), STATE)) == [1]
+
+    @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
+    def test_a_killed_host_leaves_no_process(self, tmp_path: Path, sent: signal.Signals) -> None:
+        path = tmp_path / "pids"
+        script = HOST_SCRIPT.format(tests=str(Path(__file__).parent))
+        command = [sys.executable, "-c", script, str(path)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None and process.stdout.readline() == "ready\n"
+            noted = read_pids(path, 8)
+            family = [pid for pid in descendants(process.pid) if is_running(pid)]
+            # Two guards, two children, and three others of each.
+            assert set(noted) < set(family) and len(family) == 10
+            process.send_signal(sent)
+            process.wait(SOON_S)
+            wait_until(lambda: not any(is_running(pid) for pid in family))
+
+    def test_close_during_a_call(self, tmp_path: Path) -> None:
+        import threading
+
+        path = tmp_path / "pids"
+        host = passed({"f": spawn_family(str(path))}, timeout_s=600)
+        host.start()
+        results: list[ScoredGroup] = []
+        scoring = threading.Thread(
+            target=lambda: results.append(host.score(make_group(["bad", "x"]), STATE))
+        )
+        scoring.start()
+        pids = read_pids(path, 4)
+        host.close()
+        scoring.join(SOON_S)
+        assert not scoring.is_alive() and only_error(results[0])
+        wait_until(lambda: not any(is_running(pid) for pid in pids))

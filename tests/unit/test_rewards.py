@@ -1,0 +1,306 @@
+"""Built-in rewards, where functions come from, how a group becomes a call, and how parts add up."""
+
+from __future__ import annotations
+
+import json
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raygrpo.config import RewardSection
+from raygrpo.errors import ConfigError, RewardError
+from raygrpo.rewards import text
+from raygrpo.rewards.contract import Reply, Setup
+from raygrpo.rewards.host import RewardHost, combine
+from raygrpo.rewards.loading import (
+    anchor_reward,
+    check_reward,
+    load_reward,
+    pack_function,
+    reward_name,
+)
+
+Metrics = dict[str, float]
+
+
+def section(func: str, **options: Any) -> RewardSection:
+    return RewardSection(func=func, **options)
+
+
+def chat(*texts: str) -> list[list[dict[str, str]]]:
+    return [[{"role": "assistant", "content": item}] for item in texts]
+
+
+class TestText:
+    def test_exact_strips_both_sides(self) -> None:
+        completions = [" 7\n", "7", "07", "7 apples", ""]
+        assert text.exact(completions, answer=["7 "] * 5) == [1, 1, 0, 0, 0]
+
+    def test_exact_without_strip_is_exact(self) -> None:
+        assert text.exact(["7", "7\n"], strip=False, answer=["7", "7"]) == [1, 0]
+
+    def test_exact_first_line_skips_blank_lines(self) -> None:
+        completions = ["\n 7 \nQ: 1+1", "8\n7"]
+        assert text.exact(completions, first_line=True, answer=["7", "7"]) == [1, 0]
+
+    def test_exact_reads_another_column_and_messages(self) -> None:
+        assert text.exact(chat("a", "b"), column="gold", gold=["a", "a"]) == [1, 0]
+
+    def test_message_content_may_be_blocks(self) -> None:
+        blocks = [{"type": "text", "text": "4"}, {"type": "text", "text": "2"}]
+        assert text.completion_text([{"role": "assistant", "content": blocks}]) == "42"
+
+    @pytest.mark.parametrize(
+        ("written", "value"),
+        [
+            ("1,234", "1234"),
+            ("so it is -3.", "-3"),
+            ("2.50", "2.5"),
+            ("$1,234,567.80!", "1234567.8"),
+            ("10-3", "3"),
+            ("f(2)-3", "3"),
+            ("x = -3", "-3"),
+            ("x=\u22123", "-3"),
+            ("1/2", "2"),
+            ("1,2345", "2345"),
+            ("(1,234)", "1234"),
+            ("7 - 3 = 4, since 3 + 4 = 7", "7"),
+            (".5", "0.5"),
+            ("about 1.5e3", "1500"),
+            ("12 eggs", "12"),
+            ("#### 42", "42"),
+        ],
+    )
+    def test_last_number(self, written: str, value: str) -> None:
+        assert text.last_number(written) == Decimal(value)
+
+    @pytest.mark.parametrize("written", ["", "none", "-", "e", "1e99999999999999999999"])
+    def test_no_number(self, written: str) -> None:
+        assert text.last_number(written) is None
+
+    @given(st.integers(-(10**12), 10**12), st.integers(0, 6))
+    def test_number_round_trip(self, units: int, places: int) -> None:
+        value = Decimal(units).scaleb(-places)
+        assert text.last_number(f"the answer is {value:,f}") == value
+
+    @given(st.text())
+    def test_any_text_has_a_number_or_none(self, written: str) -> None:
+        found = text.last_number(written)
+        assert found is None or found.is_finite()
+
+    def test_number_compares_values_and_skips_answers_without_one(self) -> None:
+        metrics: Metrics = {}
+        scores = text.number(
+            ["= 2.50", "it is 3", "none", "1"],
+            log_metric=metrics.__setitem__,
+            answer=[2.5, "2.5", "2.5", "?"],
+        )
+        assert scores == [1, 0, 0, None]
+        assert metrics == {"number/unparsable_answer_frac": 0.25}
+
+    def test_format_matches_the_whole_text_across_lines(self) -> None:
+        pattern = r"<think>.*</think>\s*<answer>.*</answer>"
+        good = "<think>a\nb</think>\n<answer>1</answer>"
+        assert text.format([good, good + "!", "x"], pattern=pattern) == [1, 0, 0]
+
+    def test_length_is_the_soft_overlong_penalty(self) -> None:
+        ids = [[0] * size for size in (0, 80, 81, 90, 100, 101)]
+        scores = text.length(ids, max_length=100, buffer=20)
+        assert scores == [0, 0, -0.05, -0.5, -1, -1]
+
+    def test_length_without_buffer_is_a_step(self) -> None:
+        assert text.length([[0] * 9, [0] * 10, [0] * 11], max_length=10, buffer=0) == [0, 0, -1]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::SyntaxWarning")
+class TestMath:
+    def score(self, completions: list[Any], answer: str) -> tuple[list[float | None], Metrics]:
+        from raygrpo.rewards.math_answer import math
+
+        metrics: Metrics = {}
+        answers = [answer] * len(completions)
+        return math(completions, metrics.__setitem__, answer=answers), metrics
+
+    @pytest.mark.parametrize(
+        ("answer", "right", "wrong"),
+        [
+            ("42", "The answer is 42.", "The answer is 41."),
+            (r"\frac{1}{2}", r"so $\boxed{0.5}$", r"$\boxed{0.25}$"),
+            ("1/2", r"$\frac{2}{4}$", "2"),
+            ("x+1", "$1+x$", "$x-1$"),
+            ("(1,2)", "$(1,2)$", "$(2,1)$"),
+            (r"Thus $\boxed{3}$", r"$\boxed{3}$", "no idea"),
+            ("1,234", "1234", "123"),
+        ],
+    )
+    def test_equal_values(self, answer: str, right: str, wrong: str) -> None:
+        assert self.score([right, wrong], answer)[0] == [1, 0]
+        assert self.score(chat(right, wrong), answer)[0] == [1, 0]
+
+    def test_an_answer_that_is_no_mathematics_gives_none(self) -> None:
+        scores, metrics = self.score(["1", "2"], "???")
+        assert scores == [None, None]
+        assert metrics == {"math/unparsable_answer_frac": 1}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::SyntaxWarning")
+class TestReasoningGym:
+    @pytest.fixture(scope="class")
+    def tasks(self) -> dict[str, dict[str, Any]]:
+        import reasoning_gym
+
+        names = ("chain_sum", "prime_factorization", "graph_color", "boxnet", "game_of_life")
+        return {name: reasoning_gym.create_dataset(name, seed=3, size=1)[0] for name in names}
+
+    def score(self, row: dict[str, Any], texts: list[Any], **options: Any) -> list[float]:
+        from raygrpo.rewards.gym import reasoning_gym
+
+        size = len(texts)
+        columns = {name: [value] * size for name, value in row.items()}
+        return reasoning_gym(texts, **columns, **options)
+
+    @pytest.mark.parametrize("as_json", [False, True])
+    def test_the_answer_scores_one_and_text_that_is_no_answer_zero(
+        self, tasks: dict[str, dict[str, Any]], as_json: bool
+    ) -> None:
+        for name in ("chain_sum", "prime_factorization"):
+            row = dict(tasks[name])
+            row["metadata"] = json.dumps(row["metadata"]) if as_json else row["metadata"]
+            right = row["answer"]
+            texts = [f" {right}\n", f"<answer>{right}</answer> done", "no idea", "", *chat(right)]
+            scores = self.score(row, texts, task=name)
+            assert scores[:2] == [1, 1] and scores[4] == 1
+            assert scores[2] == 0 and scores[3] < 0.1  # an empty product earns 0.01
+
+    def test_the_row_names_its_task(self, tasks: dict[str, dict[str, Any]]) -> None:
+        row = tasks["prime_factorization"]
+        assert self.score(row, [row["answer"], "a \u00d7 b"]) == [1, 0]
+
+    def test_unguarded_verifiers(self, tasks: dict[str, dict[str, Any]]) -> None:
+        assert self.score(tasks["boxnet"], ["[1, 2, 3]", "42", '{"a": 1}']) == [0, 0, 0]
+        assert self.score(tasks["game_of_life"], ['{"a": 1}', "{}"]) == pytest.approx([0, 0])
+        assert self.score(tasks["graph_color"], ["nonsense"])[0] <= 0.01
+
+    def test_a_broken_row_is_no_wrong_answer(self, tasks: dict[str, dict[str, Any]]) -> None:
+        broken = {**tasks["prime_factorization"], "answer": "no factors"}
+        with pytest.raises(ValueError, match="no factors"):
+            self.score(broken, ["2 \u00d7 3"])
+
+    def test_an_unknown_task_names_the_nearest(self, tasks: dict[str, dict[str, Any]]) -> None:
+        with pytest.raises(ValueError, match="did you mean 'chain_sum'"):
+            self.score(tasks["chain_sum"], ["1"], task="chain_sums")
+
+
+class TestCheck:
+    @pytest.mark.parametrize(
+        ("bad", "says"),
+        [
+            (section("exakt"), "did you mean 'exact'"),
+            (section("exact", params={"colum": "x"}), "did you mean 'column'"),
+            (section("format"), "needs pattern"),
+            (section("format", params={"pattern": "("}), "no regular expression"),
+            (section("length", params={"max_length": 4, "buffer": 5}), "buffer <= max_length"),
+            (section("no_such_package.rewards:f"), "no module 'no_such_package'"),
+            (section("__main__:f"), "pass the function itself"),
+            (section("missing.py:f"), "no reward file"),
+            (section("mine.py:gold"), "did you mean 'golden'"),
+            (section("broken.py:f"), "no valid Python"),
+        ],
+    )
+    def test_what_is_wrong_is_named(self, tmp_path: Path, bad: RewardSection, says: str) -> None:
+        (tmp_path / "mine.py").write_text("def golden(completions): ...\n")
+        (tmp_path / "broken.py").write_text("def f(:\n")
+        with pytest.raises(ConfigError, match=says):
+            check_reward(bad, tmp_path)
+
+    def test_all_ways_to_define_a_name_are_found_without_running_the_file(
+        self, tmp_path: Path
+    ) -> None:
+        (tmp_path / "mine.py").write_text(
+            "raise SystemExit('the driver ran user code')\n"
+            "from math import sin as imported\n"
+            "def plain(completions): ...\n"
+            "async def later(completions): ...\n"
+            "left, (right, *rest) = 1, (2, 3)\n"
+            "typed: int = 1\n"
+            "class Holder: ...\n"
+            "try:\n    import a as tried\nexcept ImportError:\n    tried = None\n"
+            "if True:\n    branch = 1\nelse:\n    other = 2\n"
+        )
+        for name in (
+            *("imported", "plain", "later", "left", "right", "rest", "typed", "Holder.method"),
+            *("tried", "branch", "other"),
+        ):
+            check_reward(section(f"mine.py:{name}"), tmp_path)
+
+    def test_modules_installed_or_beside_the_configuration(self, tmp_path: Path) -> None:
+        (tmp_path / "beside_it.py").write_text("")
+        check_reward(section("beside_it:f"), tmp_path)
+        check_reward(section("trl.rewards:accuracy_reward"))
+
+    def test_functions_passed_in_python_are_not_looked_up(self) -> None:
+        check_reward(section("mine", name="mine"), passed={"mine"})
+
+    def test_names_and_anchors(self, tmp_path: Path) -> None:
+        assert reward_name(section("exact")) == "exact"
+        assert reward_name(section("a/b.py:f")) == "f"
+        assert reward_name(section("a.b:f", name="mine")) == "mine"
+        assert anchor_reward(section("b.py:f"), tmp_path).func == f"{tmp_path}/b.py:f"
+        assert anchor_reward(section("a.b:f"), tmp_path).func == "a.b:f"
+
+    def test_what_cannot_be_pickled_is_refused(self) -> None:
+        import threading
+
+        lock = threading.Lock()
+
+        def reward(completions: list[str]) -> list[float]:
+            with lock:
+                return [0.0 for _ in completions]
+
+        with pytest.raises(ConfigError, match="cannot be pickled"):
+            pack_function(reward)
+
+    def test_two_rewards_of_one_name_are_refused(self) -> None:
+        with pytest.raises(ConfigError, match="distinct names"):
+            RewardHost([section("a.py:f"), section("b.py:f")], {})
+
+    def test_load_refuses_what_is_no_function(self) -> None:
+        for func, says in (("decimal:Decimal", "is a class"), ("math:pi", "is a float")):
+            setup = Setup(name="r", func=func, pickled=None, params={}, paths=())
+            with pytest.raises(RewardError, match=says):
+                load_reward(setup)
+
+    def test_load_refuses_parameters_the_function_does_not_take(self) -> None:
+        packed = pack_function(lambda completions, scale: [scale for _ in completions])
+        setup = Setup(name="r", func="r", pickled=packed, params={"scales": 1}, paths=())
+        with pytest.raises(RewardError, match="takes no parameter scales"):
+            load_reward(setup)
+
+
+class TestCombine:
+    def test_weighted_sum_over_parts_that_are_not_none(self) -> None:
+        replies = {
+            "a": Reply(parts=(1.0, None, None, 1.0), errors=(None,) * 4, metrics={"m": (1.0,)}),
+            "b": Reply(
+                parts=(0.5, 0.5, None, None),
+                errors=(None, None, None, "b: bad"),
+                metrics={"m": (2.0,)},
+                extras={"x": (1, 2, 3, 4)},
+            ),
+        }
+        scored = combine(replies, {"a": 1.0, "b": -2.0}, {"a": 0.1, "b": 0.2}, 4)
+        assert [score.value for score in scored.scores] == [0.0, -1.0, None, None]
+        assert [score.error for score in scored.scores] == [None, None, None, "b: bad"]
+        assert scored.scores[3].parts == {"a": 1.0, "b": None}
+        assert scored.metrics == {"m": (1.0, 2.0)}
+        assert scored.extras == {"x": (1, 2, 3, 4)}
+        assert scored.traceback is None
+
+    def test_a_sum_that_overflows_is_an_error(self) -> None:
+        replies = {name: Reply(parts=(1.7e308,), errors=(None,)) for name in "ab"}
+        (score,) = combine(replies, {"a": 1.0, "b": 1.0}, {}, 1).scores
+        assert score.value is None and score.error == "the weighted sum is not finite"
