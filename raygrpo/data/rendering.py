@@ -1,0 +1,163 @@
+"""From a dataset row to the prompt's text or messages, and from those to token ids."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+
+from raygrpo.config import DataSection
+from raygrpo.data.sources import nearest
+from raygrpo.errors import ConfigError, DataError
+from raygrpo.types import Message
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rendered:
+    """A row's prompt: ``text`` or ``messages``, and ``string``, what the tokenizer reads."""
+
+    text: str | None
+    messages: tuple[Message, ...] | None
+    string: str
+
+
+class Renderer:
+    """Renders and tokenises prompts as a `DataSection` says.
+
+    Text is tokenised with the tokenizer's special tokens in front and without those it appends (a
+    prompt never ends in an end-of-sequence token that it does not hold); chat templates write their
+    own special tokens.
+
+    Raises:
+        DataError: the prompt column, or a template's field, is no column.
+        ConfigError: a malformed template, or a chat that the tokenizer has no template for.
+    """
+
+    def __init__(self, section: DataSection, columns: Sequence[str], tokenizer: Any) -> None:
+        self._section, self._columns, self._tokenizer = section, columns, tokenizer
+        if section.template is not None:
+            _check_template(section.template, columns)
+        elif section.prompt not in columns:
+            raise DataError(
+                f"the dataset has no column {section.prompt!r} (data.prompt)",
+                f"{nearest(section.prompt, columns)} (columns: {', '.join(columns)})",
+            )
+        if section.chat:
+            self._check_chat("data.chat is true")
+        self._num_appended = _num_appended(tokenizer)
+
+    def render(self, row: Mapping[str, Any], name: str) -> Rendered:
+        """The prompt of a row that errors call ``name``.
+
+        Raises:
+            DataError: the row's prompt is neither text nor a list of chat messages, or is empty.
+        """
+        section = self._section
+        if section.template is not None:
+            content: Any = _fill(section.template, row, name)
+        else:
+            content = row[section.prompt]
+        if isinstance(content, str):
+            if not content:
+                raise DataError(f"{name} has an empty prompt", "remove the row, or give it text")
+            if not section.chat:
+                return Rendered(text=content, messages=None, string=content)
+            content = [{"role": "user", "content": content}]
+        return self._render_messages(_messages(content, name, section.prompt), name)
+
+    def tokenize(self, prompts: Sequence[Rendered]) -> list[list[int]]:
+        """Token ids of each prompt."""
+        ids: list[list[int]] = [[] for _ in prompts]
+        for is_chat in (False, True):
+            chosen = [i for i, item in enumerate(prompts) if (item.messages is not None) == is_chat]
+            if not chosen:
+                continue
+            strings = [prompts[i].string for i in chosen]
+            encoded = self._tokenizer(
+                strings, add_special_tokens=not is_chat, return_attention_mask=False, verbose=False
+            )
+            appended = 0 if is_chat else self._num_appended
+            for i, tokens in zip(chosen, encoded["input_ids"], strict=True):
+                ids[i] = list(tokens[: len(tokens) - appended])
+        return ids
+
+    def _render_messages(self, messages: tuple[Message, ...], name: str) -> Rendered:
+        if self._section.chat is False:
+            raise ConfigError(
+                f"{name} is a list of messages but data.chat is false",
+                "leave data.chat out, or make text of them with data.template",
+            )
+        self._check_chat(f"{name} is a list of messages")
+        try:
+            string = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                tokenize=False,
+                add_generation_prompt=True,
+                **self._section.chat_template_kwargs,
+            )
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            raise DataError(f"the chat template refuses {name}: {error}") from error
+        return Rendered(text=None, messages=messages, string=string)
+
+    def _check_chat(self, reason: str) -> None:
+        if getattr(self._tokenizer, "chat_template", None) is None:
+            raise ConfigError(
+                f"{reason}, but the model's tokenizer has no chat template",
+                "set data.chat: false with a data.template that makes text, or use a chat model",
+            )
+
+
+def _messages(content: Any, name: str, column: str) -> tuple[Message, ...]:
+    fits = isinstance(content, (list, tuple)) and all(
+        isinstance(item, Mapping) and isinstance(item.get("role"), str) for item in content
+    )
+    if not fits or not content:
+        raise DataError(
+            f"{name}: column {column!r} holds {_shorten(content)}, "
+            "neither text nor a list of chat messages with roles",
+            "correct the row, or name another column in data.prompt",
+        )
+    # Arrow fills the keys that only some rows' messages have with None.
+    return tuple({k: v for k, v in item.items() if v is not None} for item in content)
+
+
+def _shorten(content: Any) -> str:
+    shown = repr(content)
+    return shown if len(shown) <= 60 else f"{shown[:60]}..."
+
+
+def _check_template(template: str, columns: Sequence[str]) -> None:
+    try:
+        fields = [field for _, field, _, _ in string.Formatter().parse(template)]
+    except ValueError as error:
+        raise ConfigError(
+            f"data.template: {error}", "write {{ and }} for braces that are no field"
+        ) from None
+    for field in fields:
+        root = None if field is None else field.partition(".")[0].partition("[")[0]
+        if root is not None and root not in columns:
+            raise DataError(
+                f"data.template has a field {{{field}}}, which is no column",
+                f"{nearest(root, columns)} (columns: {', '.join(columns)}); "
+                "write {{ and }} for braces that are no field",
+            )
+
+
+def _fill(template: str, row: Mapping[str, Any], name: str) -> str:
+    try:
+        return template.format_map(row)
+    except (KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
+        raise DataError(f"data.template does not fit {name}: {error!r}") from error
+
+
+def _num_appended(tokenizer: Any) -> int:
+    """How many special tokens the tokenizer puts behind a text."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a", add_special_tokens=True)["input_ids"]
+    for start in range(len(full) - len(plain) + 1):
+        if full[start : start + len(plain)] == plain:
+            return len(full) - len(plain) - start
+    return 0

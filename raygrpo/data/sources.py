@@ -1,0 +1,191 @@
+"""Where rows come from: the hub, a local file, a reasoning-gym task, or Python."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from raygrpo.config import DataSection, EvalSection
+from raygrpo.errors import ConfigError, DataError
+
+BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+GYM = "reasoning_gym:"
+GYM_SIZE = 1000
+# Row i of a reasoning-gym task is drawn from seed + i: seeds closer together share rows.
+_EVAL_SEED_OFFSET = 1_000_000_007
+_TUPLE = "__tuple__"
+
+
+def load_rows(
+    section: DataSection, *, seed: int, dataset: datasets.Dataset | None = None
+) -> datasets.Dataset:
+    """The rows that ``section.source`` names, or ``dataset`` itself when one is given.
+
+    A reasoning-gym task gives the columns question, answer and metadata (`decode_metadata` reads
+    the last one); unless ``section.params`` says otherwise it has 1000 rows drawn from ``seed``.
+
+    Raises:
+        ConfigError: the source does not exist, or its arguments do not fit it.
+        DataError: the source holds nothing readable, or no rows.
+    """
+    if dataset is None:
+        if section.source.startswith(GYM):
+            dataset = _load_gym(section, seed)
+        elif section.params:
+            raise ConfigError(
+                f"data.params is for reasoning_gym tasks, not for {section.source!r}",
+                f"remove it, or set data.source: {GYM}<task>",
+            )
+        elif Path(section.source).suffix in BUILDERS:
+            dataset = _load_file(section)
+        else:
+            dataset = _load_hub(section)
+    if not isinstance(dataset, datasets.Dataset):
+        raise ConfigError(
+            f"the dataset is a {type(dataset).__name__}, not a datasets.Dataset",
+            "pass one split of it, such as dataset['train']",
+        )
+    if not len(dataset):
+        raise DataError(f"data.source {section.source!r} has no rows", "name a dataset with rows")
+    return dataset
+
+
+def eval_section(data: DataSection, evaluation: EvalSection, *, seed: int) -> DataSection:
+    """What the evaluation reads: ``data`` with the source, split and params of ``evaluation``.
+
+    The same reasoning-gym task gets rows of its own: unless ``evaluation.params`` names a seed, the
+    training seed is moved so far that no row is drawn from a training row's seed.
+    """
+    source = evaluation.source or data.source
+    params = {**data.params, **evaluation.params} if source == data.source else evaluation.params
+    if source == data.source and source.startswith(GYM) and "seed" not in evaluation.params:
+        params = {**params, "seed": data.params.get("seed", seed) + _EVAL_SEED_OFFSET}
+    return data.model_copy(
+        update={
+            "source": source,
+            "split": evaluation.split,
+            "params": params,
+            "subset": data.subset if source == data.source else None,
+            "revision": data.revision if source == data.source else None,
+        }
+    )
+
+
+def _load_file(section: DataSection) -> datasets.Dataset:
+    path = Path(section.source).expanduser()
+    if not path.is_file():
+        raise ConfigError(
+            f"data.source: there is no file {section.source!r}",
+            f"check the path; the working directory is {Path.cwd()}",
+        )
+    if not path.stat().st_size:
+        raise DataError(f"data.source {section.source!r} is an empty file", "write rows into it")
+    builder = BUILDERS[path.suffix]
+
+    def load() -> datasets.Dataset:
+        return datasets.load_dataset(builder, data_files=str(path.absolute()), split="train")
+
+    return _quietly(load, section.source)
+
+
+def _load_hub(section: DataSection) -> datasets.Dataset:
+    def load() -> datasets.Dataset:
+        return datasets.load_dataset(
+            section.source, section.subset, split=section.split, revision=section.revision
+        )
+
+    return _quietly(load, section.source)
+
+
+def _quietly(load: Callable[[], datasets.Dataset], source: str) -> datasets.Dataset:
+    """Loads without progress bars; library errors become ours."""
+    bars = not datasets.utils.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        return load()
+    except (FileNotFoundError, ConnectionError) as error:
+        raise ConfigError(
+            f"data.source {source!r} was found neither here nor on the hub: {error}",
+            f"name a hub dataset, a local {'/'.join(BUILDERS)} file, or {GYM}<task>",
+        ) from error
+    except (datasets.exceptions.DatasetGenerationError, OSError) as error:
+        raise DataError(f"data.source {source!r} cannot be read: {error.__cause__ or error}") from (
+            error
+        )
+    except ValueError as error:  # an unknown split, subset or revision; the message lists them
+        raise ConfigError(
+            f"data.source {source!r}: {error}", "set data.split or data.subset"
+        ) from (error)
+    finally:
+        if bars:
+            datasets.enable_progress_bars()
+
+
+def _load_gym(section: DataSection, seed: int) -> datasets.Dataset:
+    import reasoning_gym
+    from reasoning_gym.factory import DATASETS
+
+    task = section.source.removeprefix(GYM)
+    if task not in DATASETS:
+        raise ConfigError(f"reasoning-gym has no task {task!r}", nearest(task, DATASETS))
+    params = {"size": GYM_SIZE, "seed": seed, **section.params}
+    known = _gym_params(DATASETS[task][1])
+    if unknown := [name for name in params if name not in known]:
+        raise ConfigError(
+            f"data.params: {task} has no parameter {unknown[0]!r}", nearest(unknown[0], known)
+        )
+    try:
+        items = reasoning_gym.create_dataset(task, **params)
+        rows = [items[index] for index in range(len(items))]
+    except (AssertionError, ValueError, TypeError) as error:
+        raise ConfigError(f"data.params of {task}: {error}", "correct the parameters") from error
+    return datasets.Dataset.from_dict(
+        {
+            "question": [row["question"] for row in rows],
+            "answer": [row["answer"] for row in rows],
+            "metadata": [encode_metadata(row["metadata"]) for row in rows],
+        }
+    )
+
+
+def _gym_params(config: type[Any]) -> list[str]:
+    if dataclasses.is_dataclass(config):
+        return [field.name for field in dataclasses.fields(config) if field.init]
+    return list(inspect.signature(config).parameters)
+
+
+def encode_metadata(metadata: Any) -> str:
+    """JSON that keeps tuples apart from lists: arc_agi and rearc compare them."""
+    return json.dumps(_tag(metadata))
+
+
+def decode_metadata(text: str) -> Any:
+    """What `encode_metadata` was given; the keys of mappings are text."""
+
+    def restore(found: dict[str, Any]) -> Any:
+        return tuple(found[_TUPLE]) if found.keys() == {_TUPLE} else found
+
+    return json.loads(text, object_hook=restore)
+
+
+def _tag(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return {_TUPLE: [_tag(item) for item in value]}
+    if isinstance(value, list):
+        return [_tag(item) for item in value]
+    if isinstance(value, dict):
+        return {str(name): _tag(item) for name, item in value.items()}
+    return value
+
+
+def nearest(word: str, known: Sequence[str] | dict[str, Any]) -> str:
+    """A hint that names the known word nearest to ``word``, or all of them."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
