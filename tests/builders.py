@@ -1,0 +1,107 @@
+"""Small valid values of the project's types, for tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from raygrpo.algorithm.window import FinishedGroup
+from raygrpo.types import (
+    Completion,
+    Finish,
+    Group,
+    GroupRequest,
+    GroupSummary,
+    Prompt,
+    Sampling,
+    Score,
+    Version,
+)
+
+
+def prompt(tokens: Sequence[int] = (1, 2, 3), name: str = "p") -> Prompt:
+    return Prompt(id=name, token_ids=np.array(tokens, np.int32), text="?")
+
+
+def request(
+    group_id: int = 0,
+    *,
+    step: int = 0,
+    num_completions: int = 2,
+    tokens: Sequence[int] = (1, 2, 3),
+    max_tokens: int = 8,
+    **sampling: object,
+) -> GroupRequest:
+    return GroupRequest(
+        stream="train",
+        group_id=group_id,
+        attempt=0,
+        prompt=prompt(tokens),
+        seed=0,
+        sampling=Sampling(
+            num_completions=num_completions,
+            max_tokens=max_tokens,
+            **sampling,  # type: ignore[arg-type]
+        ),
+        min_version=Version(1, step),
+    )
+
+
+def completion(
+    tokens: Sequence[int],
+    logprobs: Sequence[float] | None = None,
+    mask: Sequence[bool] | None = None,
+    finish: Finish = "stop",
+    step: int = 0,
+) -> Completion:
+    return Completion(
+        token_ids=np.array(tokens, np.int32),
+        logprobs=np.array(logprobs if logprobs is not None else [-0.5] * len(tokens), np.float32),
+        loss_mask=np.array(mask if mask is not None else [True] * len(tokens), np.bool_),
+        text="x",
+        finish=finish,
+        version_runs=((Version(1, step), len(tokens)),),
+    )
+
+
+def group(order: GroupRequest, completions: Sequence[Completion]) -> Group:
+    return Group(request=order, completions=tuple(completions))
+
+
+def score(value: float | None, error: str | None = None) -> Score:
+    return Score(value=value, parts={"r": value}, error=error)
+
+
+def summary(
+    group_id: int,
+    rewards: Sequence[float | str | None],
+    *,
+    lengths: Sequence[int] | None = None,
+    finishes: Sequence[Finish] | None = None,
+    step: int = 0,
+    prompt_length: int = 3,
+) -> GroupSummary:
+    """A finished group; a reward given as text is an errored score."""
+    count = len(rewards)
+    lengths = tuple(lengths or [4] * count)
+    scores = tuple(
+        score(None, reward) if isinstance(reward, str) else score(reward) for reward in rewards
+    )
+    return GroupSummary(
+        stream="train",
+        group_id=group_id,
+        attempt=0,
+        prompt_id="p",
+        prompt_length=prompt_length,
+        lengths=lengths,
+        num_loss_tokens=lengths,
+        finishes=tuple(finishes or ["stop"] * count),
+        oldest=(Version(1, step),) * count,
+        newest=(Version(1, step),) * count,
+        scores=scores,
+    )
+
+
+def finished(group_id: int, rewards: Sequence[float | str | None], step: int = 0) -> FinishedGroup:
+    return FinishedGroup(summary=summary(group_id, rewards, step=step), payload=f"ref-{group_id}")
