@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 from dataclasses import dataclass
 
 import ray
@@ -48,11 +47,8 @@ def connect(config: RunConfig, demand: Demand) -> Connection:
 
 
 def _start_local(demand: Demand) -> None:
-    # A token of this process's own: nothing is read from or written to the user's home, and no
-    # other user of the machine can join.
-    if "RAY_AUTH_MODE" not in os.environ:
-        os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    # Ray's own default protects a local cluster by a token. Its mode is read when ray is imported,
+    # so setting it here would make this process a stranger to its own cluster.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray.init(
         address="local",

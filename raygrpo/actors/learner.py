@@ -56,7 +56,6 @@ class LearnerActor:
         self._learner = DeepSpeedLearner(
             self._config,
             rank=self._rank,
-            world_size=self._config.learner.num_ranks,
             master_addr=host,
             master_port=port,
             local_rank=local_rank,
