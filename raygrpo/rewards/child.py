@@ -1,7 +1,7 @@
 """The child process of one reward function: loads it, then answers calls in its main thread.
 
-``python -m raygrpo.rewards.child FD GUARD_PID``, started by `guard`. Requests come pickled; replies
-go back as JSON, so that the host unpickles nothing which user code has made.
+``python -m raygrpo.rewards.child FD TRACE_FD GUARD_PID``, started by `guard`. Requests come pickled;
+replies go back as JSON, so that the host unpickles nothing which user code has made.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import copy
 import ctypes
+import faulthandler
 import json
 import math
 import numbers
@@ -20,7 +21,7 @@ import socket
 import sys
 import traceback
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from decimal import Decimal
 from typing import Any
 
@@ -32,20 +33,40 @@ PR_SET_PDEATHSIG = 1
 MAX_ERROR_CHARS = 300
 
 
-def main(fd: int, guard_pid: int) -> None:
+# Share of a deadline after which the stack is kept, for the host to read once it has passed.
+TRACE_FRAC = 0.9
+
+
+def main(fd: int, trace_fd: int, guard_pid: int) -> None:
     """Serves until the host closes the connection."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != guard_pid:
         return
-    os.set_inheritable(fd, False)
+    for own in (fd, trace_fd):
+        os.set_inheritable(own, False)
     channel = Channel(socket.socket(fileno=fd))
     with contextlib.suppress(EOFError, ConnectionError):
         setup: Setup = pickle.loads(channel.receive(None))
         sys.path += [path for path in setup.paths if path not in sys.path]
-        reward = _load(setup, channel)
+        with _keeping_stack(trace_fd, setup.start_timeout_s):
+            reward = _load(setup, channel)
         while reward is not None:
             call: Call = pickle.loads(channel.receive(None))
-            _send(channel, reward.answer(call))
+            with _keeping_stack(trace_fd, setup.timeout_s):
+                reply = reward.answer(call)
+            _send(channel, reply)
+
+
+@contextlib.contextmanager
+def _keeping_stack(trace_fd: int, timeout_s: float) -> Iterator[None]:
+    """Has the stack written shortly before the deadline, by a thread that needs no interpreter."""
+    os.ftruncate(trace_fd, 0)
+    os.lseek(trace_fd, 0, os.SEEK_SET)
+    faulthandler.dump_traceback_later(TRACE_FRAC * timeout_s, file=trace_fd)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def _load(setup: Setup, channel: Channel) -> ServedReward | None:
@@ -205,4 +226,4 @@ def _failure(name: str, what: str, error: BaseException) -> Mapping[str, Any]:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

@@ -49,7 +49,7 @@ class Setup:
     """What a child needs to load its function and be ready.
 
     ``pickled`` (cloudpickle) is the function itself when it was passed in Python; otherwise
-    ``func`` says where it is. ``paths`` joins the module search path.
+    ``func`` says where it is. ``paths`` joins the module search path. Deadlines in seconds.
     """
 
     name: str
@@ -57,6 +57,8 @@ class Setup:
     pickled: bytes | None
     params: Mapping[str, Any]
     paths: tuple[str, ...]
+    timeout_s: float
+    start_timeout_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,11 +114,11 @@ class ScoredGroup:
 
     ``metrics`` are the values given to ``log_metric``, in order of the rewards; ``extras`` the
     columns [G] given to ``log_extra``; ``traceback`` the first one, None when nothing failed;
-    ``seconds`` the wall time of each reward by name.
+    ``reward_s`` the wall time of each reward by name, in seconds.
     """
 
     scores: tuple[Score, ...]
     metrics: Mapping[str, tuple[float, ...]]
     extras: Mapping[str, tuple[Any, ...]]
     traceback: str | None
-    seconds: Mapping[str, float]
+    reward_s: Mapping[str, float]

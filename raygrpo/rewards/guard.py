@@ -1,9 +1,9 @@
 """The init process of one reward function: starts it, and ends its whole process tree.
 
-Run as a script by an isolated interpreter (``python -I -S guard.py HOST_PID FD COMMAND...``), so it
-holds no user code and nothing that could get stuck. It ends every descendant of the reward, also
-those that left its process group, when the reward's process ends, when told by SIGTERM, or when
-its host is gone. As a child subreaper it adopts orphans, so that none is out of reach.
+Run as a script (``guard.py HOST_PID FD TRACE_FD COMMAND...``) by an isolated interpreter, so it holds
+no user code and nothing that could get stuck. It ends every descendant of the reward, also those
+that left its process group, when the reward's process ends, when told by SIGTERM, or when its host
+is gone. As a child subreaper it adopts orphans, so that none is out of reach.
 
 PR_SET_PDEATHSIG alone would not do: the kernel ties it to the *thread* that spawned the child, and
 it reaches the child only, not what the child started.
@@ -20,15 +20,16 @@ PR_SET_CHILD_SUBREAPER = 36
 HOST_CHECK_S = 0.5
 
 
-def main(host_pid: int, fd: int, command: list[str]) -> int:
-    """Runs ``command`` with the connection ``fd`` and its guard's pid appended; its exit code."""
+def main(host_pid: int, fds: list[int], command: list[str]) -> int:
+    """Runs ``command`` with its descriptors and its guard's pid appended; its exit code."""
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     signals = {signal.SIGTERM, signal.SIGCHLD}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    arguments = [*command, str(fd), str(os.getpid())]
+    arguments = [*command, *map(str, fds), str(os.getpid())]
     child = os.posix_spawn(command[0], arguments, os.environ, setsid=True, setsigmask=[])
     # The child's end must be the only one, so that its death closes the connection.
-    os.close(fd)
+    for fd in fds:
+        os.close(fd)
     code = 128 + signal.SIGKILL
     while os.getppid() == host_pid:
         received = signal.sigtimedwait(signals, HOST_CHECK_S)
@@ -84,4 +85,4 @@ def _children() -> list[int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]))
+    sys.exit(main(int(sys.argv[1]), [int(fd) for fd in sys.argv[2:4]], sys.argv[4:]))

@@ -30,6 +30,7 @@ from raygrpo.types import Group, Score
 GUARD = Path(__file__).with_name("guard.py")
 START_TIMEOUT_S = 60.0
 END_TIMEOUT_S = 5.0
+MAX_STACK_BYTES = 1 << 16
 
 
 class _ChildFailed(Exception):
@@ -48,11 +49,13 @@ class RewardChild:
     caller's back.
     """
 
-    def __init__(self, setup: Setup, timeout_s: float, start_timeout_s: float) -> None:
+    def __init__(self, setup: Setup) -> None:
         self.name = setup.name
         self._setup = pickle.dumps(setup)
-        self._timeout_s = timeout_s
-        self._start_timeout_s = start_timeout_s
+        self._timeout_s = setup.timeout_s
+        self._start_timeout_s = setup.start_timeout_s
+        # Where the child leaves its stack when a deadline is near: shared memory outlives it.
+        self._trace_fd = os.memfd_create("reward-stack")
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"reward-{setup.name}")
         self._lock = threading.Lock()
         self._closed = False
@@ -76,6 +79,9 @@ class RewardChild:
             self._closed = True
         self._end()
         self._thread.shutdown()
+        if self._trace_fd >= 0:
+            os.close(self._trace_fd)
+            self._trace_fd = -1
 
     def _answer(self, request: bytes, size: int) -> tuple[Reply, float]:
         started = time.monotonic()
@@ -112,15 +118,15 @@ class RewardChild:
 
     def _spawn(self) -> None:
         ours, theirs = socket.socketpair()
-        fd = theirs.fileno()
-        command = [sys.executable, "-I", "-S", str(GUARD), str(os.getpid()), str(fd)]
+        fds = (theirs.fileno(), self._trace_fd)
+        command = [sys.executable, "-I", "-S", str(GUARD), str(os.getpid()), *map(str, fds)]
         command += [sys.executable, "-m", "raygrpo.rewards.child"]
         with self._lock, theirs:
             if self._closed:
                 ours.close()
                 raise _ChildFailed(f"{self.name}: the scorer is closed", "")
             self._process = subprocess.Popen(
-                command, pass_fds=(fd,), stdin=subprocess.DEVNULL, start_new_session=True
+                command, pass_fds=fds, stdin=subprocess.DEVNULL, start_new_session=True
             )
             self._channel = Channel(ours)
 
@@ -135,7 +141,8 @@ class RewardChild:
             limit = self._start_timeout_s if request is self._setup else self._timeout_s
             doing = "was not loaded" if request is self._setup else "gave no answer"
             error = f"{self.name}: {doing} within {limit:g} s"
-            raise _ChildFailed(error, error) from None
+            stack = os.pread(self._trace_fd, MAX_STACK_BYTES, 0).decode(errors="replace")
+            raise _ChildFailed(error, f"{error}; it was at\n{stack}" if stack else error) from None
         except (EOFError, OSError):
             error = f"{self.name}: its process ended {self._describe_end()}"
             raise _ChildFailed(error, error) from None
@@ -215,9 +222,9 @@ class RewardHost:
                     pickled=functions.get(reward_name(reward)),
                     params=reward.params,
                     paths=paths,
-                ),
-                reward.timeout_s,
-                start_timeout_s,
+                    timeout_s=reward.timeout_s,
+                    start_timeout_s=start_timeout_s,
+                )
             )
             for reward in rewards
         ]
@@ -272,7 +279,7 @@ class RewardHost:
 def combine(
     replies: Mapping[str, Reply],
     weights: Mapping[str, float],
-    seconds: Mapping[str, float],
+    reward_s: Mapping[str, float],
     size: int,
 ) -> ScoredGroup:
     """The scores [size]: sums by weight of the parts that are not None.
@@ -291,7 +298,7 @@ def combine(
         metrics=dict(metrics),
         extras=extras,
         traceback=next(tracebacks, None),
-        seconds=seconds,
+        reward_s=reward_s,
     )
 
 

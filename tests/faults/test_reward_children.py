@@ -168,7 +168,7 @@ class TestContract:
         assert values(scored) == [0, 1, 2]
         assert scored.metrics == {"hits": (2.0, 3.0)}
         assert scored.extras == {"seen": ("x", 2, None)}
-        assert scored.seconds.keys() == {"spy"} and scored.seconds["spy"] > 0
+        assert scored.reward_s.keys() == {"spy"} and scored.reward_s["spy"] > 0
 
     def test_conversational(self) -> None:
         def spy(prompts: list[Any], completions: list[Any]) -> list[float]:
@@ -380,6 +380,7 @@ class TestFailures:
             failed = host.score(make_group(["bad", "x"]), STATE)
             assert time.monotonic() - started < SOON_S
             assert only_error(failed) == "f: gave no answer within 1 s"
+            assert failed.traceback is not None and f"in {bad.__name__}" in failed.traceback
             assert [score.parts["good"] for score in failed.scores] == [1, 1]
             assert values(host.score(make_group(["xx"]), STATE)) == [3]
 
@@ -501,8 +502,8 @@ def spawn_family(path: str) -> Callable[..., Any]:
                 stay()
             os._exit(0)
         note()
+        read_pids(Path(path), 4)  # all are there before any is ended
         if completions[1] == "exits":
-            os.wait()
             os._exit(5)
         signal.pause()
         return None

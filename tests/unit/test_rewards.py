@@ -31,6 +31,18 @@ def section(func: str, **options: Any) -> RewardSection:
     return RewardSection(func=func, **options)
 
 
+def setup(func: str, pickled: bytes | None = None, **params: Any) -> Setup:
+    return Setup(
+        name="r",
+        func=func,
+        pickled=pickled,
+        params=params,
+        paths=(),
+        timeout_s=1.0,
+        start_timeout_s=1.0,
+    )
+
+
 def chat(*texts: str) -> list[list[dict[str, str]]]:
     return [[{"role": "assistant", "content": item}] for item in texts]
 
@@ -270,15 +282,13 @@ class TestCheck:
 
     def test_load_refuses_what_is_no_function(self) -> None:
         for func, says in (("decimal:Decimal", "is a class"), ("math:pi", "is a float")):
-            setup = Setup(name="r", func=func, pickled=None, params={}, paths=())
             with pytest.raises(RewardError, match=says):
-                load_reward(setup)
+                load_reward(setup(func))
 
     def test_load_refuses_parameters_the_function_does_not_take(self) -> None:
         packed = pack_function(lambda completions, scale: [scale for _ in completions])
-        setup = Setup(name="r", func="r", pickled=packed, params={"scales": 1}, paths=())
         with pytest.raises(RewardError, match="takes no parameter scales"):
-            load_reward(setup)
+            load_reward(setup("r", packed, scales=1))
 
 
 class TestCombine:
