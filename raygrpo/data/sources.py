@@ -92,7 +92,12 @@ def _load_file(section: DataSection) -> datasets.Dataset:
     def load() -> datasets.Dataset:
         return datasets.load_dataset(builder, data_files=str(path.absolute()), split="train")
 
-    return _quietly(load, section.source)
+    try:
+        return _quietly(load, section.source)
+    except ValueError as error:
+        raise DataError(
+            f"data.source {section.source!r} has no rows: {error}", "write rows into it"
+        ) from error
 
 
 def _load_hub(section: DataSection) -> datasets.Dataset:
@@ -101,7 +106,12 @@ def _load_hub(section: DataSection) -> datasets.Dataset:
             section.source, section.subset, split=section.split, revision=section.revision
         )
 
-    return _quietly(load, section.source)
+    try:
+        return _quietly(load, section.source)
+    except ValueError as error:  # an unknown split, subset or revision; the message lists them
+        raise ConfigError(
+            f"data.source {section.source!r}: {error}", "set data.split or data.subset"
+        ) from error
 
 
 def _quietly(load: Callable[[], datasets.Dataset], source: str) -> datasets.Dataset:
@@ -119,10 +129,6 @@ def _quietly(load: Callable[[], datasets.Dataset], source: str) -> datasets.Data
         raise DataError(f"data.source {source!r} cannot be read: {error.__cause__ or error}") from (
             error
         )
-    except ValueError as error:  # an unknown split, subset or revision; the message lists them
-        raise ConfigError(
-            f"data.source {source!r}: {error}", "set data.split or data.subset"
-        ) from (error)
     finally:
         if bars:
             datasets.enable_progress_bars()
