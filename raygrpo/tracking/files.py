@@ -1,0 +1,134 @@
+"""The run directory's two logs: metrics.jsonl, one object a step, and events.jsonl."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from raygrpo.errors import StorageError
+from raygrpo.run_dir import write_atomically
+
+
+class _JsonLines:
+    """A file of JSON objects that is appended to; a line is on disk when `write` returns.
+
+    Raises:
+        StorageError: the file cannot be opened or written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            _end_torn_line(path)
+            self._file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise StorageError(f"cannot open {path}: {error}") from error
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Appends one object. NaN and infinities become null: JSON has neither."""
+        try:
+            self._file.write(json.dumps(_finite(row), allow_nan=False, default=str) + "\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise StorageError(f"cannot write {self._path}: {error}", "free some space") from error
+
+    def close(self) -> None:
+        """Closes the file; more than once is fine."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class MetricsFile(_JsonLines):
+    """metrics.jsonl: each step of the run once, in order.
+
+    ``resume_step`` is the step that the run goes on from; what a killed run logged after it is cut
+    off, and all of it with None. Lines hold ``step`` and the metrics by name.
+    """
+
+    def __init__(self, path: Path, *, resume_step: int | None) -> None:
+        if path.is_file():
+            _truncate(path, -1 if resume_step is None else resume_step)
+        super().__init__(path)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Appends one step."""
+        self.write({"step": step, **metrics})
+
+
+class EventsFile(_JsonLines):
+    """events.jsonl: everything out of the ordinary, with its time (seconds since 1970)."""
+
+    def log(self, kind: str, fields: Mapping[str, Any]) -> None:
+        """Appends one event."""
+        self.write({"time": time.time(), "kind": kind, **fields})
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a last line that a crash tore is left out.
+
+    Raises:
+        StorageError: the file cannot be read, or another line is no JSON object.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error}") from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.endswith("\n"):
+            break  # torn: a whole line ends in a newline
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            row = None
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise StorageError(
+                f"line {number} of {path} is no step's metrics", "remove the line, or the file"
+            )
+        rows.append(row)
+    return rows
+
+
+def _truncate(path: Path, last_step: int) -> None:
+    kept = [row for row in read_metrics(path) if row["step"] <= last_step]
+    try:
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error}") from error
+
+
+def _end_torn_line(path: Path) -> None:
+    """Ends a last line that a crash tore, so that the next one starts on its own."""
+    if not path.is_file() or not path.stat().st_size:
+        return
+    with path.open("rb+") as file:
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
+            file.write(b"\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(name): _finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value

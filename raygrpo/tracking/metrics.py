@@ -1,0 +1,160 @@
+"""From what happened in a step to flat metrics. Names are TRL's where TRL has one.
+
+``reward*``, ``completions/*``, ``rewards/*`` and ``frac_reward_zero_std`` describe all groups that
+finished for the step, dropped ones included: with refill, the trained ones alone would hide what
+the policy has learned. ``trained/*`` describes the groups that the step trained on. A standard
+deviation has ddof 1, as TRL's.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from raygrpo.types import GroupSummary, Stat
+
+# As torch.isclose(x, 0), with which TRL decides that a group's rewards do not differ.
+_ZERO_STD = 1e-8
+_RATIO, _RATIO_SQUARED = (
+    "sampling/importance_sampling_ratio",
+    "sampling/importance_sampling_ratio_squared",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepFacts:
+    """What a step was made of.
+
+    ``finished``: every group that came back since the last step was taken; ``trained``: those that
+    the step trained on. ``num_tokens``: prompt and completion tokens of the whole run so far.
+    ``step_s``: from the last step's end to this one's; ``update_s``: the learner's part of it.
+    """
+
+    step: int
+    finished: Sequence[GroupSummary]
+    trained: Sequence[GroupSummary]
+    stats: Mapping[str, Stat]
+    epoch: float
+    num_tokens: int
+    step_s: float
+    update_s: float
+
+
+def step_metrics(facts: StepFacts) -> dict[str, float]:
+    """All metrics of a step; what has no value in it (a mean over nothing) is left out."""
+    finished, trained = facts.finished, facts.trained
+    num_completion_tokens = sum(sum(group.lengths) for group in finished)
+    metrics = {
+        **reward_metrics(finished),
+        **completion_metrics(finished),
+        **_prefixed("trained/", {**reward_metrics(trained), **completion_metrics(trained)}),
+        **stat_metrics(facts.stats),
+        **staleness_metrics(facts.step, trained),
+        "epoch": facts.epoch,
+        "num_tokens": float(facts.num_tokens),
+        "num_groups": float(len(finished)),
+        "trained/num_groups": float(len(trained)),
+        "step_time": facts.step_s,
+        "timing/update_s": facts.update_s,
+    }
+    for name in ("generate_s", "score_s"):
+        times = [getattr(group, name) for group in finished]
+        metrics |= _mean(f"timing/{name}", times)
+    if facts.step_s > 0:
+        metrics["timing/tokens_per_s"] = num_completion_tokens / facts.step_s
+    return metrics
+
+
+def reward_metrics(groups: Sequence[GroupSummary]) -> dict[str, float]:
+    """Rewards of groups. Completions without a reward (None, or an error) are in no mean.
+
+    ``reward``: mean over completions. ``reward_std``: mean over groups of the group's deviation;
+    groups with fewer than two rewards have none. ``frac_reward_zero_std``: share of those groups
+    whose rewards are all alike. ``reward/error_frac``: share of errored completions.
+    """
+    scores = [score for group in groups for score in group.scores]
+    metrics = _mean("reward", [s.value for s in scores if s.value is not None])
+    metrics |= _mean("reward/error_frac", [float(s.error is not None) for s in scores])
+    deviations = []
+    for group in groups:
+        values = [score.value for score in group.scores if score.value is not None]
+        if len(values) > 1:
+            deviations.append(statistics.stdev(values))
+    metrics |= _mean("reward_std", deviations)
+    metrics |= _mean("frac_reward_zero_std", [float(d <= _ZERO_STD) for d in deviations])
+    for name in sorted({name for score in scores for name in score.parts}):
+        parts = [p for s in scores if s.error is None and (p := s.parts.get(name)) is not None]
+        metrics |= _mean(f"rewards/{name}/mean", parts)
+        if len(parts) > 1:
+            metrics[f"rewards/{name}/std"] = statistics.stdev(parts)
+    return metrics | _reported_metrics(groups)
+
+
+def completion_metrics(groups: Sequence[GroupSummary]) -> dict[str, float]:
+    """Lengths in tokens, of all completions and of those that ended by themselves (terminated)."""
+    pairs = [pair for g in groups for pair in zip(g.lengths, g.finishes, strict=True)]
+    if not pairs:
+        return {}
+    lengths = [length for length, _ in pairs]
+    terminated = [length for length, finish in pairs if finish == "stop"]
+    # TRL's convention: with nothing terminated, these lengths are 0.
+    ended = terminated or [0]
+    return {
+        "completions/mean_length": statistics.fmean(lengths),
+        "completions/min_length": float(min(lengths)),
+        "completions/max_length": float(max(lengths)),
+        "completions/clipped_ratio": 1 - len(terminated) / len(lengths),
+        "completions/mean_terminated_length": statistics.fmean(ended),
+        "completions/min_terminated_length": float(min(ended)),
+        "completions/max_terminated_length": float(max(ended)),
+    }
+
+
+def stat_metrics(stats: Mapping[str, Stat]) -> dict[str, float]:
+    """The learner's statistics: means by name; ``sampling/*`` with mean, min and max, as TRL's.
+
+    ``ess`` is the effective sample size of the sampler's ratios as a share of the tokens:
+    (sum w)^2 / (n sum w^2), 1 when sampler and learner agree.
+    """
+    metrics: dict[str, float] = {}
+    for name, stat in stats.items():
+        if not stat.count or name == _RATIO_SQUARED:
+            continue
+        if name.startswith("sampling/"):
+            metrics |= {f"{name}/mean": stat.mean, f"{name}/min": stat.min, f"{name}/max": stat.max}
+        else:
+            metrics[name] = stat.mean
+    ratio, squared = stats.get(_RATIO), stats.get(_RATIO_SQUARED)
+    if ratio and squared and ratio.count and squared.sum > 0:
+        metrics["ess"] = ratio.sum**2 / (ratio.count * squared.sum)
+    return metrics
+
+
+def staleness_metrics(step: int, groups: Sequence[GroupSummary]) -> dict[str, float]:
+    """How many versions the trained completions' oldest tokens lag behind version ``step``."""
+    lags = [float(step - version.step) for group in groups for version in group.oldest]
+    if not lags:
+        return {}
+    return {"staleness/mean": statistics.fmean(lags), "staleness/max": max(lags)}
+
+
+def _reported_metrics(groups: Sequence[GroupSummary]) -> dict[str, float]:
+    """Means of what reward functions gave to ``log_metric``."""
+    values: dict[str, list[float]] = {}
+    for group in groups:
+        for name, reported in group.metrics.items():
+            values.setdefault(name, []).extend(reported)
+    metrics: dict[str, float] = {}
+    for name, reported_values in sorted(values.items()):
+        metrics |= _mean(name, [v for v in reported_values if math.isfinite(v)])
+    return metrics
+
+
+def _mean(name: str, values: Sequence[float]) -> dict[str, float]:
+    return {name: statistics.fmean(values)} if values else {}
+
+
+def _prefixed(prefix: str, metrics: Mapping[str, float]) -> dict[str, float]:
+    return {prefix + name: value for name, value in metrics.items()}

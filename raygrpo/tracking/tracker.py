@@ -1,0 +1,82 @@
+"""One face for everything that records a run: files, console, wandb and the curve."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from raygrpo.config import RunConfig
+from raygrpo.errors import StorageError
+from raygrpo.run_dir import RunDir
+from raygrpo.tracking.console import Console
+from raygrpo.tracking.curve import draw_curve
+from raygrpo.tracking.files import EventsFile, MetricsFile
+from raygrpo.tracking.wandb_logger import WandbLogger
+
+
+class Tracker:
+    """Records a run in a claimed run directory.
+
+    ``resume_step`` is the step of the checkpoint that the run goes on from, None for a run from the
+    start; metrics after it are cut off, since these steps are done again.
+
+    Attributes:
+        last_metrics: the newest value of every metric logged by this process.
+
+    Raises:
+        StorageError: a file of the run directory cannot be read or written.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        config: RunConfig,
+        *,
+        resume_step: int | None = None,
+        file: IO[str] | None = None,
+    ) -> None:
+        self._run_dir = RunDir(root)
+        self._steps = config.train.steps
+        self._last_step = resume_step or 0
+        self._closed = False
+        self.last_metrics: dict[str, float] = {}
+        self._metrics = MetricsFile(self._run_dir.metrics_path, resume_step=resume_step)
+        self._events = EventsFile(self._run_dir.events_path)
+        self._console = Console(self._steps, first_step=self._last_step, file=file)
+        self._wandb = WandbLogger(self._run_dir, config, self._record_event)
+
+    def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Records a step; it is on disk on return."""
+        self._metrics.log(step, metrics)
+        self._last_step = step
+        self.last_metrics |= metrics
+        self._console.log_step(step, metrics)
+        self._wandb.log_step(step, metrics)
+
+    def event(self, kind: str, /, **fields: Any) -> None:
+        """Records an event; it is on disk on return."""
+        self._record_event(kind, fields)
+
+    def close(self, exit_code: int | None = None) -> None:
+        """Draws the curve and ends the logs; more than once is fine.
+
+        ``exit_code`` None is 0 when the last step was logged, else 1.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        if exit_code is None:
+            exit_code = int(self._last_step < self._steps)
+        self._wandb.close(exit_code)
+        try:
+            draw_curve(self._run_dir.metrics_path, self._run_dir.curve_path)
+        except StorageError as error:  # a picture less is no reason to fail a finished run
+            self._record_event("curve_failed", {"error": str(error)})
+        self._console.close()
+        self._metrics.close()
+        self._events.close()
+
+    def _record_event(self, kind: str, fields: Mapping[str, Any]) -> None:
+        self._events.log(kind, fields)
+        self._console.event(kind, fields)
