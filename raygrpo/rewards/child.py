@@ -1,6 +1,6 @@
 """The child process of one reward function: loads it, then answers calls in its main thread.
 
-``python -m raygrpo.rewards.child FD TRACE_FD GUARD_PID``, started by `guard`. Requests come pickled;
+``python -m raygrpo.rewards.child FD TRACE_FD GUARD_PID``, run by `guard`. Requests come pickled;
 replies go back as JSON, so that the host unpickles nothing which user code has made.
 """
 
