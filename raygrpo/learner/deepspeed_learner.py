@@ -180,6 +180,8 @@ class DeepSpeedLearner(Learner):
         """Brings the model's weights up to the fp32 ones, as the end of an optimizer step does."""
         optimizer = self._engine.optimizer
         if self._stage == 3:
+            # Weights that are whole, as small ones are between steps, would not be gathered anew.
+            optimizer._partition_all_parameters()
             for index in range(len(optimizer.fp32_partitioned_groups_flat)):
                 optimizer._reassign_or_swap_out_partitioned_parameters(index)
             if optimizer.persistent_parameters:

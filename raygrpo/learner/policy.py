@@ -154,7 +154,9 @@ class PolicyModel(nn.Module):
         # Transformers recomputes activations in training mode only; nothing else depends on it.
         self.train(gradient_checkpointing)
         if gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            # The name since transformers 5.2x; the older one warns there.
+            newer = getattr(model, "activation_checkpointing_enable", None)
+            (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
     def forward(self, inputs: PolicyInputs) -> tuple[Tensor, Tensor]:
         """Logprobs and entropies [B, T], fp32, in nats; zeros where nothing is trained."""

@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ def main() -> None:
     results = {}
     learner = None
     for name, case in job["cases"].items():
-        config = make_config(job["model"], **case["config"])
+        config = make_config(case["model"], **case["config"])
         learner = DeepSpeedLearner(config, rank=rank, local_rank=rank, master_port=port)
         results[name] = SCENARIOS[case["scenario"]](learner, case, rank)
     torch.save(results, Path(job["out"]) / f"rank-{rank}.pt")
@@ -42,44 +44,70 @@ def train(learner: DeepSpeedLearner, case: dict[str, Any], rank: int) -> dict[st
     num_minibatches = learner.config.train.num_minibatches
     steps = make_steps(case["steps"], num_minibatches, learner.config.learner.num_ranks)
     before = weights(learner)
-    if rank == 0 and case.get("report_frozen_masters"):
-        before = dict(before)
     history = [learner.update(step[rank]) for step in steps]
-    report = {"before": before, "after": weights(learner), "masters": learner._masters()}
-    report["history"] = [{k: (s.sum, s.count) for k, s in stats.items()} for stats in history]
-    report["score"] = learner.score(steps[0][rank][0][0])
-    return report
+    after = weights(learner)
+    return {"before": before, "after": after, "masters": masters(learner), "history": history}
 
 
-def not_finite(learner: DeepSpeedLearner, case: dict[str, Any], rank: int) -> dict[str, Any]:
-    """A step that is poisoned on the last rank only; what each rank raised, and its weights."""
-    step = make_steps(2, 1, learner.config.learner.num_ranks)
-    learner.update(step[0][rank])
-    before = weights(learner)
-    poisoned = step[1][rank]
+def masters(learner: DeepSpeedLearner) -> dict[str, torch.Tensor]:
+    """The fp32 master weights by name, through DeepSpeed's own interface where it has one."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    named = dict(learner._policy.model.named_parameters())
+    if learner.config.learner.zero_stage == 0:
+        return dict(zip(named, (m.detach().clone() for m in learner._masters()), strict=True))
+    return {name: safe_get_full_fp32_param(p).clone() for name, p in named.items()}
+
+
+def nan_loss(learner: DeepSpeedLearner, case: dict[str, Any], rank: int) -> dict[str, Any]:
+    """An update whose advantages are NaN on the last rank only."""
+    first, second = make_steps(2, 1, learner.config.learner.num_ranks)
+    learner.update(first[rank])
+    poisoned = second[rank]
     if rank == learner.config.learner.num_ranks - 1:
-        poisoned = [[_poison(batch, case["value"]) for batch in poisoned[0]]]
+        poisoned = [[_with_advantages(batch, float("nan")) for batch in poisoned[0]]]
+    return attempt(learner, lambda: learner.update(poisoned))
+
+
+def infinite_gradient(learner: DeepSpeedLearner, case: dict[str, Any], rank: int) -> dict[str, Any]:
+    """An update whose loss is finite, but whose gradient is not, on the last rank only."""
+    first, second = make_steps(2, 1, learner.config.learner.num_ranks)
+    learner.update(first[rank])
+    if rank == learner.config.learner.num_ranks - 1:
+        learner._policy.register_forward_hook(_spoil_gradient)
+    return attempt(learner, lambda: learner.update(second[rank]))
+
+
+def attempt(learner: DeepSpeedLearner, action: Callable[[], object]) -> dict[str, Any]:
+    """What the action raised, and the weights before and after it."""
+    before = weights(learner)
     try:
-        learner.update(poisoned)
+        action()
         raised = ""
     except RayGrpoError as error:
         raised = f"{type(error).__name__}: {error}"
     return {"raised": raised, "before": before, "after": weights(learner)}
 
 
-def _poison(batch: Microbatch, value: float) -> Microbatch:
-    fields = {name: getattr(batch, name) for name in Microbatch.__dataclass_fields__}
-    return Microbatch(**fields | {"advantages": np.full_like(batch.advantages, value)})
+def _with_advantages(batch: Microbatch, value: float) -> Microbatch:
+    return replace(batch, advantages=np.full_like(batch.advantages, value))
+
+
+def _spoil_gradient(module: Any, inputs: Any, output: tuple[Any, Any]) -> None:
+    if output[0].requires_grad:
+        output[0].register_hook(lambda gradient: gradient * float("inf"))
 
 
 def save_and_die(learner: DeepSpeedLearner, case: dict[str, Any], rank: int) -> dict[str, Any]:
     """Trains, saves into a directory of this rank's own, trains on, and is killed at the end."""
     steps = make_steps(4, 1, learner.config.learner.num_ranks)
+    torch.manual_seed(1000 + rank)
     for index, step in enumerate(steps):
         learner.update(step[rank])
         if index == 1:
             learner.save(Path(case["directory"]) / f"view-{rank}")
-    torch.save(weights(learner), Path(case["directory"]) / f"uninterrupted-{rank}.pt")
+    report = {"weights": weights(learner), "random": torch.rand(3)}
+    torch.save(report, Path(case["directory"]) / f"uninterrupted-{rank}.pt")
     if case["die"]:
         os.kill(os.getpid(), signal.SIGKILL)
     return {}
@@ -94,23 +122,18 @@ def resume(learner: DeepSpeedLearner, case: dict[str, Any], rank: int) -> dict[s
     restored = learner.num_updates
     for step in steps[2:]:
         learner.update(step[rank])
-    return {"num_updates": restored, "after": weights(learner)}
+    return {"num_updates": restored, "after": weights(learner), "random": torch.rand(3)}
 
 
 def refused_load(learner: DeepSpeedLearner, case: dict[str, Any], rank: int) -> dict[str, Any]:
     """Loading another layout's checkpoint: the error, and that nothing changed."""
-    before = weights(learner)
-    try:
-        learner.load(case["directory"])
-        raised = ""
-    except RayGrpoError as error:
-        raised = f"{type(error).__name__}: {error}"
-    return {"raised": raised, "before": before, "after": weights(learner)}
+    return attempt(learner, lambda: learner.load(case["directory"]))
 
 
 SCENARIOS = {
     "train": train,
-    "not_finite": not_finite,
+    "nan_loss": nan_loss,
+    "infinite_gradient": infinite_gradient,
     "save_and_die": save_and_die,
     "resume": resume,
     "refused_load": refused_load,

@@ -35,10 +35,10 @@ class Tree:
     branches: tuple[Branch, ...]
 
 
-def make_config(model: Path | str, **sections: Any) -> RunConfig:
+def make_config(directory: Path | str, /, **sections: Any) -> RunConfig:
     """A configuration with a short schedule, active clipping and a rate that moves the weights."""
     base: dict[str, Any] = {
-        "model": {"path": str(model)},
+        "model": {"path": str(directory)},
         "data": {"source": "reasoning_gym:chain_sum"},
         "sampling": {"temperature": 0.8, "max_tokens": 16},
         "loss": {"clip_low": 0.1, "clip_high": 0.15},

@@ -1,0 +1,367 @@
+"""DeepSpeedLearner in real processes over gloo, against the plain-torch ReferenceLearner."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from raygrpo.config import load_config
+from raygrpo.errors import ConfigError
+from raygrpo.learner.deepspeed_config import deepspeed_config
+from raygrpo.learner.reference_learner import ReferenceLearner
+from raygrpo.types import merge_stats
+from tests.parity.learner_cases import make_config, make_steps
+from tests.tiny import save_tiny_model
+
+REPOSITORY = Path(__file__).parents[2]
+STAGES = (0, 1, 2, 3)
+DEADLINE_S = 280
+NUM_STEPS = 4
+# Measured: 1e-7 of the weights' norm; ranks add gradients up in another order than one process.
+RELATIVE = 1e-5
+
+# Several updates a step, so that all rules for the old logprobs act, with a KL and a tied head.
+MANY_UPDATES = {
+    "loss": {"beta": 0.1, "kl_unbiased": True},
+    "train": {"num_minibatches": 2, "num_iterations": 2},
+}
+
+pytestmark = pytest.mark.timeout(600)
+
+
+def run_ranks(
+    directory: Path, num_ranks: int, cases: dict[str, Any], *, dies: bool = False
+) -> list[dict[str, Any]]:
+    """Runs the cases one after the other in one process group; returns what each rank saw."""
+    directory.mkdir(parents=True)
+    job = directory / "job.json"
+    for case in cases.values():
+        case["config"]["learner"]["num_ranks"] = num_ranks
+    job.write_text(json.dumps({"out": str(directory), "cases": cases}))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "tests.parity.deepspeed_worker", str(job)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    processes, logs = [], []
+    for rank in range(num_ranks):
+        log = (directory / f"rank-{rank}.log").open("wb+")
+        logs.append(log)
+        processes.append(
+            subprocess.Popen(
+                [*command, str(rank), str(port)],
+                cwd=REPOSITORY,
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        )
+    expected = -signal.SIGKILL if dies else 0
+    try:
+        deadline = time.monotonic() + DEADLINE_S
+        codes = [process.wait(max(1, deadline - time.monotonic())) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+        for log in logs:
+            log.close()
+    tails = [(directory / f"rank-{r}.log").read_text()[-3000:] for r in range(num_ranks)]
+    assert codes == [expected] * num_ranks, "\n".join(tails)
+    if dies:
+        return []
+    return [
+        torch.load(directory / f"rank-{rank}.pt", weights_only=False) for rank in range(num_ranks)
+    ]
+
+
+def make_case(path: Path, stage: int, scenario: str, /, **config: Any) -> dict[str, Any]:
+    config["learner"] = {**config.get("learner", {}), "zero_stage": stage}
+    return {"model": str(path), "scenario": scenario, "steps": NUM_STEPS, "config": config}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {
+        "llama": save_tiny_model(root / "llama", "llama"),
+        "qwen2": save_tiny_model(root / "qwen2", "qwen2"),
+        "gemma3": save_tiny_model(root / "gemma3", "gemma3"),
+    }
+
+
+@pytest.fixture(scope="module")
+def two_ranks(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Training and poisoned steps on two ranks, all stages, fp32 and bf16."""
+    qwen2, llama, bf16 = models["qwen2"], models["llama"], {"model": {"dtype": "bfloat16"}}
+    cases = {}
+    for stage in STAGES:
+        cases[f"train-{stage}"] = make_case(qwen2, stage, "train", **MANY_UPDATES)
+        cases[f"nan-{stage}"] = make_case(qwen2, stage, "nan_loss")
+        cases[f"bf16-train-{stage}"] = make_case(llama, stage, "train", **bf16)
+        cases[f"bf16-nan-{stage}"] = make_case(llama, stage, "nan_loss", **bf16)
+        cases[f"bf16-gradient-{stage}"] = make_case(llama, stage, "infinite_gradient", **bf16)
+    recompute = {"gradient_checkpointing": True}
+    cases["recompute-3"] = make_case(qwen2, 3, "train", **MANY_UPDATES, learner=recompute)
+    # Sharding every parameter, however small, is what a large model sees.
+    shard_all = {"deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}
+    cases["sharded-3"] = make_case(qwen2, 3, "train", **MANY_UPDATES, learner=shard_all)
+    return run_ranks(tmp_path_factory.mktemp("ranks") / "two", 2, cases)
+
+
+@pytest.fixture(scope="module")
+def one_rank(models: dict[str, Path], saved: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """fp32 on one rank, all stages: training, a bad gradient behind a finite loss, a bad load."""
+    gemma3 = models["gemma3"]
+    cases = {}
+    for stage in STAGES:
+        cases[f"train-{stage}"] = make_case(gemma3, stage, "train")
+        cases[f"gradient-{stage}"] = make_case(gemma3, stage, "infinite_gradient")
+    cases["refused"] = make_case(models["qwen2"], 2, "refused_load")
+    cases["refused"]["directory"] = str(saved / "fp32-2" / "view-0")
+    return run_ranks(tmp_path_factory.mktemp("ranks") / "one", 1, cases)
+
+
+def reference_run(model: Path, **config: Any) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    learner = ReferenceLearner(make_config(model, **config))
+    steps = make_steps(NUM_STEPS, learner.config.train.num_minibatches, 1)
+    history = [learner.update(step[0]) for step in steps]
+    return history, dict(learner.named_weights())
+
+
+def relative(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Distance over norm, of all weights as one vector."""
+    assert list(ours) == list(expected)
+    difference = sum(float((ours[k].double() - expected[k]).square().sum()) for k in expected)
+    return float(
+        (difference / sum(float(v.double().square().sum()) for v in expected.values())) ** 0.5
+    )
+
+
+def check_against_reference(
+    ranks: list[dict[str, Any]], case: str, model: Path, **config: Any
+) -> None:
+    history, expected = reference_run(model, **config)
+    for rank in ranks:
+        assert relative(rank[case]["after"], expected) < RELATIVE
+    per_step = [
+        merge_stats(list(step)) for step in zip(*(r[case]["history"] for r in ranks), strict=True)
+    ]
+    for ours, theirs in zip(per_step, history, strict=True):
+        assert set(ours) == set(theirs)
+        assert theirs["grad_norm"].min > 2 * 0.05, "clipping must act, or the test proves less"
+        for name in ("grad_norm", "loss", "learning_rate", "kl", "entropy", "ratio"):
+            if name in theirs:
+                assert ours[name].count == theirs[name].count
+                assert ours[name].sum == pytest.approx(theirs[name].sum, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("case", [*(f"train-{s}" for s in STAGES), "recompute-3", "sharded-3"])
+def test_two_ranks_equal_the_reference_learner(
+    case: str, two_ranks: Any, models: dict[str, Path]
+) -> None:
+    check_against_reference(two_ranks, case, models["qwen2"], **MANY_UPDATES)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_one_rank_equals_the_reference_learner(
+    stage: int, one_rank: Any, models: dict[str, Path]
+) -> None:
+    check_against_reference(one_rank, f"train-{stage}", models["gemma3"])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_starts_from_the_weights_of_a_plain_load(
+    stage: int, two_ranks: Any, models: dict[str, Path]
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(models["qwen2"], dtype=torch.float32)
+    expected = dict(model.named_parameters())
+    for rank in two_ranks:
+        before = rank[f"train-{stage}"]["before"]
+        assert list(before) == list(expected)
+        assert all(torch.equal(before[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_nan_on_one_rank_stops_all_of_them_and_leaves_the_weights(
+    stage: int, two_ranks: Any
+) -> None:
+    check_stopped(two_ranks, f"nan-{stage}", "the loss of optimizer update 1 is nan")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_gradient_that_is_not_finite_leaves_the_weights(
+    stage: int, one_rank: Any, two_ranks: Any
+) -> None:
+    """Behind a finite loss; in bf16 on one of two ranks."""
+    message = "the gradient norm of optimizer update 1 is nan; the weights are unchanged"
+    check_stopped(one_rank, f"gradient-{stage}", message)
+    check_stopped(two_ranks, f"bf16-gradient-{stage}", message)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_bf16_nan_leaves_the_weights(stage: int, two_ranks: Any) -> None:
+    check_stopped(two_ranks, f"bf16-nan-{stage}", "the loss of optimizer update 1 is nan")
+
+
+def check_stopped(ranks: list[dict[str, Any]], case: str, message: str) -> None:
+    for rank in ranks:
+        assert rank[case]["raised"].startswith(f"NumericError: {message}")
+        before, after = rank[case]["before"], rank[case]["after"]
+        assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_bf16_publishes_the_rounded_masters(stage: int, two_ranks: Any) -> None:
+    for rank in two_ranks:
+        report = rank[f"bf16-train-{stage}"]
+        masters, after, before = report["masters"], report["after"], report["before"]
+        assert list(masters) == list(after)
+        for name, master in masters.items():
+            assert master.dtype == torch.float32 and after[name].dtype == torch.bfloat16
+            assert torch.equal(after[name], master.bfloat16())
+        assert any(not torch.equal(masters[n], masters[n].bfloat16().float()) for n in masters)
+        assert any(not torch.equal(after[n], before[n]) for n in after)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_bf16_ranks_hold_the_same_weights(stage: int, two_ranks: Any) -> None:
+    first, second = (rank[f"bf16-train-{stage}"]["after"] for rank in two_ranks)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_bf16_trains_as_fp32_does(two_ranks: Any, models: dict[str, Path]) -> None:
+    """Loosely: 8 bits of precision, and AdamW divides small differences by small gradients."""
+    history, _ = reference_run(models["llama"])
+    for stage in STAGES:
+        ours = two_ranks[0][f"bf16-train-{stage}"]["history"]
+        for step, expected in zip(ours, history, strict=True):
+            assert step["grad_norm"].sum == pytest.approx(expected["grad_norm"].sum, rel=0.05)
+
+
+# Checkpoints: every stage in fp32, the other optimizers that bf16 gets, and a frozen reference.
+SAVED = {
+    **{f"fp32-{stage}": (stage, "float32") for stage in STAGES},
+    **{f"bf16-{stage}": (stage, "bfloat16") for stage in (0, 1, 3)},
+}
+
+
+def saved_case(name: str, model: Path, root: Path, scenario: str, **job: Any) -> dict[str, Any]:
+    stage, dtype = SAVED[name]
+    config = {"loss": {"beta": 0.1}, "model": {"dtype": dtype}}
+    case = make_case(model, stage, scenario, **config)
+    return {**case, "directory": str(root / name), **job}
+
+
+@pytest.fixture(scope="module")
+def saved(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of killed processes, each rank's in a directory that only it sees."""
+    root = tmp_path_factory.mktemp("saved")
+    cases = {}
+    for name in SAVED:
+        (root / name).mkdir()
+        last = name == list(SAVED)[-1]
+        cases[name] = saved_case(name, models["qwen2"], root, "save_and_die", die=last)
+    run_ranks(root / "job", 2, cases, dies=True)
+    return root
+
+
+@pytest.fixture(scope="module")
+def resumed(saved: Path, models: dict[str, Path]) -> list[dict[str, Any]]:
+    """Fresh processes that load them, some after an update that must leave no trace."""
+    model = models["qwen2"]
+    cases = {
+        name: saved_case(name, model, saved, "resume", dirty=name.startswith("fp32"))
+        for name in SAVED
+    }
+    refused = saved_case("fp32-2", model, saved, "refused_load")
+    cases["other stage"] = {**refused, "directory": str(saved / "fp32-1" / "view-0")}
+    # Rank 1 finds no file of its own here; rank 0 would wait for it for ever if it went on.
+    missing = saved_case("fp32-2", model, saved, "refused_load")
+    cases["missing file"] = {**missing, "directory": str(saved / "fp32-2" / "view-0")}
+    return run_ranks(saved / "resume", 2, cases)
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_resume_is_bit_exact(name: str, saved: Path, resumed: list[dict[str, Any]]) -> None:
+    for rank, results in enumerate(resumed):
+        expected = torch.load(saved / name / f"uninterrupted-{rank}.pt", weights_only=False)
+        assert results[name]["num_updates"] == 2
+        assert torch.equal(results[name]["random"], expected["random"])
+        after = results[name]["after"]
+        assert list(after) == list(expected["weights"])
+        assert all(torch.equal(after[n], expected["weights"][n]) for n in after)
+
+
+def test_ranks_have_random_states_of_their_own(resumed: list[dict[str, Any]]) -> None:
+    first, second = (results["fp32-2"]["random"] for results in resumed)
+    assert not torch.equal(first, second)
+
+
+def test_another_stage_is_refused_before_the_engine_is_touched(
+    resumed: list[dict[str, Any]],
+) -> None:
+    for results in resumed:
+        report = results["other stage"]
+        assert report["raised"].startswith("ConfigError")
+        assert "learner.zero_stage: 1" in report["raised"]
+        assert "learner.zero_stage: 2" in report["raised"]
+        assert all(torch.equal(report["after"][n], v) for n, v in report["before"].items())
+
+
+def test_a_file_missing_on_one_rank_stops_all(resumed: list[dict[str, Any]]) -> None:
+    first, second = (results["missing file"] for results in resumed)
+    assert first["raised"].startswith("StorageError: 1 other ranks cannot load")
+    assert second["raised"].startswith("StorageError") and "is missing" in second["raised"]
+    assert all(torch.equal(first["after"][n], v) for n, v in first["before"].items())
+
+
+def test_another_rank_count_is_refused(one_rank: Any) -> None:
+    report = one_rank[0]["refused"]
+    assert report["raised"].startswith("ConfigError")
+    assert "learner.num_ranks: 2" in report["raised"] and "learner.num_ranks: 1" in report["raised"]
+    assert all(torch.equal(report["after"][n], v) for n, v in report["before"].items())
+
+
+@pytest.mark.parametrize(
+    ("key", "instead"),
+    [
+        ("gradient_clipping", "optimizer.max_grad_norm"),
+        ("train_batch_size", "train.groups_per_step"),
+        ("optimizer", "optimizer.lr"),
+        ("scheduler", "optimizer.schedule"),
+        ("bf16", "model.dtype"),
+    ],
+)
+def test_deepspeed_keys_that_change_the_update_are_refused(key: str, instead: str) -> None:
+    config = make_config("model", learner={"deepspeed": {key: 1}})
+    with pytest.raises(ConfigError, match=f"learner.deepspeed.{key}") as raised:
+        deepspeed_config(config)
+    assert instead in str(raised.value)
+
+
+def test_the_users_deepspeed_section_is_merged() -> None:
+    user = {"zero_optimization": {"reduce_bucket_size": 7}, "wall_clock_breakdown": True}
+    settings = deepspeed_config(make_config("model", learner={"deepspeed": user, "zero_stage": 2}))
+    assert settings["zero_optimization"]["reduce_bucket_size"] == 7
+    assert settings["zero_optimization"]["stage"] == 2
+    assert settings["wall_clock_breakdown"] is True
+
+
+def test_clipping_is_always_set() -> None:
+    """DeepSpeed clips to 1.0 where nothing is said."""
+    data = {"model": {"path": "m"}, "data": {"source": "d"}, "optimizer": {"max_grad_norm": 0}}
+    assert deepspeed_config(load_config(data))["gradient_clipping"] == 0.0
