@@ -18,17 +18,19 @@ def sample(
     uniforms: Tensor,  # [R] float64 in [0, 1)
     *,
     history: Tensor | None = None,
-    forbidden: Tensor | None = None,
+    early: Tensor | None = None,
+    stop_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Tokens [R] and their logprobs [R] (nats, float32) under the distribution sampled from.
 
     ``history`` [R, H] are the ids that the repetition penalty counts as seen (repeats are
-    harmless); ``forbidden`` [R, V] is True on ids that may not be drawn. Temperature 0 takes the
+    harmless); rows that are ``early`` [R] draw none of ``stop_ids`` [S]. Temperature 0 takes the
     likeliest token, with logprob 0.
     """
     scores = penalise(logits, history, sampling.repetition_penalty)
-    if forbidden is not None:
-        scores = scores.masked_fill(forbidden, -torch.inf)
+    if early is not None and stop_ids is not None:
+        scores = scores.clone()
+        scores[:, stop_ids] = scores[:, stop_ids].masked_fill(early[:, None], -torch.inf)
     if sampling.temperature == 0:
         tokens = scores.argmax(-1)
         return tokens, torch.zeros_like(tokens, dtype=torch.float32)

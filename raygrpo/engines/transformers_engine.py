@@ -13,6 +13,7 @@ from torch import Tensor
 
 from raygrpo.config import ModelSection
 from raygrpo.engines.cache import SlotCache
+from raygrpo.engines.linear import PackedLinear, can_pack, use_packed_linears
 from raygrpo.engines.loading import check_manifest, copy_buckets, weight_targets
 from raygrpo.engines.randomness import row_keys, uniforms
 from raygrpo.engines.rows import RowTable
@@ -80,8 +81,13 @@ class TransformersEngine:
         device: str = "cpu",
     ) -> None:
         self._device = torch.device(device)
+        self._max_rows, self._deterministic = max_rows, deterministic
         self._model = load_model(model, seed=seed, dtype=DTYPES[model.dtype]).to(self._device)
         self._model.eval().requires_grad_(False)
+        self._packed: list[PackedLinear] = []
+        if can_pack(self._device, self._model.dtype):
+            self._packed = use_packed_linears(self._model)
+            self._pack()
         self._tokenizer = load_tokenizer(model)
         self._config = self._model.config
         self._text_config = self._config.get_text_config()
@@ -89,10 +95,10 @@ class TransformersEngine:
         self._head = self._model.get_output_embeddings()
         self._transform = logit_transform(self._config)
         self._targets = weight_targets(self._model)
-        self._max_rows, self._deterministic = max_rows, deterministic
         self._is_stop = np.zeros(self._head.weight.shape[0], np.bool_)
         stop_ids = stop_token_ids(self._model, self._tokenizer)
         self._is_stop[[token for token in stop_ids if token < self._is_stop.size]] = True
+        self._stop_ids = torch.from_numpy(np.flatnonzero(self._is_stop)).to(self._device)
         self._stops = StopStrings(self._tokenizer)
         self._version: Version | None = None
         self._versions: list[Version] = []
@@ -268,7 +274,8 @@ class TransformersEngine:
                 self._settings[setting],
                 numbers[mine],
                 history=self._history(self._settings[setting], chosen + rows.start),
-                forbidden=self._forbidden(chosen + rows.start),
+                early=self._early(chosen + rows.start),
+                stop_ids=self._stop_ids,
             )
         return tokens.cpu().numpy(), logprobs.cpu().numpy()
 
@@ -278,11 +285,9 @@ class TransformersEngine:
         longest = int(self._rows.length[rows].max())
         return torch.from_numpy(self._rows.tokens[rows, :longest]).to(self._device)
 
-    def _forbidden(self, rows: npt.NDArray[np.int64]) -> Tensor | None:
+    def _early(self, rows: npt.NDArray[np.int64]) -> Tensor | None:
         early = self._rows.length[rows] < self._rows.min_length[rows]
-        if not early.any():
-            return None
-        return torch.from_numpy(early[:, None] & self._is_stop).to(self._device)
+        return torch.from_numpy(early).to(self._device) if early.any() else None
 
     def _collect(self, rows: slice) -> None:
         """Ends rows whose newest token stops them, and groups all of whose rows have ended."""
@@ -351,9 +356,14 @@ class TransformersEngine:
         check_manifest(self._targets, manifest, self._version)
         self._version = None
         copy_buckets(self._targets, manifest, buckets)
+        self._pack()
         self._version = manifest.version
         if self._versions[-1:] != [manifest.version]:
             self._versions.append(manifest.version)
+
+    def _pack(self) -> None:
+        for linear in self._packed:
+            linear.pack(self._max_rows)
 
     @torch.inference_mode()
     def abort(self, stream: Stream, group_id: int) -> list[Completion]:
@@ -387,6 +397,7 @@ class TransformersEngine:
         self._waiting, self._running, self._finished = {}, {}, []
         self._version, self._targets = None, {}
         self._rows, self._cache = RowTable(), self._new_cache()
+        self._packed = []
         del self._model, self._decoder, self._head
 
 

@@ -1,0 +1,60 @@
+"""Linear layers whose weights are kept in the blocked layout of CPU matrix kernels as well.
+
+torch reorders a plain weight at each product. Decoding multiplies few rows by the same weights
+many times, so the reordered copy pays: a fifth to a quarter of the time of a step. It costs the
+memory of the linear weights once more, and must be made anew after the weights change.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class PackedLinear(nn.Linear):
+    """An ``nn.Linear`` over the same parameters that multiplies by a reordered copy of them."""
+
+    packed: Tensor
+
+    @classmethod
+    def over(cls, linear: nn.Linear) -> PackedLinear:
+        """Shares the parameters of ``linear``; `pack` must be called before use."""
+        with torch.device("meta"):
+            made = cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
+        made.weight, made.bias = linear.weight, linear.bias
+        return made
+
+    def pack(self, num_rows: int) -> None:
+        """Reorders the weight as it is now, for products with about ``num_rows`` rows."""
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), num_rows)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``input @ weight.T + bias``."""
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(
+            input, self.packed, self.bias, "none", [], ""
+        )
+        return product
+
+
+def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies packed weights of this dtype."""
+    if device.type != "cpu" or not torch._C._has_mkldnn:
+        return False
+    supported: bool = dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return supported
+
+
+def use_packed_linears(model: Any) -> list[PackedLinear]:
+    """Puts a `PackedLinear` in the place of each plain linear layer; parameters keep their names.
+
+    Returns them; each is to be packed when the weights are first loaded and after each change.
+    """
+    packed = []
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is nn.Linear and child.weight.dtype == model.dtype:
+                packed.append(PackedLinear.over(child))
+                setattr(module, name, packed[-1])
+    return packed
