@@ -86,7 +86,7 @@ def _start(run_dir: RunDir, config: RunConfig) -> Any:
     )
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
-    if run.url:
+    if config.tracking.wandb == "online" and run.url:
         run_dir.note(wandb_url=run.url)
     return run
 
