@@ -37,6 +37,8 @@ def key(default: Any, doc: str, unit: str = "", **constraints: Any) -> Any:
 
 
 class ModelSection(Section):
+    """The policy's model."""
+
     path: str = key(..., "Hub id or directory of the causal language model.")
     revision: str | None = key(None, "Hub revision; none takes the default branch.")
     dtype: Literal["float32", "bfloat16"] = key(
@@ -50,6 +52,8 @@ class ModelSection(Section):
 
 
 class DataSection(Section):
+    """Where prompts come from."""
+
     source: str = key(..., "Hub id, .jsonl/.json/.parquet/.csv file, or reasoning_gym:<task>.")
     subset: str | None = key(None, "Configuration name of a hub dataset.")
     split: str = key("train", "Split of a hub dataset.")
@@ -73,6 +77,8 @@ class DataSection(Section):
 
 
 class SamplingSection(Section):
+    """How completions are drawn."""
+
     num_completions: int = key(8, "Completions of one prompt (the group).", "completions", ge=1)
     temperature: float = key(1.0, "Sampling temperature.", gt=0)
     top_p: float = key(1.0, "Nucleus: smallest set of tokens with this mass.", gt=0, le=1)
@@ -95,6 +101,8 @@ class SamplingSection(Section):
 
 
 class RewardSection(Section):
+    """One reward function."""
+
     func: str = key(
         ...,
         "exact, number, format, math, length, reasoning_gym, module:function, or file.py:function.",
@@ -106,6 +114,8 @@ class RewardSection(Section):
 
 
 class EvalSection(Section):
+    """Evaluation on held-out prompts."""
+
     every_steps: int = key(
         0,
         "Steps between evaluations, also before the first and after the last; 0: never.",
@@ -121,6 +131,8 @@ class EvalSection(Section):
 
 
 class AdvantageSection(Section):
+    """From rewards to advantages."""
+
     baseline: Literal["mean", "leave_one_out", "max_rl"] = key(
         "mean", "What is taken off a reward."
     )
@@ -133,6 +145,8 @@ class AdvantageSection(Section):
 
 
 class LossSection(Section):
+    """What is minimised."""
+
     loss: Literal["clip"] = key("clip", "Policy loss.")
     clip_low: float = key(0.2, "Lower clip range of the ratio.", ge=0, lt=1)
     clip_high: float = key(0.28, "Upper clip range of the ratio.", ge=0)
@@ -153,6 +167,8 @@ class LossSection(Section):
 
 
 class TrainSection(Section):
+    """Steps, groups and updates."""
+
     steps: int = key(100, "Steps of the run; one step makes one version.", "steps", ge=1)
     groups_per_step: int = key(8, "Groups in one step.", "groups", ge=1)
     max_staleness: int = key(
@@ -170,6 +186,8 @@ class TrainSection(Section):
 
 
 class OptimizerSection(Section):
+    """AdamW and its schedule."""
+
     lr: float = key(1e-6, "Peak learning rate of AdamW.", ge=0)
     schedule: Literal["constant", "linear", "cosine"] = key("constant", "Decay after the warm-up.")
     min_lr_frac: float = key(0.0, "Last learning rate as a share of lr.", ge=0, le=1)
@@ -180,6 +198,8 @@ class OptimizerSection(Section):
 
 
 class LearnerSection(Section):
+    """The learner's ranks."""
+
     num_ranks: int = key(1, "Learner processes, one DeepSpeed rank each.", "ranks", ge=1)
     zero_stage: Literal[0, 1, 2, 3] = key(1, "DeepSpeed ZeRO stage.")
     gradient_checkpointing: bool = key(False, "Recompute activations in the backward pass.")
@@ -189,6 +209,8 @@ class LearnerSection(Section):
 
 
 class GeneratorsSection(Section):
+    """The generators."""
+
     count: int = key(1, "Generator processes.", "generators", ge=1)
     engine: Literal["transformers"] = key("transformers", "Inference engine.")
     max_rows: int = key(64, "Completions decoded at once by a generator.", "completions", ge=1)
@@ -197,6 +219,8 @@ class GeneratorsSection(Section):
 
 
 class ScorersSection(Section):
+    """The scorers."""
+
     count: int = key(2, "Scorer processes.", "scorers", ge=1)
     max_reward_error_frac: float = key(
         0.1, "Share of errored scores in a step past which the run stops.", ge=0, le=1
@@ -204,17 +228,23 @@ class ScorersSection(Section):
 
 
 class CheckpointSection(Section):
+    """When to save, what to keep."""
+
     save_steps: int = key(0, "Steps between checkpoints; 0: only the last.", "steps", ge=0)
     keep: int = key(2, "Newest checkpoints kept; 0 keeps all.", "checkpoints", ge=0)
 
 
 class TrackingSection(Section):
+    """Where a run is recorded, files aside."""
+
     wandb: Literal["online", "offline", "disabled"] = key("disabled", "Weights & Biases mode.")
     project: str = key("raygrpo", "Weights & Biases project.")
     name: str | None = key(None, "Name of the run; none takes the run directory's.")
 
 
 class RaySection(Section):
+    """The cluster and its deadlines."""
+
     address: str = key(
         "auto", "auto: RAY_ADDRESS where set, else a local Ray of its own; local; or an address."
     )
@@ -368,37 +398,18 @@ def _explain(error: ValidationError) -> ConfigError:
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:
     model: type[BaseModel] = RunConfig
     for part in location:
-        if isinstance(part, int):
-            continue
-        annotation = model.model_fields[part].annotation
-        arguments = getattr(annotation, "__args__", (annotation,))
-        nested = [a for a in arguments if isinstance(a, type) and issubclass(a, BaseModel)]
-        model = nested[0]
+        if isinstance(part, str):
+            section = section_of(model.model_fields[part].annotation)
+            assert section is not None
+            model = section
     return list(model.model_fields)
 
 
-def describe_keys() -> list[tuple[str, str, str, str]]:
-    """Every key as (path, default, unit, meaning), in the order of the sections."""
-    return _describe(RunConfig, "")
-
-
-def _describe(model: type[BaseModel], prefix: str) -> list[tuple[str, str, str, str]]:
-    rows = []
-    for name, info in model.model_fields.items():
-        annotation = info.annotation
-        arguments = getattr(annotation, "__args__", (annotation,))
-        nested = [a for a in arguments if isinstance(a, type) and issubclass(a, BaseModel)]
-        if nested:
-            mark = "[]" if name == "rewards" else ""
-            rows += _describe(nested[0], f"{prefix}{name}{mark}.")
-            continue
-        extra = info.json_schema_extra
-        unit = str(extra.get("unit", "")) if isinstance(extra, dict) else ""
-        default = (
-            "required" if info.is_required() else repr(info.get_default(call_default_factory=True))
-        )
-        rows.append((f"{prefix}{name}", default, unit, info.description or ""))
-    return rows
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field holds, alone or in a list; None for a plain value."""
+    arguments = getattr(annotation, "__args__", (annotation,))
+    nested = [a for a in arguments if isinstance(a, type) and issubclass(a, BaseModel)]
+    return nested[0] if nested else None
 
 
 def dump_config(config: RunConfig) -> str:

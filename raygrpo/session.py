@@ -159,30 +159,16 @@ class Session:
 
     def _load_data(self) -> None:
         from raygrpo.data.prompts import PromptSource
-        from raygrpo.data.sources import load_rows
+        from raygrpo.data.sources import eval_section, load_rows
 
-        config = self.config
-        rows = self._dataset
-        if rows is None:
-            rows = load_rows(config.data, seed=config.seed)
-        self._prompts = PromptSource(
-            rows, config.data, self._tokenizer, seed=config.seed, stream="train"
-        )
+        config, seed = self.config, self.config.seed
+        rows = load_rows(config.data, seed=seed, dataset=self._dataset)
+        self._prompts = PromptSource(rows, config.data, self._tokenizer, seed=seed, stream="train")
         self._eval_prompts = []
         if config.eval.every_steps:
-            section = config.data.model_copy(
-                update={
-                    "source": config.eval.source or config.data.source,
-                    "split": config.eval.split,
-                    "params": {**config.data.params, **config.eval.params},
-                }
-            )
-            eval_rows = self._eval_dataset
-            if eval_rows is None:
-                eval_rows = load_rows(section, seed=config.seed)
-            source = PromptSource(
-                eval_rows, section, self._tokenizer, seed=config.seed, stream="eval"
-            )
+            section = eval_section(config.data, config.eval, seed=seed)
+            rows = load_rows(section, seed=seed, dataset=self._eval_dataset)
+            source = PromptSource(rows, section, self._tokenizer, seed=seed, stream="eval")
             self._eval_prompts = source.take(config.eval.num_prompts)
 
     def _find_checkpoint(self) -> None:

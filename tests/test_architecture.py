@@ -1,0 +1,205 @@
+"""The rules that keep the code simple, checked on its syntax trees."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "raygrpo"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+NAMES = {
+    path: ".".join(("raygrpo", *path.relative_to(PACKAGE).with_suffix("").parts))
+    for path in MODULES
+}
+
+# A module may import from its own floor and from those below.
+FLOORS = {
+    "raygrpo.types": 0,
+    "raygrpo.config": 0,
+    "raygrpo.keys": 0,
+    "raygrpo.recipes": 0,
+    "raygrpo.errors": 0,
+    "raygrpo.failures": 0,
+    "raygrpo.models": 1,
+    "raygrpo.algorithm": 1,
+    "raygrpo.data": 1,
+    "raygrpo.rewards": 1,
+    "raygrpo.engines": 2,
+    "raygrpo.learner": 2,
+    "raygrpo.weights": 2,
+    "raygrpo.actors": 3,
+    "raygrpo.evaluation": 4,
+    "raygrpo.trainer": 4,
+    "raygrpo.checkpoint": 4,
+    "raygrpo.run_dir": 4,
+    "raygrpo.tracking": 4,
+    "raygrpo.model_card": 4,
+    "raygrpo.session": 5,
+    "raygrpo.cli": 5,
+    "raygrpo.__main__": 5,
+    "raygrpo.__init__": 5,
+}
+# Where a library may be imported: prefixes of module names.
+CONFINED = {
+    "ray": ("raygrpo.actors.",),
+    "deepspeed": ("raygrpo.learner.",),
+    "vllm": ("raygrpo.engines.vllm_",),
+    "wandb": ("raygrpo.tracking.",),
+}
+# What pure code never imports, at any depth of a function.
+IMPURE = {"ray", "deepspeed", "transformers", "vllm", "datasets", "os", "time", "subprocess"}
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+            # `from package import module` names a module too.
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def floor_of(module: str) -> int | None:
+    parts = module.split(".")
+    for length in range(len(parts), 1, -1):
+        if (floor := FLOORS.get(".".join(parts[:length]))) is not None:
+            return floor
+    return None
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: NAMES[p])
+def test_imports_go_down_or_stay(path: Path) -> None:
+    module = NAMES[path]
+    floor = floor_of(module)
+    assert floor is not None, f"{module} has no floor"
+    for name in imports(path):
+        if name.startswith("raygrpo."):
+            target = floor_of(name)
+            assert target is None or target <= floor, f"{module} (floor {floor}) imports {name}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: NAMES[p])
+def test_libraries_stay_where_they_belong(path: Path) -> None:
+    module = NAMES[path]
+    for name in imports(path):
+        library = name.partition(".")[0]
+        if library in CONFINED:
+            assert module.startswith(CONFINED[library]), f"{module} imports {library}"
+        if module.startswith("raygrpo.algorithm."):
+            assert library not in IMPURE, f"{module} imports {library}"
+
+
+def test_no_import_cycles() -> None:
+    known = {module.removesuffix(".__init__") for module in NAMES.values()}
+    top_level = {
+        NAMES[path]: {
+            name
+            for node in ast.parse(path.read_text()).body
+            if isinstance(node, ast.ImportFrom) and node.module in known
+            for name in [node.module]
+        }
+        for path in MODULES
+    }
+    done: set[str] = set()
+
+    def visit(module: str, trail: tuple[str, ...]) -> None:
+        assert module not in trail, " -> ".join((*trail, module))
+        if module not in done:
+            for name in top_level.get(module, ()):
+                visit(name, (*trail, module))
+            done.add(module)
+
+    for module in top_level:
+        visit(module, ())
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: NAMES[p])
+def test_sizes(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= 400, f"{path.name} has over 400 lines"
+    assert path.stem != "utils"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            length = node.end_lineno - node.lineno + 1
+            assert length <= 60, f"{NAMES[path]}.{node.name} has {length} lines"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: NAMES[p])
+def test_public_things_are_documented(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    if path.stem != "__init__":
+        assert ast.get_docstring(tree), f"{path.name} has no docstring"
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), f"{NAMES[path]}.{node.name} has no docstring"
+
+
+def code_lines(path: Path) -> int:
+    """Lines of code: blank lines, comments and docstrings left out."""
+    tree = ast.parse(path.read_text())
+    prose: set[int] = set()
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        first = body[0] if isinstance(body, list) and body else None
+        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+            prose |= set(range(first.lineno, (first.end_lineno or first.lineno) + 1))
+    lines = enumerate(path.read_text().splitlines(), start=1)
+    return sum(
+        1
+        for number, line in lines
+        if number not in prose and line.strip() and not line.strip().startswith("#")
+    )
+
+
+def test_the_core_stays_small() -> None:
+    core = [p for p in MODULES if (floor_of(NAMES[p]) or 0) < 5 and "tracking" not in p.parts]
+    assert sum(map(code_lines, core)) <= 6000
+
+
+def test_configuration_stays_small() -> None:
+    from raygrpo.keys import describe_keys
+
+    rows = describe_keys()
+    assert len(rows) <= 100
+    assert all(meaning for _, _, _, meaning in rows)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((PACKAGE.parent / "examples").rglob("config*.yaml")), ids=lambda p: p.parent.name
+)
+def test_examples_load_and_are_short(path: Path) -> None:
+    import yaml
+
+    from raygrpo.config import load_config
+
+    load_config(path)
+
+    def leaves(tree: object) -> int:
+        if isinstance(tree, dict):
+            return sum(leaves(value) for value in tree.values())
+        if isinstance(tree, list) and tree and isinstance(tree[0], dict):
+            return sum(leaves(value) for value in tree)
+        return 1
+
+    assert leaves(yaml.safe_load(path.read_text())) <= 30
+
+
+def test_the_suite_stands_alone() -> None:
+    root = PACKAGE.parent
+    files = [
+        *MODULES,
+        *root.glob("tests/**/*.py"),
+        *root.glob("examples/**/*"),
+        *root.glob("scripts/*"),
+    ]
+    for path in files:
+        if path.is_file() and path != Path(__file__):
+            text = path.read_text(errors="ignore")
+            assert "../" + "shared" not in text, path
+            assert "TODO" not in text or path.parent.name == "tests", path
