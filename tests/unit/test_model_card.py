@@ -1,0 +1,201 @@
+"""The model card: its front matter, its honesty about paths, and a quick start that runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from raygrpo.config import RunConfig, load_config
+from raygrpo.model_card import CardFacts, card_facts, quick_start_snippet, write_model_card
+from raygrpo.run_dir import RunDir
+from tests.tiny import save_tiny_model, tiny_tokenizer
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def run_config(tmp_path: Path, model: Path | str, **sections: Any) -> RunConfig:
+    return load_config(
+        {
+            "run_dir": str(tmp_path / "runs" / "my-run"),
+            "model": {"path": str(model)},
+            "data": {"source": str(tmp_path / "train.jsonl")},
+            "rewards": [{"func": f"{tmp_path}/rewards.py:good", "params": {"api_key": "hunter2"}}],
+            "sampling": {"max_tokens": 7},
+            **sections,
+        }
+    )
+
+
+def facts_of(config: RunConfig, *, tokenizer: Any = None, step: int = 40, **run: Any) -> CardFacts:
+    run_dir = RunDir.claim(config)
+    run_dir.note(**run)
+    run_dir.release()
+    tokenizer = tokenizer if tokenizer is not None else tiny_tokenizer()
+    return card_facts(config, run_dir.root, step=step, tokenizer=tokenizer)
+
+
+def card_of(tmp_path: Path, facts: CardFacts) -> str:
+    return write_model_card(tmp_path, facts).read_text()
+
+
+def test_front_matter_is_what_the_hub_reads(tmp_path: Path) -> None:
+    facts = facts_of(run_config(tmp_path, "HuggingFaceTB/SmolLM2-135M-Instruct"))
+    data = ModelCard(card_of(tmp_path, replace(facts, licence="apache-2.0"))).data.to_dict()
+    assert data["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert data["library_name"] == "transformers"
+    assert data["model_name"] == "my-run"
+    assert data["license"] == "apache-2.0"
+    assert {"generated_from_trainer", "raygrpo", "grpo"} <= set(data["tags"])
+    assert "datasets" not in data  # a local file is none of the hub's
+    unlicensed = ModelCard(card_of(tmp_path, facts)).data.to_dict()
+    assert "license" not in unlicensed
+    on_hub = facts_of(
+        run_config(tmp_path, "a/b", data={"source": "openai/gsm8k"}, run_dir=f"{tmp_path}/r")
+    )
+    assert ModelCard(card_of(tmp_path, on_hub)).data.to_dict()["datasets"] == ["openai/gsm8k"]
+
+
+def test_no_path_of_the_machine_and_no_secret_gets_in(tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "models" / "tiny-llama")
+    card = card_of(tmp_path, facts_of(run_config(tmp_path, model)))
+    assert "`tiny-llama`" in card
+    assert "base_model: tiny-llama" in card
+    assert "train.jsonl" in card
+    assert "rewards.py:good" in card
+    assert str(tmp_path) not in card
+    assert str(Path.home()) not in card
+    assert "hunter2" not in card
+
+
+def test_the_base_models_own_card_gives_lineage_and_licence(tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "tiny")
+    (model / "README.md").write_text("---\nbase_model: owner/origin\nlicense: gemma\n---\n# x\n")
+    facts = facts_of(run_config(tmp_path, model))
+    assert (facts.base_model, facts.licence) == ("owner/origin", "gemma")
+    (model / "README.md").write_text("---\n: [broken\n---\n")
+    facts = facts_of(run_config(tmp_path, model))
+    assert (facts.base_model, facts.licence) == ("tiny", None)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "papers"),
+    [
+        ("deepseekmath", {"2402.03300"}),
+        ("trl024", {"2402.03300"}),
+        ("dapo", {"2402.03300", "2503.14476"}),
+        ("dr_grpo", {"2402.03300", "2503.20783"}),
+        ("default", {"2402.03300", "2503.14476", "2503.20783"}),
+    ],
+)
+def test_the_method_and_its_papers(tmp_path: Path, recipe: str, papers: set[str]) -> None:
+    card = card_of(tmp_path, facts_of(run_config(tmp_path, "a/b", recipe=recipe)))
+    known = {"2402.03300", "2503.14476", "2503.20783"}
+    assert {paper for paper in known if f"arxiv.org/abs/{paper}" in card} == papers
+    assert {paper for paper in known if f"eprint = {{arXiv:{paper}}}" in card} == papers
+    assert card.count("@article{") == len(papers)
+    assert f"`{recipe}`, for 40 steps" in card
+
+
+def test_the_badge_is_there_only_for_a_run_with_an_address(tmp_path: Path) -> None:
+    config = run_config(tmp_path, "a/b")
+    assert "wandb" not in card_of(tmp_path, facts_of(config))
+    url = "https://wandb.ai/me/p/runs/123"
+    card = card_of(tmp_path, facts_of(config, wandb_url=url))
+    procedure = card.split("## Training procedure")[1].split("\n## ")[0]
+    assert f"]({url})" in procedure
+    assert "wandb-github-badge" in procedure
+
+
+def test_versions_are_those_installed(tmp_path: Path) -> None:
+    card = card_of(tmp_path, facts_of(run_config(tmp_path, "a/b")))
+    listed = card.split("## Framework versions")[1].split("\n## ")[0]
+    packages = {
+        "raygrpo": "raygrpo", "Ray": "ray", "DeepSpeed": "deepspeed", "PyTorch": "torch",
+        "Transformers": "transformers", "Datasets": "datasets", "Tokenizers": "tokenizers",
+    }  # fmt: skip
+    for shown, package in packages.items():
+        assert f"- {shown}: {version(package)}\n" in listed
+
+
+def test_results_are_measured_ones_up_to_the_exported_step(tmp_path: Path) -> None:
+    config = run_config(tmp_path, "a/b")
+    rows = [
+        {"step": 0, "eval/reward": 0.125, "eval/rewards/good/mean": 0.2},
+        {"step": 10, "reward": 0.4},
+        {"step": 20, "eval/reward": 0.75, "eval/completions/mean_length": 3.0},
+        {"step": 40, "eval/reward": 0.99},
+    ]
+    run_dir = RunDir.claim(config)
+    run_dir.metrics_path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_dir.release()
+    card = card_of(tmp_path, facts_of(config, step=20))
+    assert "| `eval/reward`, step 0 and 20 | 0.125 | 0.750 |" in card
+    assert "0.99" not in card
+    assert "good" not in card.split("## Evaluation")[1].split("\n## ")[0]  # measured only once
+    assert "## Evaluation" not in card_of(tmp_path, replace(facts_of(config), results=()))
+
+
+def test_the_shown_configuration_is_the_runs(tmp_path: Path) -> None:
+    config = run_config(tmp_path, "a/b", recipe="dapo", optimizer={"lr": 3e-5})
+    card = card_of(tmp_path, facts_of(config))
+    shown = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
+    assert shown["optimizer"]["lr"] == 3e-5
+    assert shown["advantage"]["scale"] == "group"  # what the recipe set
+    assert shown["sampling"]["max_tokens"] == 7
+    assert not {"run_dir", "ray", "tracking"} & shown.keys()
+
+
+@pytest.mark.parametrize("kind", ["plain", "chat"])
+def test_the_quick_start_runs_as_it_stands(tmp_path: Path, kind: str) -> None:
+    export = save_tiny_model(tmp_path / "export")
+    tokenizer = tiny_tokenizer()
+    if kind == "chat":
+        tokenizer.chat_template = CHAT_TEMPLATE
+        tokenizer.save_pretrained(export)
+    config = run_config(tmp_path, "a/b", sampling={"max_tokens": 7, "stop": ["\n"]})
+    card = card_of(export, facts_of(config, tokenizer=tokenizer))
+    snippet = quick_start_snippet(card)
+    assert ("messages = [{" in snippet) == (kind == "chat")
+    result = subprocess.run(
+        [sys.executable, "-c", snippet + "\nprint('made:', repr(output))"],
+        cwd=export,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    made = result.stdout.split("made: ")[1]
+    text = eval(made)[0]["generated_text"]
+    assert isinstance(text, str)
+    assert 0 < len(text) <= 7 * len("<unk>")  # one token is one character, or a special token
+
+
+def test_an_example_can_be_given(tmp_path: Path) -> None:
+    facts = replace(facts_of(run_config(tmp_path, "a/b")), example='k "7":\n')
+    namespace: dict[str, Any] = {}
+    line = next(
+        line for line in quick_start_snippet(card_of(tmp_path, facts)).splitlines() if "k" in line
+        and line.startswith("prompt")
+    )  # fmt: skip
+    exec(line, namespace)
+    assert namespace["prompt"] == 'k "7":\n'
+
+
+def test_a_card_without_a_quick_start_is_refused() -> None:
+    with pytest.raises(ValueError, match="quick start"):
+        quick_start_snippet("# a card\n```python\n1\n```\n")
