@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
 
@@ -322,7 +323,7 @@ def load_config(source: Path | str | Mapping[str, Any], overrides: Sequence[str]
         ConfigError: a missing or malformed file, an unknown key (with the nearest known one), a
             value out of range, or an impossible combination.
     """
-    user = dict(source) if isinstance(source, Mapping) else _read_yaml(Path(source))
+    user = deepcopy(dict(source)) if isinstance(source, Mapping) else _read_yaml(Path(source))
     for override in overrides:
         _apply_override(user, override)
     recipe = str(user.get("recipe", "default"))
