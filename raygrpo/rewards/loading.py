@@ -10,6 +10,7 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import pickle
 import re
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -62,7 +63,7 @@ def pack_function(function: Callable[..., Any]) -> bytes:
     """
     try:
         data: bytes = cloudpickle.dumps(function)
-    except Exception as error:  # pickling runs whatever __reduce__ the user's objects have
+    except (pickle.PicklingError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise ConfigError(
             f"the reward function {function!r} cannot be pickled: {error}",
             "create locks, clients and open files inside the function",

@@ -296,7 +296,7 @@ class TestContract:
             "question": "State the final answer to: 1 + 1",
             "answer": "2",
             "metadata": '{"source_dataset": "chain_sum"}',
-            "pattern": "a column that is no parameter",
+            "task": "a column, which is no parameter",
         }
         sections = [
             RewardSection(func="exact"),
@@ -347,7 +347,9 @@ def close_everything() -> None:
 
 
 def return_twice() -> list[float]:
-    os.fork()  # both processes return to the caller
+    if os.fork() == 0:
+        return [9.0, 9.0]
+    os.wait()  # the fork must end where it comes back to the caller
     return [1.0, 1.0]
 
 
