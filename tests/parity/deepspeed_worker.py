@@ -43,6 +43,8 @@ def train(learner: DeepSpeedLearner, case: dict[str, Any], rank: int) -> dict[st
     """Trains the case's steps; reports statistics and weights, before and after."""
     num_minibatches = learner.config.train.num_minibatches
     steps = make_steps(case["steps"], num_minibatches, learner.config.learner.num_ranks)
+    # Several chunks a microbatch, and not as many on every rank.
+    learner._policy.logprob_head.chunk_tokens = 5
     before = weights(learner)
     history = [learner.update(step[rank]) for step in steps]
     after = weights(learner)
