@@ -210,11 +210,17 @@ class Session:
 
     def _export(self) -> Path:
         path = self._checkpoints.all()[-1]
-        return export_checkpoint(self.run_dir, path, self.config, self._tokenizer)
+        first = self._prompts.take(1)[0]
+        example = first.text if first.text is not None else [dict(m) for m in first.messages or ()]
+        return export_checkpoint(self.run_dir, path, self.config, self._tokenizer, example)
 
 
-def export_checkpoint(run_dir: RunDir, path: Path, config: RunConfig, tokenizer: Any) -> Path:
+def export_checkpoint(
+    run_dir: RunDir, path: Path, config: RunConfig, tokenizer: Any, example: Any = None
+) -> Path:
     """Makes ``export/``: the model of a checkpoint with its card; an older export is replaced.
+
+    ``example`` is a prompt (text or messages) for the card's quick start.
 
     Raises:
         StorageError: the checkpoint does not verify, or the export cannot be written.
@@ -226,7 +232,8 @@ def export_checkpoint(run_dir: RunDir, path: Path, config: RunConfig, tokenizer:
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.copytree(path / "model", temporary)
-        facts = card_facts(config, run_dir.root, step=int(manifest["step"]), tokenizer=tokenizer)
+        step = int(manifest["step"])
+        facts = card_facts(config, run_dir.root, step=step, tokenizer=tokenizer, example=example)
         write_model_card(temporary, facts)
         if run_dir.export.exists():
             shutil.rmtree(run_dir.export)
