@@ -84,11 +84,6 @@ class Learner(ABC):
         """Whether microbatches may hold rows that share a prompt."""
         return self._policy.supports_shared_prompts
 
-    @property
-    def hf_model(self) -> Any:
-        """The Hugging Face model in training; under ZeRO-3 its parameters are empty shells."""
-        return self._policy.model
-
     def update(
         self, minibatches: Sequence[Sequence[Microbatch]], *, skip: bool = False
     ) -> dict[str, Stat]:
