@@ -153,14 +153,15 @@ def test_gym_errors_name_the_nearest() -> None:
 
 
 def test_evaluation_rows_of_the_same_task_are_others() -> None:
-    train = section("reasoning_gym:basic_arithmetic", params={"size": 200})
+    params = {"size": 200, "min_terms": 6, "max_terms": 6, "min_digits": 4, "max_digits": 4}
+    train = section("reasoning_gym:chain_sum", params=params)
     held_out = eval_section(train, EvalSection(params={"size": 50}), seed=0)
     train_rows, held_rows = load_rows(train, seed=0), load_rows(held_out, seed=0)
     assert len(held_rows) == 50
     # A shift by fewer than 200 would repeat rows, since row i is drawn from seed + i.
-    assert set(train_rows["metadata"]).isdisjoint(held_rows["metadata"])
+    assert set(train_rows["question"]).isdisjoint(held_rows["question"])
     named = eval_section(train, EvalSection(params={"seed": 3}), seed=0)
-    assert named.params == {"size": 200, "seed": 3}
+    assert named.params == {**params, "seed": 3}
     moved = eval_section(train, EvalSection(source="x.jsonl", split="dev"), seed=0)
     assert (moved.source, moved.split, moved.params) == ("x.jsonl", "dev", {})
 
