@@ -106,20 +106,22 @@ class Session:
     def prepare(self) -> None:
         """Everything that can fail before the first step: checks first, then data, then actors."""
         from raygrpo.models import check_model_path, load_tokenizer
-        from raygrpo.rewards.loading import check_reward
+        from raygrpo.rewards.loading import anchor_reward, check_reward
 
         config = self.config
         if not config.rewards:
             raise ConfigError("no rewards", "set rewards, or pass reward_funcs")
         for reward in config.rewards:
             check_reward(reward, passed=self._functions)
+        # Relative to here, not to wherever a scorer runs.
+        anchored = [anchor_reward(reward) for reward in config.rewards]
         check_model_path(config.model)
         self.run_dir = RunDir.claim(config)
         self._closers.callback(self.run_dir.release)
         self._tokenizer = load_tokenizer(config.model)
         self._load_data()
         self._find_checkpoint()
-        self._start_actors()
+        self._start_actors(anchored)
 
     def run(self) -> Outcome:
         """Trains, then exports; SIGTERM and SIGINT stop in order, the running step committed."""
@@ -188,7 +190,7 @@ class Session:
             self._prompts.restore(self._restored.prompts)
             self._tracker.event("resumed", step=step, incarnation=self._incarnation)
 
-    def _start_actors(self) -> None:
+    def _start_actors(self, rewards: Sequence[RewardSection]) -> None:
         from raygrpo.actors.connect import connect, disconnect
         from raygrpo.actors.learner import LearnerGroup
         from raygrpo.actors.placement import demand_of
@@ -199,7 +201,9 @@ class Session:
         self._closers.callback(disconnect)
         store = start_store()
         self._learner = LearnerGroup(self.config, store, local=connection.local)
-        self._pool = RolloutPool(self.config, store, self._functions, local=connection.local)
+        self._pool = RolloutPool(
+            self.config, store, rewards, self._functions, local=connection.local
+        )
         starting = self._learner.start()
         self._pool.start()
         self.pids = {f"learner-{rank}": pid for rank, pid in enumerate(starting.wait())}

@@ -20,7 +20,7 @@ from raygrpo.actors.generator import GenerationReport, GeneratorActor, LoadRepor
 from raygrpo.actors.placement import actor_options, generator_threads
 from raygrpo.actors.scorer import ScorerActor, ScoreReport
 from raygrpo.algorithm.window import FinishedGroup
-from raygrpo.config import RunConfig
+from raygrpo.config import RewardSection, RunConfig
 from raygrpo.errors import InfraError
 from raygrpo.failures import Action, History, Role, decide
 from raygrpo.types import GroupRequest, Stream
@@ -70,10 +70,17 @@ class RolloutPool:
     """Dispatches groups to the least loaded ready generator, then to the least loaded scorer."""
 
     def __init__(
-        self, config: RunConfig, store: Any, functions: Mapping[str, bytes], *, local: bool
+        self,
+        config: RunConfig,
+        store: Any,
+        rewards: Sequence[RewardSection],
+        functions: Mapping[str, bytes],
+        *,
+        local: bool,
     ) -> None:
         self._config = config
         self._store = store
+        self._rewards = rewards
         self._functions = functions
         self._local = local
         self._generators = [self._new_generator(i) for i in range(config.generators.count)]
@@ -181,7 +188,7 @@ class RolloutPool:
 
     def _new_scorer(self, index: int) -> Worker:
         options = actor_options(local=self._local, threads=1)
-        actor = ScorerActor.options(**options).remote(self._config.rewards, self._functions)
+        actor = ScorerActor.options(**options).remote(self._rewards, self._functions)
         return self._started(Worker("scorer", f"scorer-{index}", actor))
 
     def _started(self, worker: Worker) -> Worker:
