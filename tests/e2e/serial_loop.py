@@ -1,0 +1,102 @@
+"""GRPO as one serial loop over the same engine and learner classes, without Ray: what a
+deterministic run must equal bit for bit. Run as a script: serial_loop.py CONFIG OUTPUT."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from raygrpo.algorithm.packing import make_microbatch, place
+from raygrpo.algorithm.plan import make_step_batch
+from raygrpo.algorithm.window import FinishedGroup
+from raygrpo.config import load_config
+from raygrpo.data.prompts import PromptSource
+from raygrpo.data.sources import load_rows
+from raygrpo.engines.transformers_engine import TransformersEngine
+from raygrpo.learner.deepspeed_learner import DeepSpeedLearner
+from raygrpo.models import load_tokenizer
+from raygrpo.types import Group, GroupRequest, GroupSummary, Score, Version, WeightsManifest
+from raygrpo.weights.buckets import make_buckets
+
+
+def digits(text: str) -> float:
+    return sum(c.isdigit() for c in text) / max(len(text), 1)
+
+
+def summarise(group: Group) -> GroupSummary:
+    done = group.completions
+    values = [digits(c.text) for c in done]
+    return GroupSummary(
+        stream="train",
+        group_id=group.request.group_id,
+        attempt=0,
+        prompt_id=group.request.prompt.id,
+        prompt_length=group.request.prompt.token_ids.size,
+        lengths=tuple(c.token_ids.size for c in done),
+        num_loss_tokens=tuple(int(c.loss_mask.sum()) for c in done),
+        finishes=tuple(c.finish for c in done),
+        oldest=tuple(c.oldest for c in done),
+        newest=tuple(c.newest for c in done),
+        scores=tuple(Score(value=v, parts={"digits": v}) for v in values),
+    )
+
+
+def main(config_path: str, output: str) -> None:
+    config = load_config(Path(config_path))
+    torch.set_num_threads(1)
+    learner = DeepSpeedLearner(config, rank=0, master_port=int(sys.argv[3]))
+    engine = TransformersEngine(config.model, seed=config.seed, max_rows=64, deterministic=True)
+    rows = load_rows(config.data, seed=config.seed)
+    prompts = PromptSource(
+        rows, config.data, load_tokenizer(config.model), seed=config.seed, stream="train"
+    )
+    group_id = 0
+    for step in range(config.train.steps):
+        buckets = list(make_buckets(learner.named_weights()))
+        manifest = WeightsManifest(
+            version=Version(1, step),
+            kind="full",
+            base_version=None,
+            buckets=tuple(spec for spec, _ in buckets),
+        )
+        engine.load_weights(manifest, [data for _, data in buckets])
+        groups: dict[int, Group] = {}
+        finished = []
+        while len(finished) < config.train.groups_per_step:
+            request = GroupRequest(
+                stream="train",
+                group_id=group_id,
+                attempt=0,
+                prompt=prompts.next(),
+                seed=config.seed,
+                sampling=config.sampling.settings(),
+                min_version=manifest.version,
+            )
+            engine.submit(request)
+            group_id += 1
+            while engine.num_unfinished:
+                for group in engine.step():
+                    groups[group.request.group_id] = group
+            group = groups[request.group_id]
+            values = [digits(c.text) for c in group.completions]
+            mean = sum(values) / len(values)
+            if any(abs(v - mean) > 1e-8 for v in values):
+                finished.append(FinishedGroup(summary=summarise(group), payload=None))
+        batch = make_step_batch(step, finished, config)
+        (plans,) = place(
+            batch,
+            1,
+            tokens_per_microbatch=config.train.tokens_per_microbatch,
+            shared_prompts=learner.supports_shared_prompts,
+            attention_length=6.0 * learner.hf_model.config.hidden_size,
+        )
+        learner.update([[make_microbatch(rows, groups) for rows in plan] for plan in plans])
+    save_file({name: t.clone() for name, t in learner.named_weights()}, output)
+    learner.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2])

@@ -1,0 +1,138 @@
+"""Whole runs in processes of their own, on a tiny model: what the end-to-end tests share."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from tests.tiny import save_tiny_model
+
+DEADLINE_S = 180.0
+
+REWARD = '''
+"""Rewards completions by their share of digits: nearly every group differs."""
+
+
+def digits(completions, **_):
+    return [sum(c.isdigit() for c in text) / max(len(text), 1) for text in completions]
+'''
+
+
+def write_run(directory: Path, name: str, **changes: Any) -> Path:
+    """A configuration (and, once, its model, data and reward) in ``directory``; returns its path.
+
+    ``changes`` maps a section to keys of it.
+    """
+    model = directory / "model"
+    if not model.exists():
+        save_tiny_model(model, "llama", seed=3)
+        rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(5) for b in range(5)]
+        (directory / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        (directory / "reward.py").write_text(REWARD)
+    config: dict[str, Any] = {
+        "run_dir": str(directory / name),
+        "deterministic": True,
+        "model": {"path": str(model)},
+        "data": {"source": str(directory / "rows.jsonl"), "max_prompt_length": 16},
+        "sampling": {"num_completions": 4, "max_tokens": 6},
+        "rewards": [{"func": f"{directory / 'reward.py'}:digits", "timeout_s": 60.0}],
+        "train": {"steps": 5, "groups_per_step": 4, "tokens_per_microbatch": 64},
+        "optimizer": {"lr": 1e-2, "schedule": "linear"},
+        "learner": {"threads": 1},
+        "generators": {"threads": 1},
+        "scorers": {"count": 1},
+        "ray": {"address": "local", "start_timeout_s": 120.0, "generate_timeout_s": 60.0},
+    }
+    for section, keys in changes.items():
+        merge = isinstance(keys, Mapping) and isinstance(config.get(section), dict)
+        config[section] = {**config[section], **keys} if merge else keys
+    path = directory / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def start(config: Path, *overrides: str, command: str = "train") -> subprocess.Popen[str]:
+    """Starts ``raygrpo`` on a configuration; its output goes to a file beside it."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment.pop("RAY_ADDRESS", None)
+    with config.with_suffix(".log").open("a") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "raygrpo", command, str(config), *overrides],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+            cwd=Path(__file__).parents[1],
+        )
+
+
+def finish(process: subprocess.Popen[str], config: Path, expected: int = 0) -> str:
+    """Waits for a run's end; returns its output, which is shown when the exit code is wrong."""
+    try:
+        code = process.wait(timeout=DEADLINE_S)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGKILL)
+        raise
+    output = config.with_suffix(".log").read_text()
+    assert code == expected, f"exit code {code}, not {expected}:\n{output[-6000:]}"
+    return output
+
+
+def run(config: Path, *overrides: str, expected: int = 0) -> str:
+    """Runs to the end; returns the output."""
+    return finish(start(config, *overrides), config, expected)
+
+
+def wait_for(process: subprocess.Popen[str], condition: Callable[[], bool], what: str) -> None:
+    """Waits until ``condition`` holds while the run goes on."""
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert process.poll() is None, f"the run ended before {what}"
+        assert time.monotonic() < deadline, f"no sign of {what}"
+        time.sleep(0.01)
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file, a torn last line left out; empty when it is missing."""
+    if not path.is_file():
+        return []
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def metrics(config: Path) -> list[dict[str, Any]]:
+    """The metrics of a run by step."""
+    return rows(run_dir(config) / "metrics.jsonl")
+
+
+def events(config: Path, kind: str) -> list[dict[str, Any]]:
+    """The events of one kind."""
+    return [row for row in rows(run_dir(config) / "events.jsonl") if row["kind"] == kind]
+
+
+def run_dir(config: Path) -> Path:
+    """The directory of a run."""
+    return Path(yaml.safe_load(config.read_text())["run_dir"])
+
+
+def weights(config: Path) -> dict[str, torch.Tensor]:
+    """The exported weights."""
+    return load_file(run_dir(config) / "export" / "model.safetensors")
+
+
+def assert_same_weights(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    """Bit for bit."""
+    assert first.keys() == second.keys()
+    different = [name for name in first if not torch.equal(first[name], second[name])]
+    assert not different, f"{len(different)} of {len(first)} tensors differ: {different[:3]}"
