@@ -8,6 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from raygrpo.engines.rows import RowTable
+from raygrpo.types import Sampling
+
 TokenIds = npt.NDArray[np.int64]
 SLACK = 4
 
@@ -18,6 +21,21 @@ class StopStrings:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._special = frozenset(tokenizer.all_special_ids)
+
+    def ended(
+        self, table: RowTable, rows: slice, settings: Sequence[Sampling]
+    ) -> npt.NDArray[np.bool_]:
+        """Which of the rows [R] ended with their newest token; none does before min_tokens."""
+        ended = np.zeros(rows.stop - rows.start, np.bool_)
+        stopping = [number for number, setting in enumerate(settings) if setting.stop]
+        for index in np.flatnonzero(np.isin(table.setting[rows], stopping)):
+            row = rows.start + index
+            length, least = table.length[row], table.min_length[row]
+            if length >= least:
+                written = table.tokens[row, table.prompt_length[row] : length]
+                stops = settings[table.setting[row]].stop
+                ended[index] = self.found(written, stops, whole=bool(length == least))
+        return ended
 
     def found(self, token_ids: TokenIds, stops: Sequence[str], *, whole: bool = False) -> bool:
         """Looks in the newest of ``token_ids`` [C], or in all of them where ``whole``.

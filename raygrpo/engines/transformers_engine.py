@@ -60,6 +60,14 @@ class Running:
         """The group's identity in the engine."""
         return self.request.stream, self.request.group_id
 
+    def finished(self) -> Group:
+        """The group, once all of its completions have ended."""
+        return Group(
+            request=self.request,
+            completions=tuple(self.ended[index] for index in sorted(self.ended)),
+            generate_s=time.monotonic() - self.started,
+        )
+
 
 class TransformersEngine:
     """Decodes groups with a transformers model; implements `raygrpo.engines.base.Engine`.
@@ -292,7 +300,7 @@ class TransformersEngine:
     def _collect(self, rows: slice) -> None:
         """Ends rows whose newest token stops them, and groups all of whose rows have ended."""
         table = self._rows
-        stopped = self._is_stop[table.last(rows)] | self._string_stops(rows)
+        stopped = self._is_stop[table.last(rows)] | self._stops.ended(table, rows, self._settings)
         full = table.length[rows] >= table.max_length[rows]
         gone = (np.flatnonzero(stopped | full) + rows.start).tolist()
         if not gone:
@@ -303,20 +311,7 @@ class TransformersEngine:
         for serial, group in list(self._running.items()):
             if len(group.ended) == group.request.sampling.num_completions:
                 del self._running[serial]
-                self._finished.append(_make_group(group))
-
-    def _string_stops(self, rows: slice) -> npt.NDArray[np.bool_]:
-        table = self._rows
-        found = np.zeros(rows.stop - rows.start, np.bool_)
-        stopping = [number for number, setting in enumerate(self._settings) if setting.stop]
-        for index in np.flatnonzero(np.isin(table.setting[rows], stopping)):
-            row = rows.start + index
-            length, least = table.length[row], table.min_length[row]
-            if length >= least:
-                written = table.tokens[row, table.prompt_length[row] : length]
-                stops = self._settings[table.setting[row]].stop
-                found[index] = self._stops.found(written, stops, whole=bool(length == least))
-        return found
+                self._finished.append(group.finished())
 
     def _end_row(self, row: int, finish: Finish) -> None:
         group = self._running[int(self._rows.group[row])]
@@ -399,12 +394,3 @@ class TransformersEngine:
         self._rows, self._cache = RowTable(), self._new_cache()
         self._packed = []
         del self._model, self._decoder, self._head
-
-
-def _make_group(running: Running) -> Group:
-    completions = tuple(running.ended[index] for index in sorted(running.ended))
-    return Group(
-        request=running.request,
-        completions=completions,
-        generate_s=time.monotonic() - running.started,
-    )
