@@ -226,7 +226,7 @@ def _fix_kernels(config: RunConfig) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         # Filling DeepSpeed's large buffers at each update costs up to a second and orders nothing.
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def _init_distributed(config: RunConfig, device: torch.device) -> None:
