@@ -9,9 +9,8 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from raygrpo.config import dump_config, load_config
+from raygrpo.config_file import describe_keys, dump_config, load_config
 from raygrpo.errors import RayGrpoError
-from raygrpo.keys import describe_keys
 
 EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_FAILED = 2, 3, 4
 

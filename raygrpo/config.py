@@ -1,22 +1,14 @@
-"""The configuration: strict pydantic models in which every key has one meaning, unit and default.
+"""The configuration: pydantic models in which every key has one meaning, unit and default.
 
-`load_config` merges, from weakest to strongest: defaults, the recipe, the file, overrides. Nothing
-changes a configuration after it is loaded.
+Unknown keys are refused, and nothing changes a configuration after it is loaded.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping, Sequence
-from copy import deepcopy
-from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from raygrpo.errors import ConfigError
-from raygrpo.recipes import RECIPES
 from raygrpo.types import Sampling
 
 
@@ -314,106 +306,3 @@ class RunConfig(Section):
             s.top_p < 1 or s.top_k > 0 or s.min_p > 0 or s.repetition_penalty != 1
             or s.min_tokens > 0
         )  # fmt: skip
-
-
-def load_config(source: Path | str | Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
-    """Reads a YAML file (or takes a mapping), applies ``section.key=value`` overrides, validates.
-
-    Raises:
-        ConfigError: a missing or malformed file, an unknown key (with the nearest known one), a
-            value out of range, or an impossible combination.
-    """
-    user = deepcopy(dict(source)) if isinstance(source, Mapping) else _read_yaml(Path(source))
-    for override in overrides:
-        _apply_override(user, override)
-    recipe = str(user.get("recipe", "default"))
-    if recipe not in RECIPES:
-        raise ConfigError(f"unknown recipe {recipe!r}", _nearest(recipe, list(RECIPES)))
-    try:
-        return RunConfig.model_validate(_merge(RECIPES[recipe], user))
-    except ValidationError as error:
-        raise _explain(error) from None
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ConfigError(f"no configuration file at {path}", "check the path")
-    try:
-        loaded = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is no valid YAML: {error}") from None
-    if not isinstance(loaded, dict):
-        raise ConfigError(f"{path} must hold a mapping of sections")
-    return loaded
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    path, sign, value = override.removeprefix("--").partition("=")
-    if not sign or not path:
-        raise ConfigError(f"cannot read the override {override!r}", "write --section.key=value")
-    *parents, leaf = path.split(".")
-    for parent in parents:
-        child = tree.setdefault(parent, {})
-        if not isinstance(child, dict):
-            raise ConfigError(f"override {override!r}: {parent} is no section")
-        tree = child
-    try:
-        tree[leaf] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: {error}") from None
-
-
-def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for name, value in top.items():
-        below = merged.get(name)
-        both = isinstance(below, Mapping) and isinstance(value, Mapping)
-        merged[name] = _merge(below, value) if both else value  # type: ignore[arg-type]
-    return merged
-
-
-def _nearest(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
-
-
-def _explain(error: ValidationError) -> ConfigError:
-    """Turns pydantic's report into one ConfigError that names keys as the user writes them."""
-    lines, fixes = [], []
-    for item in error.errors():
-        location = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden":
-            lines.append(f"unknown key {location}")
-            fixes.append(_nearest(str(item["loc"][-1]), _known_keys(item["loc"][:-1])))
-        elif item["type"] == "missing":
-            lines.append(f"missing key {location}")
-            fixes.append(f"set {location}")
-        else:
-            reason = item["msg"].removeprefix("Value error, ")
-            lines.append(f"{location}: {reason}" if location else reason)
-            if location:
-                fixes.append(f"it is {item['input']!r} now")
-    return ConfigError("; ".join(lines), "; ".join(fixes))
-
-
-def _known_keys(location: tuple[int | str, ...]) -> list[str]:
-    model: type[BaseModel] = RunConfig
-    for part in location:
-        if isinstance(part, str):
-            section = section_of(model.model_fields[part].annotation)
-            assert section is not None
-            model = section
-    return list(model.model_fields)
-
-
-def section_of(annotation: Any) -> type[BaseModel] | None:
-    """The section that a field holds, alone or in a list; None for a plain value."""
-    arguments = getattr(annotation, "__args__", (annotation,))
-    nested = [a for a in arguments if isinstance(a, type) and issubclass(a, BaseModel)]
-    return nested[0] if nested else None
-
-
-def dump_config(config: RunConfig) -> str:
-    """The whole resolved configuration as YAML; loading it gives the same configuration."""
-    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=100)
-    return text

@@ -11,7 +11,8 @@ from typing import Any
 
 import yaml
 
-from raygrpo.config import RunConfig, dump_config
+from raygrpo.config import RunConfig
+from raygrpo.config_file import dump_config
 from raygrpo.errors import ConfigError, StorageError
 
 # Keys that a resumed run may change: they alter where and how fast it runs, or how long, not what

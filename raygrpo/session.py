@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from raygrpo.checkpoint import Checkpoints, RunState, load_state, verify
-from raygrpo.config import RewardSection, RunConfig, load_config
+from raygrpo.config import RewardSection, RunConfig
+from raygrpo.config_file import load_config
 from raygrpo.errors import ConfigError, StorageError
 from raygrpo.run_dir import RunDir
 
@@ -284,7 +285,7 @@ def _stop_signals(stop: Callable[[], None]) -> Iterator[None]:
         stop()
         signal.signal(number, previous[number])
 
-    numbers = (signal.SIGTERM, signal.SIGINT)
+    numbers: tuple[int, ...] = (signal.SIGTERM, signal.SIGINT)
     previous: dict[int, Any] = {}
     try:
         for number in numbers:

@@ -11,8 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import ray
-
 from raygrpo.config import RunConfig
 from raygrpo.engines.base import Engine
 from raygrpo.types import Group, GroupRequest, Version
@@ -36,7 +34,6 @@ class LoadReport:
     load_s: float
 
 
-@ray.remote(max_restarts=0, max_task_retries=0)
 class GeneratorActor:
     """Serves group requests concurrently; weights land between decode steps."""
 

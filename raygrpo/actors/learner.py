@@ -13,6 +13,7 @@ import ray
 
 from raygrpo.actors.futures import Pending
 from raygrpo.actors.placement import actor_options, learner_threads
+from raygrpo.actors.spawn import spawn
 from raygrpo.algorithm.packing import make_microbatch, place
 from raygrpo.config import RunConfig
 from raygrpo.types import (
@@ -30,7 +31,6 @@ from raygrpo.types import (
 _PUTS_IN_FLIGHT = 2
 
 
-@ray.remote(max_restarts=0, max_task_retries=0)
 class LearnerActor:
     """One DeepSpeed rank. Calls run one at a time, in the order in which the driver makes them."""
 
@@ -147,8 +147,7 @@ class LearnerGroup:
         gpus = config.learner.gpus_per_rank
         options = actor_options(local=local, threads=self._threads, gpus=gpus)
         self._actors = [
-            LearnerActor.options(**options).remote(config, rank)
-            for rank in range(config.learner.num_ranks)
+            spawn(LearnerActor, config, rank, **options) for rank in range(config.learner.num_ranks)
         ]
         self._addresses = [actor.address.remote() for actor in self._actors]
 

@@ -54,14 +54,9 @@ def _share(num_sharers: int) -> int:
 
 
 def actor_options(*, local: bool, threads: int, gpus: float = 0.0) -> dict[str, Any]:
-    """Ray options of an actor: no restarts (a blank actor would pass for a loaded one).
-
-    On a local cluster of our own, CPUs are shared by threads and not reserved.
-    """
+    """Ray options of an actor. On a local cluster of our own, CPUs are shared, not reserved."""
     return {
         "num_cpus": 0 if local else threads,
         "num_gpus": gpus,
-        "max_restarts": 0,
-        "max_task_retries": 0,
         "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads)}},
     }

@@ -19,6 +19,7 @@ from raygrpo.actors.futures import Pending, WorkerDied, resolve
 from raygrpo.actors.generator import GenerationReport, GeneratorActor, LoadReport
 from raygrpo.actors.placement import actor_options, generator_threads
 from raygrpo.actors.scorer import ScorerActor, ScoreReport
+from raygrpo.actors.spawn import spawn
 from raygrpo.algorithm.window import FinishedGroup
 from raygrpo.config import RewardSection, RunConfig
 from raygrpo.errors import InfraError
@@ -181,14 +182,14 @@ class RolloutPool:
         config = self._config
         threads = generator_threads(config)
         options = actor_options(local=self._local, threads=threads, gpus=config.generators.gpus)
-        actor = GeneratorActor.options(max_concurrency=10_000, **options).remote(
-            config, self._store, threads
+        actor = spawn(
+            GeneratorActor, config, self._store, threads, max_concurrency=10_000, **options
         )
         return self._started(Worker("generator", f"generator-{index}", actor))
 
     def _new_scorer(self, index: int) -> Worker:
         options = actor_options(local=self._local, threads=1)
-        actor = ScorerActor.options(**options).remote(self._rewards, self._functions)
+        actor = spawn(ScorerActor, self._rewards, self._functions, **options)
         return self._started(Worker("scorer", f"scorer-{index}", actor))
 
     def _started(self, worker: Worker) -> Worker:

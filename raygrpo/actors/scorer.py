@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import ray
-
 from raygrpo.config import RewardSection
 from raygrpo.types import Group, GroupSummary
 
@@ -23,7 +21,6 @@ class ScoreReport:
     reward_s: Mapping[str, float]
 
 
-@ray.remote(max_restarts=0, max_task_retries=0)
 class ScorerActor:
     """Scores one group at a time; holds one warm child process per reward function."""
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import ray
 
+from raygrpo.actors.spawn import spawn
 from raygrpo.errors import InfraError
 from raygrpo.types import ByteArray, Version, WeightsManifest
 
@@ -16,7 +17,6 @@ _KEPT_VERSIONS = 2
 logger = logging.getLogger(__name__)
 
 
-@ray.remote(max_restarts=0, max_task_retries=0)
 class WeightStoreActor:
     """Versions in order: older incarnations are refused, and only the newest versions are kept."""
 
@@ -61,4 +61,4 @@ class WeightStoreActor:
 
 def start_store() -> Any:
     """Starts the store; it holds bytes and needs no core of its own."""
-    return WeightStoreActor.options(num_cpus=0).remote()
+    return spawn(WeightStoreActor, num_cpus=0)

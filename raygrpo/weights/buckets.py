@@ -17,7 +17,7 @@ BUCKET_BYTES = 64 * 2**20
 
 def checksum(data: ByteArray) -> int:
     """xxh3_64 of a byte array."""
-    return xxhash.xxh3_64_intdigest(memoryview(data))
+    return xxhash.xxh3_64_intdigest(data.data)
 
 
 def tensor_bytes(tensor: Tensor) -> ByteArray:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from raygrpo.algorithm.packing import make_microbatch, place
 from raygrpo.algorithm.plan import make_step_batch
 from raygrpo.algorithm.window import FinishedGroup
-from raygrpo.config import load_config
+from raygrpo.config_file import load_config
 from raygrpo.data.prompts import PromptSource
 from raygrpo.data.sources import load_rows
 from raygrpo.engines.transformers_engine import TransformersEngine

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from raygrpo.config import RunConfig, load_config
+from raygrpo.config import RunConfig
+from raygrpo.config_file import load_config
 from raygrpo.types import Microbatch
 
 VOCABULARY = 60

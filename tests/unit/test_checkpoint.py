@@ -11,7 +11,7 @@ import pytest
 from raygrpo.algorithm.ledger import TokenLedger
 from raygrpo.algorithm.window import WindowState
 from raygrpo.checkpoint import Checkpoints, RunState, load_state, verify
-from raygrpo.config import load_config
+from raygrpo.config_file import load_config
 from raygrpo.errors import ConfigError, StorageError
 from raygrpo.run_dir import RunDir
 from tests.builders import request
@@ -116,7 +116,7 @@ def test_a_strangers_directory_is_left_alone(tmp_path: Path) -> None:
 def test_a_killed_process_lets_go(tmp_path: Path) -> None:
     code = (
         "import os, signal, sys\n"
-        "from raygrpo.config import load_config\n"
+        "from raygrpo.config_file import load_config\n"
         "from raygrpo.run_dir import RunDir\n"
         f"RunDir.claim(load_config({ {**BASE, 'run_dir': str(tmp_path / 'run')}!r}))\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from raygrpo.config import dump_config, load_config
+from raygrpo.config_file import describe_keys, dump_config, load_config
 from raygrpo.errors import ConfigError
-from raygrpo.keys import describe_keys
 from raygrpo.recipes import RECIPES
 
 BASE = {"model": {"path": "m"}, "data": {"source": "d"}}

@@ -392,7 +392,7 @@ def test_a_chat_template_that_refuses_a_row_names_it() -> None:
 
 
 def test_the_echo_example_is_balanced_held_out_and_tokenised_losslessly() -> None:
-    from raygrpo.config import load_config
+    from raygrpo.config_file import load_config
     from raygrpo.models import load_model, load_tokenizer, stop_token_ids
 
     root = Path(__file__).resolve().parents[2]

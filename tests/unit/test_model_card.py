@@ -15,7 +15,8 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from raygrpo.config import RunConfig, load_config
+from raygrpo.config import RunConfig
+from raygrpo.config_file import load_config
 from raygrpo.model_card import CardFacts, card_facts, quick_start_snippet, write_model_card
 from raygrpo.run_dir import RunDir
 from tests.tiny import save_tiny_model, tiny_tokenizer

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from raygrpo.algorithm.packing import make_microbatch, place
 from raygrpo.algorithm.plan import make_step_batch
 from raygrpo.algorithm.window import FinishedGroup
-from raygrpo.config import load_config
+from raygrpo.config_file import load_config
 from raygrpo.types import Group, PlannedSample, StepBatch
 from tests.builders import completion, finished, group, request, summary
 

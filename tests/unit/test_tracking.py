@@ -19,7 +19,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raygrpo.config import RunConfig, load_config
+from raygrpo.config import RunConfig
+from raygrpo.config_file import load_config
 from raygrpo.errors import StorageError
 from raygrpo.run_dir import RunDir
 from raygrpo.tracking.console import Console
