@@ -1,0 +1,103 @@
+"""Runs beside the default one: asynchronous, sharded, several updates, bf16, with a reference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests import runs
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("modes")
+
+
+def test_asynchronous_training_keeps_its_bound(directory: Path) -> None:
+    config = runs.write_run(
+        directory,
+        "asynchronous",
+        deterministic=False,
+        train={"steps": 8, "max_staleness": 2},
+        generators={"count": 2, "threads": 1},
+        loss={"correction": "tis"},
+        checkpoint={"save_steps": 4},
+    )
+    runs.run(config)
+    steps = runs.metrics(config)
+    assert [row["step"] for row in steps] == list(range(1, 9))
+    assert max(row["staleness/max"] for row in steps) <= 2
+    assert max(row["staleness/max"] for row in steps) >= 1, "generation ran ahead of training"
+    assert all(row["ledger/unexplained"] == 0 for row in steps)
+
+
+def test_resumed_asynchronous_run_finishes(directory: Path) -> None:
+    config = runs.write_run(
+        directory,
+        "asynchronous_killed",
+        deterministic=False,
+        train={"steps": 6, "max_staleness": 2},
+        checkpoint={"save_steps": 1, "keep": 0},
+    )
+    process = runs.start(config)
+    checkpoints = runs.run_dir(config) / "checkpoints"
+    runs.wait_for(process, lambda: (checkpoints / "step-00000003").is_dir(), "checkpoint 3")
+    process.kill()
+    process.wait(timeout=60)
+    runs.run(config)
+    steps = runs.metrics(config)
+    assert [row["step"] for row in steps] == list(range(1, 7))
+    assert max(row["staleness/max"] for row in steps) <= 2
+    assert all(row["ledger/unexplained"] == 0 for row in steps)
+
+
+def test_zero_3_with_all_that_a_step_can_do(directory: Path) -> None:
+    """Two ranks under ZeRO-3, two minibatches twice over, a KL to the reference, checkpointing."""
+    config = runs.write_run(
+        directory,
+        "zero3",
+        train={"steps": 3, "num_minibatches": 2, "num_iterations": 2},
+        learner={"num_ranks": 2, "zero_stage": 3, "threads": 1, "gradient_checkpointing": True},
+        loss={"beta": 0.02, "aggregation": "sequence"},
+        advantage={"scale": "group"},
+        optimizer={"lr": 1e-3, "warmup_updates": 2, "schedule": "cosine"},
+        checkpoint={"save_steps": 1},
+    )
+    runs.run(config)
+    steps = runs.metrics(config)
+    assert len(steps) == 3
+    assert steps[0]["kl"] >= 0
+    assert steps[-1]["kl"] > 0, "the policy has left its reference"
+    # fp32: what was gathered from the shards and published is what the ranks compute with.
+    assert max(row["sampling/logprob_gap/max"] for row in steps) < 1e-4
+    # The first pass over a step has ratio 1; the second has not.
+    assert steps[0]["ratio"] != 1.0
+
+
+def test_bfloat16_runs(directory: Path) -> None:
+    config = runs.write_run(
+        directory,
+        "bf16",
+        deterministic=False,
+        model={"dtype": "bfloat16"},
+        train={"steps": 3},
+        learner={"num_ranks": 2, "zero_stage": 2, "threads": 1},
+    )
+    runs.run(config)
+    assert all(str(t.dtype) == "torch.bfloat16" for t in runs.weights(config).values())
+    assert all(row["loss"] == row["loss"] for row in runs.metrics(config))
+
+
+def test_sampling_settings_reach_the_engine(directory: Path) -> None:
+    config = runs.write_run(
+        directory,
+        "sampling",
+        deterministic=False,
+        sampling={"min_tokens": 3, "max_tokens": 5, "top_k": 4, "top_p": 0.9, "stop": ["7"]},
+        train={"steps": 2},
+    )
+    runs.run(config)
+    for row in runs.metrics(config):
+        assert row["completions/min_length"] >= 3
+        assert row["completions/max_length"] <= 5
