@@ -14,7 +14,7 @@ from typing import Any
 from raygrpo.checkpoint import Checkpoints, RunState, load_state, verify
 from raygrpo.config import RewardSection, RunConfig
 from raygrpo.config_file import load_config
-from raygrpo.errors import ConfigError, StorageError
+from raygrpo.errors import ConfigError, RayGrpoError, StorageError
 from raygrpo.run_dir import RunDir
 
 RewardCallable = Callable[..., Any]
@@ -28,6 +28,8 @@ class Outcome:
     run_dir: Path
     export: Path | None
     metrics: dict[str, float]
+    driver_ms_per_group: float
+    first_token_s: float
 
 
 def train(
@@ -142,15 +144,18 @@ class Session:
             self._restored,
         )
         self.started = True
-        with _stop_signals(trainer.stop):
-            finished = trainer.run()
-        self._tracker.event(
-            "run_end",
-            step=trainer.step,
-            finished=finished,
-            driver_ms_per_group=1e3 * trainer.driver_s_per_group,
-            first_token_s=(trainer.first_token_at or self._born) - self._born,
-        )
+        try:
+            with _stop_signals(trainer.stop):
+                finished = trainer.run()
+        except RayGrpoError as error:
+            kind = type(error).__name__
+            self._tracker.event("run_failed", step=trainer.step, type=kind, error=str(error))
+            raise
+        timing = {
+            "driver_ms_per_group": 1e3 * trainer.driver_s_per_group,
+            "first_token_s": (trainer.first_token_at or self._born) - self._born,
+        }
+        self._tracker.event("run_end", step=trainer.step, finished=finished, **timing)
         export = self._export() if finished else None
         self._tracker.close()
         return Outcome(
@@ -158,6 +163,7 @@ class Session:
             run_dir=self.run_dir.root,
             export=export,
             metrics=self._tracker.last_metrics,
+            **timing,
         )
 
     def _load_data(self) -> None:
@@ -201,10 +207,13 @@ class Session:
         connection = connect(self.config, demand_of(self.config))
         self._closers.callback(disconnect)
         store = start_store()
-        self._learner = LearnerGroup(self.config, store, local=connection.local)
-        self._pool = RolloutPool(
-            self.config, store, rewards, self._functions, local=connection.local
-        )
+        # Elsewhere the run directory may not exist: there, output stays in Ray's own logs.
+        where: dict[str, Any] = {
+            "local": connection.local,
+            "logs": self.run_dir.logs if connection.local else None,
+        }
+        self._learner = LearnerGroup(self.config, store, **where)
+        self._pool = RolloutPool(self.config, store, rewards, self._functions, **where)
         starting = self._learner.start()
         self._pool.start()
         self.pids = {f"learner-{rank}": pid for rank, pid in enumerate(starting.wait())}

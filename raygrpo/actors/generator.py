@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from raygrpo.actors.spawn import log_to
 from raygrpo.config import RunConfig
 from raygrpo.engines.base import Engine
 from raygrpo.types import Group, GroupRequest, Version
@@ -46,8 +47,9 @@ class GeneratorActor:
         self._waiting: dict[tuple[str, int, int], asyncio.Future[Group]] = {}
         self._failure: BaseException | None = None
 
-    async def start(self) -> int:
+    async def start(self, log: str | None) -> int:
         """Loads the engine (not in the constructor, whose errors lose their type); the pid."""
+        log_to(log)
         import torch
 
         from raygrpo.engines.transformers_engine import TransformersEngine

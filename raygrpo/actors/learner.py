@@ -13,7 +13,7 @@ import ray
 
 from raygrpo.actors.futures import Pending
 from raygrpo.actors.placement import actor_options, learner_threads
-from raygrpo.actors.spawn import spawn
+from raygrpo.actors.spawn import log_path, log_to, spawn
 from raygrpo.algorithm.packing import make_microbatch, place
 from raygrpo.config import RunConfig
 from raygrpo.types import (
@@ -45,8 +45,9 @@ class LearnerActor:
             port: int = listener.getsockname()[1]
         return ray.util.get_node_ip_address(), port
 
-    def start(self, host: str, port: int, local_rank: int, threads: int) -> int:
+    def start(self, host: str, port: int, local_rank: int, threads: int, log: str | None) -> int:
         """Builds the rank's model and optimizer, with all other ranks; returns its process id."""
+        log_to(log)
         os.environ["OMP_NUM_THREADS"] = str(threads)
         import torch
 
@@ -140,8 +141,11 @@ class LearnerActor:
 class LearnerGroup:
     """All ranks behind one face; each method starts a call and returns its `Pending` result."""
 
-    def __init__(self, config: RunConfig, store: Any, *, local: bool) -> None:
+    def __init__(
+        self, config: RunConfig, store: Any, *, local: bool, logs: Path | None = None
+    ) -> None:
         self._config = config
+        self._logs = logs
         self._store = store
         self._threads = learner_threads(config)
         gpus = config.learner.gpus_per_rank
@@ -163,7 +167,8 @@ class LearnerGroup:
             # A GPU rank sees only its own devices, so the first is always its own.
             on_gpu = self._config.learner.gpus_per_rank > 0
             local_rank = 0 if on_gpu else hosts[:rank].count(hosts[rank])
-            refs.append(actor.start.remote(master, addresses[0][1], local_rank, self._threads))
+            log = log_path(self._logs, f"learner-{rank}")
+            refs.append(actor.start.remote(master, addresses[0][1], local_rank, self._threads, log))
         return Pending("learner (start)", refs, timeout, list)
 
     def update(self, batch: StepBatch, incarnation: int) -> Pending[StepResult]:

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -19,7 +20,7 @@ from raygrpo.actors.futures import Pending, WorkerDied, resolve
 from raygrpo.actors.generator import GenerationReport, GeneratorActor, LoadReport
 from raygrpo.actors.placement import actor_options, generator_threads
 from raygrpo.actors.scorer import ScorerActor, ScoreReport
-from raygrpo.actors.spawn import spawn
+from raygrpo.actors.spawn import log_path, spawn
 from raygrpo.algorithm.window import FinishedGroup
 from raygrpo.config import RewardSection, RunConfig
 from raygrpo.errors import InfraError
@@ -78,8 +79,10 @@ class RolloutPool:
         functions: Mapping[str, bytes],
         *,
         local: bool,
+        logs: Path | None = None,
     ) -> None:
         self._config = config
+        self._logs = logs
         self._store = store
         self._rewards = rewards
         self._functions = functions
@@ -193,7 +196,7 @@ class RolloutPool:
         return self._started(Worker("scorer", f"scorer-{index}", actor))
 
     def _started(self, worker: Worker) -> Worker:
-        worker.starting = worker.actor.start.remote()
+        worker.starting = worker.actor.start.remote(log_path(self._logs, worker.name))
         worker.deadline = time.monotonic() + self._config.ray.start_timeout_s
         return worker
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from raygrpo.actors.spawn import log_to
 from raygrpo.config import RewardSection
 from raygrpo.types import Group, GroupSummary
 
@@ -29,8 +30,9 @@ class ScorerActor:
 
         self._host = RewardHost(rewards, functions)
 
-    def start(self) -> int:
+    def start(self, log: str | None) -> int:
         """Starts and warms the children; returns this process's id."""
+        log_to(log)
         self._host.start()
         return os.getpid()
 
