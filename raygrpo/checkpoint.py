@@ -29,7 +29,10 @@ _CHUNK = 2**24
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunState:
-    """The driver's state at a step's boundary; the learner's lies beside it."""
+    """The driver's state at a step's boundary; the learner's lies beside it.
+
+    ``record`` are the step's metrics where their evaluation is still due, None where logged.
+    """
 
     step: int
     window: WindowState
@@ -37,6 +40,7 @@ class RunState:
     ledger: TokenLedger
     num_tokens: int
     buffered_tokens: int
+    record: dict[str, float] | None = None
 
 
 class Checkpoints:
@@ -64,7 +68,7 @@ class Checkpoints:
         Raises:
             StorageError: it cannot be written; older checkpoints are untouched.
         """
-        final = self._root / _name(state.step)
+        final = self.path(state.step)
         try:
             with (directory / _STATE).open("wb") as file:
                 pickle.dump(state, file)
@@ -81,10 +85,14 @@ class Checkpoints:
                 shutil.rmtree(final)
             directory.rename(final)
             _sync(self._root)
-            self._prune()
+            self._prune(final)
         except OSError as error:
             raise StorageError(f"cannot commit the checkpoint {final}: {error}") from error
         return final
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of a step is, or would be."""
+        return self._root / _name(step)
 
     def all(self) -> list[Path]:
         """Committed checkpoints, oldest first, verified or not."""
@@ -102,9 +110,10 @@ class Checkpoints:
             return path, problems
         return None, problems
 
-    def _prune(self) -> None:
+    def _prune(self, newest: Path) -> None:
+        """Keeps the newest; later steps, which a damaged checkpoint may have left, do not count."""
         if self._keep:
-            for old in self.all()[: -self._keep]:
+            for old in [path for path in self.all() if path <= newest][: -self._keep]:
                 # Renamed first: a crash in the middle must not leave half a checkpoint.
                 doomed = self._root / f".tmp-old-{old.name}"
                 old.rename(doomed)
@@ -126,9 +135,11 @@ def verify(path: Path) -> dict[str, Any]:
         raise StorageError(f"{path} has no readable manifest: {error}") from None
     for name, fingerprint in expected.items():
         file = path / name
-        if not file.is_file():
-            raise StorageError(f"{path}: {name} is missing")
-        if file.stat().st_size != fingerprint["bytes"] or _fingerprint(file) != fingerprint:
+        try:
+            same = file.stat().st_size == fingerprint["bytes"] and _fingerprint(file) == fingerprint
+        except OSError as error:
+            raise StorageError(f"{path}: {name} cannot be read: {error}") from None
+        if not same:
             raise StorageError(f"{path}: {name} is damaged")
     return manifest
 
@@ -138,7 +149,7 @@ def load_state(path: Path) -> RunState:
     try:
         with (path / _STATE).open("rb") as file:
             state = pickle.load(file)
-    except (OSError, pickle.UnpicklingError, EOFError) as error:
+    except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ImportError) as error:
         raise StorageError(f"cannot read {path / _STATE}: {error}") from error
     if not isinstance(state, RunState):
         raise StorageError(f"{path / _STATE} holds no run state")

@@ -10,9 +10,11 @@ from typing import Annotated, NoReturn
 import typer
 
 from raygrpo.config_file import describe_keys, dump_config, load_config
-from raygrpo.errors import RayGrpoError
+from raygrpo.errors import ConfigError, DataError, RayGrpoError, RewardError
+from raygrpo.signals import Stopped
 
 EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_FAILED = 2, 3, 4
+_INPUT = (ConfigError, DataError, RewardError)
 
 app = typer.Typer(
     add_completion=False,
@@ -42,7 +44,10 @@ def train(
             outcome = session.run()
     except RayGrpoError as error:
         started = session is not None and session.started
-        _fail(error, EXIT_FAILED if started else EXIT_BAD_INPUT)
+        _fail(error, EXIT_BAD_INPUT if isinstance(error, _INPUT) and not started else EXIT_FAILED)
+    except Stopped:
+        typer.echo("stopped before the first step; run the same command to start or resume")
+        raise typer.Exit(EXIT_STOPPED) from None
     if not outcome.finished:
         typer.echo(f"stopped, all committed; run the same command to resume ({outcome.run_dir})")
         raise typer.Exit(EXIT_STOPPED)
@@ -66,7 +71,7 @@ def export(
     try:
         path = export_run(run, step)
     except RayGrpoError as error:
-        _fail(error, EXIT_BAD_INPUT)
+        _fail(error, EXIT_BAD_INPUT if isinstance(error, _INPUT) else EXIT_FAILED)
     typer.echo(str(path))
 
 

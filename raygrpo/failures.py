@@ -11,6 +11,7 @@ from raygrpo.errors import DataError, InfraError
 Role = Literal["generator", "scorer", "learner", "store"]
 
 MAX_ATTEMPTS = 3
+MAX_DEATHS = 4
 MAX_CONSECUTIVE_LOSSES = 8
 
 
@@ -40,9 +41,9 @@ def decide(error: BaseException, role: Role, history: History, *, worker_died: b
     """What to do about ``error`` in a call to ``role``.
 
     A dead worker is replaced and its groups are sent again, until nothing finishes any more; an
-    answer that was lost with its node is computed again; a group that cannot be served, or that
-    took its worker down each time, is given up; everything else stops the run: bad configuration,
-    failing rewards, numbers that are not finite, storage, a dead learner, and bugs.
+    answer that was lost with its node is computed again; a group that cannot be served is given up
+    (so is one that was with ``MAX_DEATHS`` workers when they died); everything else stops the run:
+    bad configuration, failing rewards, numbers that are not finite, storage, a dead learner, bugs.
     """
     if role in ("learner", "store"):
         return Action.STOP

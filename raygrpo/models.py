@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from raygrpo.config import ModelSection
@@ -65,6 +66,12 @@ def check_model_path(model: ModelSection) -> None:
         )
 
 
+def anchored_model(model: ModelSection) -> ModelSection:
+    """The same section with a local directory's path made absolute, for processes elsewhere."""
+    path = Path(model.path).expanduser()
+    return model.model_copy(update={"path": str(path.absolute())}) if path.exists() else model
+
+
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
@@ -72,25 +79,37 @@ def load_model(model: ModelSection, *, seed: int, dtype: torch.dtype) -> Any:
     """The model in ``dtype`` on CPU; with ``random_init``, fresh weights drawn from ``seed``.
 
     Raises:
-        ConfigError: the path holds no loadable model.
+        ConfigError: the path holds no loadable model, or one whose attention is not supported.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    common = {"trust_remote_code": model.trust_remote_code, "attn_implementation": "sdpa"}
     try:
         with quiet_transformers():
-            if model.random_init:
-                config = AutoConfig.from_pretrained(
-                    model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
-                )
-                with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(seed)
-                    return AutoModelForCausalLM.from_config(config, dtype=dtype, **common)
-            return AutoModelForCausalLM.from_pretrained(
-                model.path, revision=model.revision, dtype=dtype, **common
-            )
-    except (OSError, ValueError, KeyError) as error:
+            loaded = _load(model, seed, dtype)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"model.path {model.path!r} does not load: {error}") from error
+    nowhere = torch.zeros(1, 1, dtype=torch.long)
+    attention_masks(loaded.config, torch.ones(1, 1, 1, dtype=torch.bool), nowhere, nowhere, dtype)
+    return loaded
+
+
+def _load(model: ModelSection, seed: int, dtype: torch.dtype) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    common = {"trust_remote_code": model.trust_remote_code, "attn_implementation": "sdpa"}
+    if not model.random_init:
+        return AutoModelForCausalLM.from_pretrained(
+            model.path, revision=model.revision, dtype=dtype, **common
+        )
+    config = AutoConfig.from_pretrained(
+        model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        fresh = AutoModelForCausalLM.from_config(config, dtype=dtype, **common)
+    with contextlib.suppress(OSError):  # without generation_config.json, config.json's will do
+        fresh.generation_config = GenerationConfig.from_pretrained(
+            model.path, revision=model.revision
+        )
+    return fresh
 
 
 @contextlib.contextmanager

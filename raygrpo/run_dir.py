@@ -30,11 +30,17 @@ _MAY_CHANGE = (
     "train.steps",
     "train.tokens_per_microbatch",
     "eval.",
+    "optimizer.",
 )
+_MAY_CHANGE_ENDS = (".timeout_s",)
+_OURS = (".lock", "logs")
 
 
 class RunDir:
-    """Paths of a run and its facts (``run.json``): wandb id, incarnation, versions of packages."""
+    """Paths of a run and its facts (``run.json``): wandb id and incarnation.
+
+    ``changed``: the keys that this start changes in a run that has checkpoints, as text.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -46,6 +52,7 @@ class RunDir:
         self.checkpoints = root / "checkpoints"
         self.export = root / "export"
         self.logs = root / "logs"
+        self.changed: list[str] = []
         self._lock: int | None = None
 
     @classmethod
@@ -58,19 +65,14 @@ class RunDir:
         """
         run_dir = cls(Path(config.run_dir).expanduser().absolute())
         try:
-            is_new = not run_dir.root.exists() or not any(run_dir.root.iterdir())
-            if not is_new and not run_dir.facts_path.is_file():
-                raise ConfigError(
-                    f"run_dir {config.run_dir!r} holds something that is no run",
-                    "name an empty or new directory",
-                )
+            run_dir._check_contents(config.run_dir)
             run_dir.root.mkdir(parents=True, exist_ok=True)
             run_dir._acquire()
-            run_dir._check_config(config)
-            run_dir.logs.mkdir(exist_ok=True)
-            write_atomically(run_dir.config_path, dump_config(config))
-            if not run_dir.facts_path.is_file():
-                write_atomically(run_dir.facts_path, json.dumps({"incarnation": 0}))
+            try:
+                run_dir._set_up(config)
+            except BaseException:
+                run_dir.release()
+                raise
         except OSError as error:
             raise StorageError(f"cannot write run_dir {config.run_dir!r}: {error}") from error
         return run_dir
@@ -94,13 +96,34 @@ class RunDir:
 
     def note(self, **facts: Any) -> None:
         """Adds facts."""
-        write_atomically(self.facts_path, json.dumps({**self.facts, **facts}, indent=2))
+        try:
+            write_atomically(self.facts_path, json.dumps({**self.facts, **facts}, indent=2))
+        except OSError as error:
+            raise StorageError(f"cannot write {self.facts_path}: {error}") from error
 
     def next_incarnation(self) -> int:
         """Counts one more start of the learner."""
         incarnation = int(self.facts.get("incarnation", 0)) + 1
         self.note(incarnation=incarnation)
         return incarnation
+
+    def _check_contents(self, name: str) -> None:
+        found = [path.name for path in self.root.iterdir()] if self.root.exists() else []
+        foreign = [
+            n for n in found if n not in _OURS and not n.startswith(f".{self.facts_path.name}")
+        ]
+        if foreign and not self.facts_path.is_file():
+            raise ConfigError(
+                f"run_dir {name!r} holds something that is no run ({foreign[0]})",
+                "name an empty or new directory",
+            )
+
+    def _set_up(self, config: RunConfig) -> None:
+        if not self.facts_path.is_file():
+            write_atomically(self.facts_path, json.dumps({"incarnation": 0}))
+        self.changed = self._check_config(config)
+        self.logs.mkdir(exist_ok=True)
+        write_atomically(self.config_path, dump_config(config))
 
     def _acquire(self) -> None:
         self._lock = os.open(self.root / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
@@ -113,23 +136,29 @@ class RunDir:
                 "wait for it to end, or set another run_dir",
             ) from None
 
-    def _check_config(self, config: RunConfig) -> None:
-        if not self.config_path.is_file():
-            return
-        before = _flatten(yaml.safe_load(self.config_path.read_text()) or {})
-        after = _flatten(config.model_dump(mode="json"))
-        changed = sorted(
-            name
-            for name in before.keys() | after.keys()
-            if before.get(name) != after.get(name) and not name.startswith(_MAY_CHANGE)
-        )
-        if changed:
-            detail = "; ".join(f"{n}: {before.get(n)!r} -> {after.get(n)!r}" for n in changed)
-            self.release()
+    def _check_config(self, config: RunConfig) -> list[str]:
+        """Which keys a resumed run changes, as text; refuses what would make it another run."""
+        if not self.config_path.is_file() or not any(self.checkpoints.glob("step-*")):
+            return []
+        try:
+            stored = yaml.safe_load(self.config_path.read_text()) or {}
+        except yaml.YAMLError as error:
+            raise StorageError(f"{self.config_path} is damaged: {error}") from None
+        before, after = _flatten(stored), _flatten(config.model_dump(mode="json"))
+        names = sorted(n for n in before.keys() | after.keys() if before.get(n) != after.get(n))
+        changed = {n: f"{n}: {before.get(n)!r} -> {after.get(n)!r}" for n in names}
+        refused = [
+            text
+            for name, text in changed.items()
+            if not name.startswith(_MAY_CHANGE) and not name.endswith(_MAY_CHANGE_ENDS)
+        ]
+        if refused:
             raise ConfigError(
-                f"run_dir {config.run_dir!r} holds a run with another configuration ({detail})",
+                f"run_dir {config.run_dir!r} holds a run with another configuration "
+                f"({'; '.join(refused)})",
                 "restore these keys to resume it, or set another run_dir",
             )
+        return list(changed.values())
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -145,6 +174,8 @@ def write_atomically(path: Path, text: str) -> None:
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in tree.items():
+        if isinstance(value, list) and value and isinstance(value[0], Mapping):
+            value = {str(index): item for index, item in enumerate(value)}
         if isinstance(value, Mapping) and value:
             flat |= _flatten(value, f"{prefix}{name}.")
         else:

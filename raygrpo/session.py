@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from raygrpo.config import RewardSection, RunConfig
 from raygrpo.config_file import load_config
 from raygrpo.errors import ConfigError, RayGrpoError, StorageError
 from raygrpo.run_dir import RunDir
+from raygrpo.signals import StopSignals
 
 RewardCallable = Callable[..., Any]
 
@@ -98,9 +98,12 @@ class Session:
         self._dataset = dataset
         self._eval_dataset = eval_dataset
         self._born = time.time()
+        self._signals = StopSignals()
         self._closers = contextlib.ExitStack()
 
     def __enter__(self) -> Session:
+        self._signals.install()
+        self._closers.callback(self._signals.uninstall)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -108,7 +111,7 @@ class Session:
 
     def prepare(self) -> None:
         """Everything that can fail before the first step: checks first, then data, then actors."""
-        from raygrpo.models import check_model_path, load_tokenizer
+        from raygrpo.models import anchored_model, check_model_path, load_tokenizer
         from raygrpo.rewards.loading import anchor_reward, check_reward
 
         config = self.config
@@ -116,11 +119,12 @@ class Session:
             raise ConfigError("no rewards", "set rewards, or pass reward_funcs")
         for reward in config.rewards:
             check_reward(reward, passed=self._functions)
-        # Relative to here, not to wherever a scorer runs.
+        # Paths are relative to here, not to wherever an actor runs.
         anchored = [anchor_reward(reward) for reward in config.rewards]
         check_model_path(config.model)
         self.run_dir = RunDir.claim(config)
         self._closers.callback(self.run_dir.release)
+        self._placed = config.model_copy(update={"model": anchored_model(config.model)})
         self._tokenizer = load_tokenizer(config.model)
         self._load_data()
         self._find_checkpoint()
@@ -145,19 +149,22 @@ class Session:
         )
         self.started = True
         try:
-            with _stop_signals(trainer.stop):
+            with self._signals.during(trainer.stop):
                 finished = trainer.run()
         except RayGrpoError as error:
             kind = type(error).__name__
-            self._tracker.event("run_failed", step=trainer.step, type=kind, error=str(error))
+            with contextlib.suppress(StorageError):  # the first error matters, not a full disk
+                self._tracker.event("run_failed", step=trainer.step, type=kind, error=str(error))
             raise
         timing = {
             "driver_ms_per_group": 1e3 * trainer.driver_s_per_group,
             "first_token_s": (trainer.first_token_at or self._born) - self._born,
         }
         self._tracker.event("run_end", step=trainer.step, finished=finished, **timing)
-        export = self._export() if finished else None
-        self._tracker.close()
+        # A signal from here on has nothing left to save: what is under way just ends.
+        with self._signals.during(lambda: None):
+            export = self._export(trainer.step) if finished else None
+            self._tracker.close()
         return Outcome(
             finished=finished,
             run_dir=self.run_dir.root,
@@ -185,16 +192,25 @@ class Session:
 
         self._checkpoints = Checkpoints(self.run_dir.checkpoints, self.config.checkpoint.keep)
         path, problems = self._checkpoints.newest_valid()
+        if path is None and problems:
+            raise StorageError(
+                f"no checkpoint of {self.run_dir.root} verifies: {'; '.join(problems)}",
+                "bring them back, or remove checkpoints/ to start again from step 0",
+            )
         self._restored_from = path
         self._restored: RunState | None = load_state(path) if path else None
         step = self._restored.step if self._restored else 0
+        if self._restored:
+            self._prompts.restore(self._restored.prompts)
         self._incarnation = self.run_dir.next_incarnation()
+        # Last: it cuts off the metrics after the checkpoint.
         self._tracker = Tracker(self.run_dir.root, self.config, resume_step=step if path else None)
         self._closers.callback(self._tracker.close)
         for problem in problems:
             self._tracker.event("checkpoint_refused", step=step, reason=problem)
+        for change in self.run_dir.changed:
+            self._tracker.event("config_changed", step=step, change=change)
         if self._restored:
-            self._prompts.restore(self._restored.prompts)
             self._tracker.event("resumed", step=step, incarnation=self._incarnation)
 
     def _start_actors(self, rewards: Sequence[RewardSection]) -> None:
@@ -202,18 +218,22 @@ class Session:
         from raygrpo.actors.learner import LearnerGroup
         from raygrpo.actors.placement import demand_of
         from raygrpo.actors.pool import RolloutPool
-        from raygrpo.actors.weight_store import start_store
+        from raygrpo.actors.weight_store import end_store, start_store
 
-        connection = connect(self.config, demand_of(self.config))
-        self._closers.callback(disconnect)
+        connection = connect(self._placed, demand_of(self._placed))
+        self._closers.callback(disconnect, connection)
+        self._signals.install()  # Ray has put handlers of its own in their place
         store = start_store()
+        self._closers.callback(end_store, store)
         # Elsewhere the run directory may not exist: there, output stays in Ray's own logs.
         where: dict[str, Any] = {
             "local": connection.local,
             "logs": self.run_dir.logs if connection.local else None,
         }
-        self._learner = LearnerGroup(self.config, store, **where)
-        self._pool = RolloutPool(self.config, store, rewards, self._functions, **where)
+        self._learner = LearnerGroup(self._placed, store, **where)
+        self._pool = RolloutPool(self._placed, store, rewards, self._functions, **where)
+        self._closers.callback(self._learner.close)
+        self._closers.callback(self._pool.close)
         starting = self._learner.start()
         self._pool.start()
         self.pids = {f"learner-{rank}": pid for rank, pid in enumerate(starting.wait())}
@@ -222,8 +242,8 @@ class Session:
         if self._restored_from is not None:
             self._learner.load(self._restored_from).wait()
 
-    def _export(self) -> Path:
-        path = self._checkpoints.all()[-1]
+    def _export(self, step: int) -> Path:
+        path = self._checkpoints.path(step)
         first = self._prompts.take(1)[0]
         example = first.text if first.text is not None else [dict(m) for m in first.messages or ()]
         return export_checkpoint(self.run_dir, path, self.config, self._tokenizer, example)
@@ -275,34 +295,9 @@ def export_run(root: Path, step: int | None = None) -> Path:
         path, problems = checkpoints.newest_valid()
         reason = "; ".join(problems) or "it was stopped before its first one"
     else:
-        path = next((p for p in checkpoints.all() if p.name == f"step-{step:08}"), None)
+        path = checkpoints.path(step) if checkpoints.path(step).is_dir() else None
         reason = f"it has {', '.join(p.name for p in checkpoints.all()) or 'none'}"
     if path is None:
         raise ConfigError(f"{root} has no checkpoint to export: {reason}")
     tokenizer = load_tokenizer(config.model.model_copy(update={"path": str(path / "model")}))
     return export_checkpoint(run_dir, path, config, tokenizer)
-
-
-@contextlib.contextmanager
-def _stop_signals(stop: Callable[[], None]) -> Iterator[None]:
-    """The first SIGTERM or SIGINT asks for an orderly stop, a second one interrupts at once.
-
-    Entered after Ray has started, which replaces handlers of its own.
-    """
-
-    def handle(number: int, frame: object) -> None:
-        stop()
-        signal.signal(number, previous[number])
-
-    numbers: tuple[int, ...] = (signal.SIGTERM, signal.SIGINT)
-    previous: dict[int, Any] = {}
-    try:
-        for number in numbers:
-            previous[number] = signal.signal(number, handle)
-    except ValueError:  # not the main thread: the caller handles signals
-        pass
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

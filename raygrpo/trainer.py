@@ -10,7 +10,7 @@ driver holds references and summaries, never tokens; `RolloutPool.wait` is the o
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,14 +82,15 @@ class Trainer:
         if restored:
             self._ledger = self._ledger.roll_back(restored.buffered_tokens)
         self._num_tokens = restored.num_tokens if restored else 0
-        self._saved_step = restored.step if restored else -1
-        self._resumed = restored is not None
+        # A checkpoint whose evaluation is still due is written again once that is done.
+        self._saved_step = restored.step if restored and restored.record is None else -1
+        self._record = restored.record if restored else {}
+        self._deferred: dict[str, float] | None = None
         self._update: Pending[StepResult] | None = None
         self._publish: Pending[Any] | None = None
         self._save: Pending[None] | None = None
         self._saving: tuple[Path, RunState] | None = None
         self._evaluation: Evaluation | None = None
-        self._record: dict[str, float] | None = None
         self._training: tuple[StepBatch, list[FinishedGroup]] | None = None
         self._sync: dict[str, float] = {}
         self._span = Span()
@@ -112,10 +113,9 @@ class Trainer:
         """Trains to the last step; False when it was stopped before, with all committed."""
         self._span = Span()
         self._start_publish()
-        for request in self._window.pending:
-            self._pool.submit(request)
-        if self.step == 0 and not self._resumed:
-            self._record = {}
+        if self.step < self._config.train.steps:
+            for request in self._window.pending:
+                self._pool.submit(request)
         while not self._finished():
             started, waited = time.monotonic(), self._pool.waited_s
             self._settle()
@@ -125,7 +125,7 @@ class Trainer:
             self._take(self._pool.wait(self._pendings(), _TICK_S))
             blocked = self._pool.waited_s - waited
             self._driver_s += time.monotonic() - started - blocked
-        return self.step >= self._config.train.steps
+        return self.step >= self._config.train.steps and self._deferred is None
 
     def _finished(self) -> bool:
         busy = self._update or self._publish or self._save or self._record is not None
@@ -157,7 +157,7 @@ class Trainer:
         # An evaluation is of one version, so the next one waits for it; so does a record.
         if self._update or self._record is not None or self._stopping:
             return
-        if not self._window.step_ready():
+        if self.step >= self._config.train.steps or not self._window.step_ready():
             return
         groups = self._window.take_step()
         batch = make_step_batch(self.step, groups, self._config)
@@ -217,11 +217,11 @@ class Trainer:
         if report.traceback and self.first_traceback is None:
             self.first_traceback = report.traceback
             self._tracker.event("reward_error", step=self.step, traceback=report.traceback)
-        self._count_errors(summary)
         if summary.stream == "eval":
             if self._evaluation is not None:
                 self._evaluation.finish(summary)
             return
+        self._count_errors(summary)
         awaited = summary.group_id in {request.group_id for request in self._window.pending}
         self._ledger = self._ledger.report(summary, awaited=awaited)
         self._num_tokens += summary.prompt_length * len(summary.lengths) + sum(summary.lengths)
@@ -235,12 +235,15 @@ class Trainer:
         span.errored_scores += sum(score.error is not None for score in summary.scores)
         whole = config.train.groups_per_step * config.sampling.num_completions
         frac = span.errored_scores / max(span.scores, whole)
-        if frac > config.scorers.max_reward_error_frac:
-            first = next((s.error for s in summary.scores if s.error), "see the traceback")
+        # Even where every failure is allowed: without any score no step is ever complete.
+        hopeless = span.scores >= 2 * whole and span.errored_scores == span.scores
+        if frac > config.scorers.max_reward_error_frac or hopeless:
+            first = next((s.error for s in summary.scores if s.error), "see events.jsonl")
+            trace = f"\nfirst traceback:\n{self.first_traceback}" if self.first_traceback else ""
             raise RewardError(
                 f"{span.errored_scores} of {max(span.scores, whole)} scores failed "
                 f"(scorers.max_reward_error_frac is {config.scorers.max_reward_error_frac:g}); "
-                f"{first}\nfirst traceback:\n{self.first_traceback}",
+                f"{first}{trace}",
                 "correct the reward function, or raise its timeout_s",
             )
 
@@ -304,28 +307,37 @@ class Trainer:
     def _settle(self) -> None:
         """Closes what is complete: the evaluation, then the step's record, then its checkpoint."""
         if self._record is not None and self._publish is None:
-            if self._evaluation is None and self._evaluates_now():
-                version = Version(self._incarnation, self.step)
-                self._evaluation = Evaluation(self._eval_prompts, version, self._config)
-                for request in self._evaluation.requests:
-                    self._pool.submit(request)
-            evaluated = self._evaluation is not None and self._evaluation.done
-            if self._evaluation is None or evaluated or self._stopping:
-                extra = self._evaluation.metrics() if self._evaluation and evaluated else {}
-                if self._record or extra:
-                    self._tracker.log_step(self.step, self._record | extra)
-                self._record = self._evaluation = None
+            self._settle_record(self._record)
         if self._save is not None and not self._save.open_refs and self._record is None:
             assert self._saving is not None
             directory, state = self._saving
-            path = self._checkpoints.commit(directory, state)
+            path = self._checkpoints.commit(directory, replace(state, record=self._deferred))
             self._saved_step = state.step
             self._tracker.event("checkpoint", step=state.step, path=path.name)
             self._save = self._saving = None
 
+    def _settle_record(self, record: dict[str, float]) -> None:
+        due = self._evaluates_now()
+        if self._stopping and due and not (self._evaluation and self._evaluation.done):
+            # The checkpoint keeps the record, and the resumed run evaluates and logs it.
+            self._deferred, self._record, self._evaluation = record, None, None
+            return
+        if due and self._evaluation is None:
+            version = Version(self._incarnation, self.step)
+            self._evaluation = Evaluation(self._eval_prompts, version, self._config)
+            for request in self._evaluation.requests:
+                self._pool.submit(request)
+        if self._evaluation is not None and not self._evaluation.done:
+            return
+        if self._evaluation is not None:
+            record = record | self._evaluation.metrics()
+        if record:
+            self._tracker.log_step(self.step, record)
+        self._record = self._evaluation = None
+
     def _evaluates_now(self) -> bool:
         every = self._config.eval.every_steps
-        if not every or not self._eval_prompts or self._stopping:
+        if not every or not self._eval_prompts:
             return False
         return self.step % every == 0 or self.step >= self._config.train.steps
 

@@ -38,6 +38,7 @@ FLOORS = {
     "raygrpo.tracking": 4,
     "raygrpo.model_card": 4,
     "raygrpo.session": 5,
+    "raygrpo.signals": 5,
     "raygrpo.cli": 5,
     "raygrpo.__main__": 5,
     "raygrpo.__init__": 5,

@@ -15,9 +15,13 @@ from raygrpo.errors import ConfigError, InfraError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Connection:
-    """A joined cluster. On a local one, actors reserve no CPUs: it is ours alone."""
+    """A joined cluster. On a ``local`` one, actors reserve no CPUs: it is ours alone.
+
+    ``ours`` is False where the caller had joined already: then the caller leaves it, too.
+    """
 
     local: bool
+    ours: bool
 
 
 def connect(config: RunConfig, demand: Demand) -> Connection:
@@ -31,17 +35,17 @@ def connect(config: RunConfig, demand: Demand) -> Connection:
     if address == "auto":
         address = os.environ.get("RAY_ADDRESS", "local")
     if ray.is_initialized():
-        connection = Connection(local=False)
+        connection = Connection(local=False, ours=False)
     elif address == "local":
         _start_local(demand)
-        connection = Connection(local=True)
+        connection = Connection(local=True, ours=True)
     else:
         _join(address)
-        connection = Connection(local=False)
+        connection = Connection(local=False, ours=True)
     try:
         _check_gpus(demand)
     except ConfigError:
-        ray.shutdown()
+        disconnect(connection)
         raise
     return connection
 
@@ -50,13 +54,18 @@ def _start_local(demand: Demand) -> None:
     # Ray's own default protects a local cluster by a token. Its mode is read when ray is imported,
     # so setting it here would make this process a stranger to its own cluster.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        logging_level=logging.ERROR,
-        log_to_driver=False,
-        num_cpus=max(os.cpu_count() or 1, demand.num_processes),
-    )
+    try:
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            num_cpus=max(os.cpu_count() or 1, demand.num_processes),
+        )
+    except (ConnectionError, RuntimeError, OSError) as error:
+        raise InfraError(
+            f"Ray does not start here: {error}", "see the newest session under /tmp/ray"
+        ) from None
 
 
 def _join(address: str) -> None:
@@ -92,6 +101,7 @@ def _scalable_gpus() -> float:
     return float(limits.get("GPU", 0))
 
 
-def disconnect() -> None:
-    """Leaves the cluster; a local one ends."""
-    ray.shutdown()
+def disconnect(connection: Connection) -> None:
+    """Leaves a cluster that `connect` joined; a local one ends."""
+    if connection.ours:
+        ray.shutdown()

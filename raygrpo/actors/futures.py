@@ -29,6 +29,10 @@ class AnswerLost(InfraError):
     """A call's answer was lost with the node that held it."""
 
 
+class DependencyDied(InfraError):
+    """A call failed because a process that it needs is gone; the called one is well."""
+
+
 def resolve(ref: Any, what: str) -> Any:
     """The value of a finished call.
 
@@ -38,24 +42,32 @@ def resolve(ref: Any, what: str) -> Any:
     """
     try:
         return ray.get(ref, timeout=60)
+    except ray.exceptions.RayTaskError as error:  # first: it is of its cause's class too
+        raise _raised_inside(error, what) from None
     except _DEAD as error:
         raise WorkerDied(f"{what} died: {_first_line(error)}") from None
-    except (
-        ray.exceptions.ObjectLostError,
-        ray.exceptions.ReferenceCountingAssertionError,
-    ) as error:
+    except (ray.exceptions.ObjectLostError, ray.exceptions.GetTimeoutError) as error:
         raise AnswerLost(f"the answer of {what} was lost: {_first_line(error)}") from None
-    except ray.exceptions.GetTimeoutError as error:
-        raise AnswerLost(f"the answer of {what} could not be fetched: {error}") from None
-    except ray.exceptions.RayTaskError as error:
-        cause = error.cause
-        if isinstance(cause, RayGrpoError):
-            raise cause from None
-        if isinstance(cause, ray.exceptions.ObjectLostError):
-            raise AnswerLost(f"{what} lost its input: {_first_line(cause)}") from None
-        if isinstance(cause, _DEAD):
-            raise WorkerDied(f"{what} lost a process it needs: {_first_line(cause)}") from None
-        raise
+    except ray.exceptions.RayError as error:
+        raise InfraError(f"Ray could not run {what}: {_first_line(error)}") from None
+
+
+def _raised_inside(error: Any, what: str) -> BaseException:
+    """What a call raised, in the project's terms; a bug is passed on with its remote traceback."""
+    cause = error.cause
+    if isinstance(cause, RayGrpoError):
+        return cause
+    if isinstance(cause, ray.exceptions.ObjectLostError):
+        return AnswerLost(f"{what} lost its input: {_first_line(cause)}")
+    if isinstance(cause, ray.exceptions.RayError):
+        return DependencyDied(f"{what} lost a process that it needs: {_first_line(cause)}")
+    if type(cause).__name__ == "OutOfMemoryError":  # torch's; this module does without torch
+        return InfraError(
+            f"{what} ran out of GPU memory: {_first_line(cause)}",
+            "lower train.tokens_per_microbatch or generators.max_rows, or raise the ZeRO stage",
+        )
+    bug: BaseException = error
+    return bug
 
 
 def _first_line(error: BaseException) -> str:

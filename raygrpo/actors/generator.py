@@ -43,9 +43,9 @@ class GeneratorActor:
         self._config = config
         self._threads = threads
         self._store = store
-        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[tuple[Callable[[], Any], asyncio.Future[Any]]]
+        self._commands = queue.SimpleQueue()
         self._waiting: dict[tuple[str, int, int], asyncio.Future[Group]] = {}
-        self._failure: BaseException | None = None
 
     async def start(self, log: str | None) -> int:
         """Loads the engine (not in the constructor, whose errors lose their type); the pid."""
@@ -116,18 +116,7 @@ class GeneratorActor:
 
     def _enqueue(self, call: Callable[[], Any], done: asyncio.Future[Any]) -> None:
         """Runs ``call`` on the engine's thread and resolves ``done`` with its outcome."""
-        if self._failure is not None:
-            raise self._failure
-
-        def command() -> None:
-            try:
-                outcome = call()
-            except Exception as error:
-                self._loop.call_soon_threadsafe(_fail, done, error)
-            else:
-                self._loop.call_soon_threadsafe(_resolve, done, outcome)
-
-        self._commands.put(command)
+        self._commands.put((call, done))
 
     def _run(self) -> None:
         """The engine's thread: commands between steps; a step that fails fails every request."""
@@ -136,15 +125,26 @@ class GeneratorActor:
             try:
                 groups = self._engine.step()
             except Exception as error:
-                self._failure = error
                 self._loop.call_soon_threadsafe(self._fail_all, error)
-                return
+                self._serve_nothing(error)
             for group in groups:
                 self._loop.call_soon_threadsafe(self._finish, group)
 
+    def _serve_nothing(self, error: BaseException) -> None:
+        """A broken engine answers whatever still comes with the error that broke it."""
+        while True:
+            _, done = self._commands.get()
+            self._loop.call_soon_threadsafe(_fail, done, error)
+
     def _run_commands(self) -> None:
         while not self._engine.can_step or not self._commands.empty():
-            self._commands.get()()
+            call, done = self._commands.get()
+            try:
+                outcome = call()
+            except Exception as error:
+                self._loop.call_soon_threadsafe(_fail, done, error)
+            else:
+                self._loop.call_soon_threadsafe(_resolve, done, outcome)
 
     def _finish(self, group: Group) -> None:
         request = group.request

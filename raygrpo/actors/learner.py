@@ -191,6 +191,11 @@ class LearnerGroup:
         refs = [actor.load.remote(str(directory)) for actor in self._actors]
         return self._pending("learner (load)", refs, lambda _: None)
 
+    def close(self) -> None:
+        """Ends all ranks."""
+        for actor in self._actors:
+            ray.kill(actor)
+
     def _pending(self, name: str, refs: list[Any], combine: Any) -> Pending[Any]:
         return Pending(name, refs, self._config.ray.update_timeout_s, combine)
 

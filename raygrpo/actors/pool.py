@@ -1,8 +1,9 @@
 """The rollout pool: generators and scorers behind one face, and the driver's one place to wait.
 
-A group goes generate -> score. The driver owns both halves of a generator's answer, so a dead
-generator or scorer costs only what was in flight: those groups are reported as lost, and a fresh
-worker is started, loads the newest weights, and only then gets work.
+A group goes generate -> score. The driver owns both halves of a generator's answer, so the death
+of a generator's or scorer's process costs only what was in flight: those groups are reported as
+lost, and a fresh worker is started, which loads the newest weights before it serves. (A payload
+that lived on a node which is gone is another matter: what needs it fails with AnswerLost.)
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 import ray
 
-from raygrpo.actors.futures import Pending, WorkerDied, resolve
+from raygrpo.actors.futures import DependencyDied, Pending, WorkerDied, resolve
 from raygrpo.actors.generator import GenerationReport, GeneratorActor, LoadReport
 from raygrpo.actors.placement import actor_options, generator_threads
 from raygrpo.actors.scorer import ScorerActor, ScoreReport
@@ -24,7 +25,7 @@ from raygrpo.actors.spawn import log_path, spawn
 from raygrpo.algorithm.window import FinishedGroup
 from raygrpo.config import RewardSection, RunConfig
 from raygrpo.errors import InfraError
-from raygrpo.failures import Action, History, Role, decide
+from raygrpo.failures import MAX_DEATHS, Action, History, Role, decide
 from raygrpo.types import GroupRequest, Stream
 
 GroupKey = tuple[Stream, int]
@@ -54,6 +55,7 @@ class Flight:
     payload: Any = None
     report: GenerationReport | None = None
     deadline: float = 0.0
+    scorer_deaths: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +113,11 @@ class RolloutPool:
             )
             worker.pid = pending.wait()
             worker.starting = None
+
+    def close(self) -> None:
+        """Ends all workers."""
+        for worker in (*self._generators, *self._scorers):
+            ray.kill(worker.actor)
 
     def submit(self, request: GroupRequest) -> None:
         """Queues a group; it starts when a generator is ready."""
@@ -214,6 +221,8 @@ class RolloutPool:
             elif worker.loading is not None and worker.loading in ready:
                 ref, worker.loading = worker.loading, None
                 self._loads.append(resolve(ref, worker.name))
+        except DependencyDied:
+            raise
         except InfraError as error:
             self._lose_worker(worker, error)
 
@@ -229,6 +238,8 @@ class RolloutPool:
             return
         worker.groups.discard(key)
         flight.ref = flight.worker = None
+        for other in worker.groups:  # a deadline is one of progress: waiting in line is no fault
+            self._flights[other].deadline = self._group_deadline()
         if isinstance(answer, GenerationReport):
             flight.report = answer
             self._to_score.append(key)
@@ -262,6 +273,9 @@ class RolloutPool:
 
     def _lose_worker(self, worker: Worker, error: Exception) -> None:
         """Replaces a worker and gives its groups back: generation is lost, a payload is not."""
+        pool = self._generators if worker.role == "generator" else self._scorers
+        if worker not in pool:
+            return
         history = History(consecutive_losses=self._consecutive_losses)
         if decide(error, worker.role, history, worker_died=True) is Action.STOP:
             raise InfraError(
@@ -272,6 +286,7 @@ class RolloutPool:
         self._consecutive_losses += 1
         ray.kill(worker.actor)
         lost = sorted(worker.groups)
+        worker.groups.clear()
         for key in lost:
             self._give_back(key)
         self._events.append(
@@ -280,19 +295,28 @@ class RolloutPool:
                 {"worker": worker.name, "groups": [list(k) for k in lost], "error": str(error)},
             )
         )
-        pool = self._generators if worker.role == "generator" else self._scorers
         index = pool.index(worker)
         make = self._new_generator if worker.role == "generator" else self._new_scorer
         pool[index] = make(index)
 
     def _give_back(self, key: GroupKey) -> None:
+        """A group's worker died: again, unless the group itself seems to be the reason."""
         flight = self._flights[key]
+        flight.ref = flight.worker = None
         if flight.report is not None:
-            flight.ref = flight.worker = None
+            flight.scorer_deaths += 1
+        deaths = flight.scorer_deaths if flight.report else flight.request.attempt + 1
+        if deaths >= MAX_DEATHS:
+            del self._flights[key]
+            self._dropped.append(key)
+            reason = f"{deaths} workers died while they had it"
+            event = {"stream": key[0], "group_id": key[1], "error": reason}
+            self._events.append(("group_dropped", event))
+        elif flight.report is not None:
             self._to_score.append(key)
-            return
-        del self._flights[key]
-        self._lost.append(key)
+        else:
+            del self._flights[key]
+            self._lost.append(key)
 
     def _check_deadlines(self) -> None:
         now = time.monotonic()
@@ -325,8 +349,11 @@ class RolloutPool:
 
     def _assign(self, key: GroupKey, flight: Flight, worker: Worker) -> None:
         flight.worker = worker
-        flight.deadline = time.monotonic() + self._config.ray.generate_timeout_s
+        flight.deadline = self._group_deadline()
         worker.groups.add(key)
+
+    def _group_deadline(self) -> float:
+        return time.monotonic() + self._config.ray.generate_timeout_s
 
 
 def _least_loaded(workers: Sequence[Worker]) -> Worker | None:

@@ -62,3 +62,8 @@ class WeightStoreActor:
 def start_store() -> Any:
     """Starts the store; it holds bytes and needs no core of its own."""
     return spawn(WeightStoreActor, num_cpus=0)
+
+
+def end_store(store: Any) -> None:
+    """Ends the store, and with it what it holds."""
+    ray.kill(store)

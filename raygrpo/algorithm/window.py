@@ -63,9 +63,9 @@ class Window:
         self._steps = steps
         self._groups_per_step = groups_per_step
         self._max_staleness = max_staleness
-        self._max_refills = (
-            int((max_refill_factor - 1) * groups_per_step) if dynamic_sampling else 0
-        )
+        # Rounded first: (1.4 - 1) * 5 is 1.9999999999999998.
+        refills = int(round((max_refill_factor - 1) * groups_per_step, 6))
+        self._max_refills = refills if dynamic_sampling else 0
         self._trains = trains or (lambda summary, index: summary.num_loss_tokens[index] > 0)
         state = state or WindowState(admitted=0, dropped=0, taken=0, refilled=0, pending=())
         self._admitted = state.admitted

@@ -71,18 +71,26 @@ class Renderer:
     def tokenize(self, prompts: Sequence[Rendered]) -> list[list[int]]:
         """Token ids of each prompt."""
         ids: list[list[int]] = [[] for _ in prompts]
-        for is_chat in (False, True):
-            chosen = [i for i, item in enumerate(prompts) if (item.messages is not None) == is_chat]
+        marked = [self._brings_its_marks(item) for item in prompts]
+        for is_marked in (False, True):
+            chosen = [i for i, has_marks in enumerate(marked) if has_marks == is_marked]
             if not chosen:
                 continue
-            strings = [prompts[i].string for i in chosen]
             encoded = self._tokenizer(
-                strings, add_special_tokens=not is_chat, return_attention_mask=False, verbose=False
+                [prompts[i].string for i in chosen],
+                add_special_tokens=not is_marked,
+                return_attention_mask=False,
+                verbose=False,
             )
-            appended = 0 if is_chat else self._num_appended
+            appended = 0 if is_marked else self._num_appended
             for i, tokens in zip(chosen, encoded["input_ids"], strict=True):
                 ids[i] = list(tokens[: len(tokens) - appended])
         return ids
+
+    def _brings_its_marks(self, prompt: Rendered) -> bool:
+        """Whether the special tokens are in the string already: a chat, or text made from one."""
+        bos = getattr(self._tokenizer, "bos_token", None)
+        return prompt.messages is not None or bool(bos and prompt.string.startswith(bos))
 
     def _render_messages(self, messages: tuple[Message, ...], name: str) -> Rendered:
         if self._section.chat is False:
@@ -91,11 +99,14 @@ class Renderer:
                 "leave data.chat out, or make text of them with data.template",
             )
         self._check_chat(f"{name} is a list of messages")
+        # A last message of the assistant's is a beginning that the policy goes on with, as in TRL.
+        continues = messages[-1]["role"] == "assistant"
         try:
             string = self._tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
                 tokenize=False,
-                add_generation_prompt=True,
+                add_generation_prompt=not continues,
+                continue_final_message=continues,
                 **self._section.chat_template_kwargs,
             )
         except (jinja2.TemplateError, TypeError, ValueError) as error:
@@ -156,6 +167,8 @@ def _fill(template: str, row: Mapping[str, Any], name: str) -> str:
 def _num_appended(tokenizer: Any) -> int:
     """How many special tokens the tokenizer puts behind a text."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    if not plain:  # a vocabulary without this letter, which tells nothing
+        return 0
     full = tokenizer("a", add_special_tokens=True)["input_ids"]
     for start in range(len(full) - len(plain) + 1):
         if full[start : start + len(plain)] == plain:

@@ -26,6 +26,7 @@ _REFUSED = {
     "bfloat16": "model.dtype",
     "torch_autocast": "model.dtype",
     "zero_optimization.stage": "learner.zero_stage",
+    "zero_optimization.compute_grad_norm": "optimizer.max_grad_norm",
 }
 
 

@@ -51,6 +51,8 @@ class DeepSpeedLearner(Learner):
     ) -> None:
         settings = deepspeed_config(config)
         place = torch.device(device)
+        if place.type == "cuda" and place.index is None:
+            place = torch.device("cuda", 0)
         _set_environment(config, rank, local_rank, master_addr, master_port, place)
         _fix_kernels(config)
         policy = load_policy(

@@ -125,9 +125,15 @@ class RewardChild:
             if self._closed:
                 ours.close()
                 raise _ChildFailed(f"{self.name}: the scorer is closed", "")
-            self._process = subprocess.Popen(
-                command, pass_fds=fds, stdin=subprocess.DEVNULL, start_new_session=True
-            )
+            try:
+                self._process = subprocess.Popen(
+                    command, pass_fds=fds, stdin=subprocess.DEVNULL, start_new_session=True
+                )
+            except OSError as error:
+                ours.close()
+                raise _ChildFailed(
+                    f"{self.name}: no process could be started: {error}", ""
+                ) from None
             self._channel = Channel(ours)
 
     def _exchange(self, request: bytes, deadline: float) -> Mapping[str, Any]:

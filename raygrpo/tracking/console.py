@@ -29,11 +29,18 @@ _SHOWN = (
 _QUIET_EVENTS = frozenset({"started", "checkpoint", "run_end"})
 
 
+class _Terminal(rich.console.Console):
+    """A console whose reader may go away (``| head``, a closed window) without ending the run."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 class Console:
     """Progress of a run of ``steps`` steps, on ``file`` or standard output."""
 
     def __init__(self, steps: int, *, first_step: int = 0, file: IO[str] | None = None) -> None:
-        self._console = rich.console.Console(file=file, highlight=False, soft_wrap=True)
+        self._console = _Terminal(file=file, highlight=False, soft_wrap=True)
         self._steps = steps
         self._seen: dict[str, str] = {}
         self._progress: Progress | None = None

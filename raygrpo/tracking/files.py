@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -40,8 +41,9 @@ class _JsonLines:
             raise StorageError(f"cannot write {self._path}: {error}", "free some space") from error
 
     def close(self) -> None:
-        """Closes the file; more than once is fine."""
-        self._file.close()
+        """Closes the file; more than once is fine. Each line was on disk before."""
+        with contextlib.suppress(OSError):  # a failed write, already reported, is tried again here
+            self._file.close()
 
     def __enter__(self) -> Self:
         return self

@@ -11,7 +11,15 @@ from raygrpo.config import RunConfig
 from raygrpo.run_dir import RunDir
 
 _INIT_TIMEOUT_S = 60.0
-_SECRET = re.compile(r"(^|[_-])(api[_-]?key|secret|password|credentials?|auth|token)$", re.I)
+_LOGIN_TIMEOUT_S = 30
+# Without one, a lost network keeps the end of a run waiting for ever; what is left lies on disk.
+_FINISH_TIMEOUT_S = 120.0
+_SECRET = re.compile(
+    r"(^|[_-])((api|access|private|secret)[_-]?key|secret|passw(or)?d|passphrase|credentials?|auth"
+    r"|bearer|(?<!eos_)(?<!bos_)(?<!pad_)(?<!unk_)token)$",
+    re.I,
+)
+_LOGIN_IN_URL = re.compile(r"//[^/@\s]+@")
 
 EventSink = Callable[[str, dict[str, Any]], None]
 
@@ -77,6 +85,9 @@ def _start(run_dir: RunDir, config: RunConfig) -> Any:
         # A git remote, or the command line, can hold a password; standard output is in logs/.
         settings=wandb.Settings(
             init_timeout=_INIT_TIMEOUT_S,
+            login_timeout=_LOGIN_TIMEOUT_S,
+            finish_timeout=_FINISH_TIMEOUT_S,
+            finish_timeout_raises=True,
             console="off",
             silent=True,
             disable_git=True,
@@ -92,7 +103,7 @@ def _start(run_dir: RunDir, config: RunConfig) -> Any:
 
 
 def redacted(tree: Any) -> Any:
-    """A configuration without values that are secret by their key's name."""
+    """A configuration without values secret by their key's name, and without logins in URLs."""
     if isinstance(tree, Mapping):
         return {
             name: "<redacted>" if _SECRET.search(str(name)) and value else redacted(value)
@@ -100,4 +111,6 @@ def redacted(tree: Any) -> Any:
         }
     if isinstance(tree, list):
         return [redacted(item) for item in tree]
+    if isinstance(tree, str):
+        return _LOGIN_IN_URL.sub("//<redacted>@", tree)
     return tree

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -39,7 +40,7 @@ def write_model(
         if model.generation_config is not None:
             model.generation_config.save_pretrained(directory)
         load_tokenizer(section).save_pretrained(directory)
-    except OSError as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise StorageError(f"cannot write the model to {directory}: {error}") from error
 
 

@@ -1,4 +1,4 @@
-"""The chain_sum example on the real SmolLM2-135M weights (examples/prepare_weights.py makes them)."""
+"""The chain_sum example on real SmolLM2-135M weights; examples/prepare_weights.py makes them."""
 
 from __future__ import annotations
 

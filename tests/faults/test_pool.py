@@ -1,0 +1,207 @@
+"""The pool with real Ray actors whose processes are killed at chosen moments."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from raygrpo.actors.connect import connect, disconnect
+from raygrpo.actors.futures import resolve
+from raygrpo.actors.placement import demand_of
+from raygrpo.actors.pool import Done, RolloutPool
+from raygrpo.actors.weight_store import end_store, start_store
+from raygrpo.config import RunConfig
+from raygrpo.config_file import load_config
+from raygrpo.errors import InfraError
+from raygrpo.failures import MAX_DEATHS
+from raygrpo.models import load_model
+from raygrpo.rewards.contract import TrainerState
+from raygrpo.types import GroupRequest, Prompt, Sampling, Version, WeightsManifest
+from raygrpo.weights.buckets import make_buckets
+from tests import runs
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+GATED = '''
+import pathlib, time
+
+def gated(completions, gate, **_):
+    """Answers once the gate file is there."""
+    while not pathlib.Path(gate).exists():
+        time.sleep(0.01)
+    return [float(len(text)) for text in completions]
+'''
+
+
+@dataclass
+class Cluster:
+    config: RunConfig
+    store: Any
+    pool: RolloutPool
+    gate: Path
+
+    def publish(self, version: Version, *, corrupt: bool = False) -> None:
+        """Puts the model's own weights into the store, as a learner would."""
+        model = load_model(self.config.model, seed=0, dtype=torch.float32)
+        specs = []
+        for index, (spec, data) in enumerate(make_buckets(model.named_parameters())):
+            resolve(self.store.put.remote(version, index, data), "store")
+            specs.append(replace(spec, checksum=spec.checksum ^ 1) if corrupt else spec)
+        manifest = WeightsManifest(
+            version=version, kind="full", base_version=None, buckets=tuple(specs)
+        )
+        resolve(self.store.commit.remote(manifest), "store")
+
+    def wait_until(self, condition: Callable[[Done], bool]) -> list[Done]:
+        """Waits of the pool until one brings what is asked for."""
+        deadline, seen = time.monotonic() + 120, []
+        while True:
+            seen.append(self.pool.wait([], 1.0))
+            if condition(seen[-1]):
+                return seen
+            assert time.monotonic() < deadline, "it never came"
+
+
+@pytest.fixture(scope="module")
+def joined(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunConfig]:
+    directory = tmp_path_factory.mktemp("pool")
+    (directory / "gated.py").write_text(GATED)
+    reward = {
+        "func": f"{directory / 'gated.py'}:gated",
+        "params": {"gate": str(directory / "gate")},
+    }
+    path = runs.write_run(directory, "pool", rewards=[reward], deterministic=False)
+    config = load_config(path)
+    connection = connect(config, demand_of(config))
+    yield config
+    disconnect(connection)
+
+
+@pytest.fixture
+def cluster(joined: RunConfig) -> Iterator[Cluster]:
+    store = start_store()
+    gate = Path(joined.rewards[0].params["gate"])
+    gate.touch()
+    pool = RolloutPool(joined, store, joined.rewards, {}, local=True)
+    pool.trainer_state = TrainerState(global_step=0, max_steps=1)
+    pool.start()
+    yield Cluster(config=joined, store=store, pool=pool, gate=gate)
+    pool.close()
+    end_store(store)
+
+
+def order(group_id: int, version: Version, attempt: int = 0) -> GroupRequest:
+    return GroupRequest(
+        stream="train",
+        group_id=group_id,
+        attempt=attempt,
+        prompt=Prompt(id="p", token_ids=np.array([5, 6, 7], np.int32), text="123"),
+        seed=0,
+        sampling=Sampling(num_completions=2, max_tokens=4),
+        min_version=version,
+    )
+
+
+def test_a_dead_generator_loses_all_its_groups_once(cluster: Cluster) -> None:
+    pool, first = cluster.pool, Version(1, 0)
+    # No weights are published, so the engine holds all four when it dies.
+    for group_id in range(4):
+        pool.submit(order(group_id, first))
+    os.kill(pool.pids["generator-0"], signal.SIGKILL)
+    (done,) = [d for d in cluster.wait_until(lambda d: bool(d.lost)) if d.lost]
+    assert sorted(done.lost) == [("train", i) for i in range(4)]
+    assert [kind for kind, _ in done.events] == ["worker_replaced"]
+    for group_id in range(4):
+        pool.submit(order(group_id, first, attempt=1))
+    cluster.publish(first)
+    pool.load()
+    finished: list[Any] = []
+    while len(finished) < 4:
+        finished += pool.wait([], 1.0).groups
+    assert sorted(g.summary.group_id for g, _ in finished) == [0, 1, 2, 3]
+    assert {g.summary.attempt for g, _ in finished} == {1}
+
+
+def test_a_group_that_takes_its_workers_down_is_given_up(cluster: Cluster) -> None:
+    pool = cluster.pool
+    for attempt in range(MAX_DEATHS):
+        pool.submit(order(9, Version(1, 0), attempt=attempt))
+        while not pool.pids["generator-0"] or pool._flights[("train", 9)].worker is None:
+            pool.wait([], 1.0)
+        os.kill(pool.pids["generator-0"], signal.SIGKILL)
+        done = cluster.wait_until(lambda d: bool(d.lost or d.dropped))[-1]
+        if attempt < MAX_DEATHS - 1:
+            assert done.lost == (("train", 9),)
+    assert done.dropped == (("train", 9),)
+    assert "group_dropped" in [kind for kind, _ in done.events]
+
+
+def test_a_dead_scorer_costs_no_generation(cluster: Cluster) -> None:
+    pool, first = cluster.pool, Version(1, 0)
+    cluster.gate.unlink()
+    cluster.publish(first)
+    pool.load()
+    pool.submit(order(3, first))
+    while pool._flights[("train", 3)].report is None:
+        pool.wait([], 1.0)
+    os.kill(pool.pids["scorer-0"], signal.SIGKILL)
+    seen = cluster.wait_until(lambda d: any(kind == "worker_replaced" for kind, _ in d.events))
+    assert not any(d.lost for d in seen), "the payload is the driver's: nothing is generated again"
+    cluster.gate.touch()
+    (group, report) = cluster.wait_until(lambda d: bool(d.groups))[-1].groups[0]
+    assert group.summary.attempt == 0
+    assert all(score.value is not None for score in report.summary.scores)
+    assert len(ray.get(group.payload).completions) == 2
+
+
+def test_corrupt_weights_are_refused_and_the_next_version_serves(cluster: Cluster) -> None:
+    pool = cluster.pool
+    cluster.publish(Version(1, 0), corrupt=True)
+    pool.load()
+    done = cluster.wait_until(lambda d: bool(d.events))[-1]
+    ((kind, fields),) = done.events
+    assert kind == "worker_replaced"
+    assert "corrupt" in fields["error"]
+    cluster.publish(Version(1, 1))
+    pool.load()
+    pool.submit(order(0, Version(1, 1)))
+    (group, _) = cluster.wait_until(lambda d: bool(d.groups))[-1].groups[0]
+    assert group.summary.oldest[0] == Version(1, 1)
+
+
+def test_the_store_keeps_order(cluster: Cluster) -> None:
+    data = np.arange(8, dtype=np.uint8)
+    with pytest.raises(InfraError, match="empty"):
+        resolve(cluster.store.latest.remote(), "store")
+    cluster.publish(Version(2, 5))
+    for stale in (Version(2, 5), Version(2, 4), Version(1, 9)):
+        with pytest.raises(InfraError, match="not newer"):
+            resolve(cluster.store.put.remote(stale, 0, data), "store")
+    manifest, refs = resolve(cluster.store.latest.remote(), "store")
+    incomplete = replace(manifest, version=Version(3, 5))
+    resolve(cluster.store.put.remote(Version(3, 5), len(refs) + 3, data), "store")
+    with pytest.raises(InfraError, match="incomplete"):
+        resolve(cluster.store.commit.remote(incomplete), "store")
+    assert resolve(cluster.store.latest.remote(), "store")[0].version == Version(2, 5)
+
+
+def test_a_dead_store_is_not_the_generators_fault(cluster: Cluster) -> None:
+    end_store(cluster.store)
+    cluster.pool.load()
+    with pytest.raises(InfraError, match="lost a process that it needs"):
+        cluster.wait_until(lambda d: bool(d.events))
