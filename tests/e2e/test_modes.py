@@ -101,3 +101,32 @@ def test_sampling_settings_reach_the_engine(directory: Path) -> None:
     for row in runs.metrics(config):
         assert row["completions/min_length"] >= 3
         assert row["completions/max_length"] <= 5
+
+
+def test_no_evaluation_is_lost_or_doubled_by_stops(directory: Path) -> None:
+    """Stopped right after the start, then wherever step 2's evaluation is: all are there, once."""
+    config = runs.write_run(
+        directory,
+        "evaluated",
+        train={"steps": 4},
+        eval={
+            "every_steps": 2,
+            "source": str(directory / "rows.jsonl"),
+            "num_prompts": 25,
+            "num_completions": 4,
+            "temperature": 1.0,
+        },
+    )
+    process = runs.start(config)
+    runs.wait_for(process, lambda: bool(runs.events(config, "started")), "the start")
+    process.terminate()
+    runs.finish(process, config, expected=3)
+    process = runs.start(config)
+    runs.wait_for(process, lambda: any(r["step"] == 1 for r in runs.metrics(config)), "step 1")
+    process.terminate()
+    if process.wait(timeout=runs.DEADLINE_S) == 3:
+        runs.run(config)
+    rows = runs.metrics(config)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    assert [row["step"] for row in rows if "eval/reward" in row] == [0, 2, 4]
+    assert all(row["eval/num_completions"] == 100 for row in rows if "eval/reward" in row)
