@@ -192,7 +192,11 @@ def attention_masks(
     if "sliding_attention" in kinds:
         masks["sliding_attention"] = _additive(near, dtype)
     if set(kinds) - set(masks):
-        raise ConfigError(f"attention of the kinds {kinds} is not supported")
+        raise ConfigError(
+            f"models of type {text.model_type!r} have attention of the kinds {kinds}, "
+            "which is not supported",
+            "use a model with full or sliding-window attention",
+        )
     return masks if len(kinds) > 1 else masks[kinds[0]]
 
 

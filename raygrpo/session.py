@@ -128,10 +128,21 @@ class Session:
         self._tokenizer = load_tokenizer(config.model)
         self._load_data()
         self._find_checkpoint()
-        self._start_actors(anchored)
+        if not self._complete:
+            self._start_actors(anchored)
+
+    @property
+    def _complete(self) -> bool:
+        """Whether an earlier start trained all steps: then only the export is left to write."""
+        state = self._restored
+        if state is None or state.record is not None:
+            return False
+        return state.step >= self.config.train.steps
 
     def run(self) -> Outcome:
         """Trains, then exports; SIGTERM and SIGINT stop in order, the running step committed."""
+        if self._restored is not None and self._complete:
+            return self._end(self._restored.step, finished=True)
         from raygrpo.trainer import Parts, Trainer
 
         trainer = Trainer(
@@ -161,16 +172,27 @@ class Session:
             "first_token_s": (trainer.first_token_at or self._born) - self._born,
         }
         self._tracker.event("run_end", step=trainer.step, finished=finished, **timing)
+        return self._end(trainer.step, finished=finished, **timing)
+
+    def _end(
+        self,
+        step: int,
+        *,
+        finished: bool,
+        driver_ms_per_group: float = 0.0,
+        first_token_s: float = 0.0,
+    ) -> Outcome:
         # A signal from here on has nothing left to save: what is under way just ends.
         with self._signals.during(lambda: None):
-            export = self._export(trainer.step) if finished else None
+            export = self._export(step) if finished else None
             self._tracker.close()
         return Outcome(
             finished=finished,
             run_dir=self.run_dir.root,
             export=export,
             metrics=self._tracker.last_metrics,
-            **timing,
+            driver_ms_per_group=driver_ms_per_group,
+            first_token_s=first_token_s,
         )
 
     def _load_data(self) -> None:

@@ -98,12 +98,27 @@ def test_a_run_is_claimed_once_and_not_changed(tmp_path: Path) -> None:
         RunDir.claim(config)
     assert (claimed.next_incarnation(), claimed.next_incarnation()) == (1, 2)
     claimed.release()
+    # Until something was trained, a mistake in the configuration can be corrected.
+    RunDir.claim(config.model_copy(update={"seed": 7})).release()
+    RunDir.claim(config).release()
+    save(Checkpoints(claimed.checkpoints), 1)
     longer = config.model_copy(update={"train": config.train.model_copy(update={"steps": 200})})
-    RunDir.claim(longer).release()
+    again = RunDir.claim(longer)
+    assert again.changed == ["train.steps: 100 -> 200"]
+    again.release()
     other = config.model_copy(update={"seed": 1})
     with pytest.raises(ConfigError, match="seed: 0 -> 1"):
         RunDir.claim(other)
     RunDir.claim(longer).release()
+
+
+def test_damaged_later_checkpoints_cost_no_good_one(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    damaged = save(checkpoints, 20)
+    (damaged / "manifest.json").write_text("{")
+    good = save(checkpoints, 10)
+    assert good.is_dir()
+    assert checkpoints.newest_valid()[0] == good
 
 
 def test_a_strangers_directory_is_left_alone(tmp_path: Path) -> None:
