@@ -201,6 +201,7 @@ class Session:
 
         config, seed = self.config, self.config.seed
         rows = load_rows(config.data, seed=seed, dataset=self._dataset)
+        self._num_rows = len(rows)
         self._prompts = PromptSource(rows, config.data, self._tokenizer, seed=seed, stream="train")
         self._eval_prompts = []
         if config.eval.every_steps:
@@ -232,6 +233,9 @@ class Session:
             self._tracker.event("checkpoint_refused", step=step, reason=problem)
         for change in self.run_dir.changed:
             self._tracker.event("config_changed", step=step, change=change)
+        if self._prompts.num_dropped:
+            dropped = self._prompts.num_dropped
+            self._tracker.event("prompts_dropped", step=step, count=dropped, of=self._num_rows)
         if self._restored:
             self._tracker.event("resumed", step=step, incarnation=self._incarnation)
 

@@ -168,6 +168,9 @@ def test_plan_excludes_what_has_no_score_and_counts_what_is_filtered() -> None:
     assert [s.completion_index for s in samples] == [0, 1]
     # Three sequences count: two computed, one filtered; the unscored one is in no denominator.
     assert [s.loss_weight for s in samples] == pytest.approx([1 / 6, 1 / 12])
+    unfiltered = config(loss={"aggregation": "sequence"}, sampling={"num_completions": 4})
+    (samples_all,) = make_step_batch(0, [done], unfiltered).minibatches  # type: ignore[arg-type]
+    assert [s.completion_index for s in samples_all] == [0, 1, 3]
     # The filtered one is in the baseline: (1 + 0 + 1) / 3.
     assert [s.advantage for s in samples] == pytest.approx([1 / 3, -2 / 3])
 
