@@ -54,9 +54,12 @@ def _share(num_sharers: int) -> int:
 
 
 def actor_options(*, local: bool, threads: int, gpus: float = 0.0) -> dict[str, Any]:
-    """Ray options of an actor. On a local cluster of our own, CPUs are shared, not reserved."""
+    """Ray options of an actor. On a local cluster of our own, CPUs are shared, not reserved.
+
+    Threads are set inside the actors: a runtime environment would cost each a process of its own,
+    beside the ones that Ray has started already.
+    """
     return {
         "num_cpus": 0 if local else threads,
         "num_gpus": gpus,
-        "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads)}},
     }

@@ -26,6 +26,7 @@ _SHOWN = (
     ("timing/tokens_per_s", "tokens/s", "{:.0f}"),
     ("step_time", "s/step", "{:.2f}"),
 )
+_LIVE = ("reward", "eval", "s/step")  # what fits beside a bar in 80 columns
 _QUIET_EVENTS = frozenset({"started", "checkpoint", "run_end"})
 
 
@@ -70,7 +71,7 @@ class Console:
             self._print(f"step {step:>{width}}/{self._steps}  {_line(now)}")
             return
         self._seen |= now
-        ordered = {label: self._seen[label] for _, label, _ in _SHOWN if label in self._seen}
+        ordered = {label: self._seen[label] for label in _LIVE if label in self._seen}
         self._progress.update(self._task, completed=step, description=_line(ordered))
 
     def event(self, kind: str, fields: Mapping[str, Any]) -> None:
