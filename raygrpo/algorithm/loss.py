@@ -18,12 +18,23 @@ from raygrpo.types import Stat
 
 Aggregation = Literal["token", "sequence", "constant", "prompt"]
 
+_KNOWN = {
+    "loss": ("clip",),
+    "kl_estimator": ("k2", "k3"),
+    "aggregation": ("token", "sequence", "constant", "prompt"),
+    "correction": ("none", "tis", "icepop"),
+    "correction_level": ("token", "sequence"),
+}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossConfig:
     """What is minimised; the names are those of the configuration's ``loss`` section.
 
     ``max_completion_length`` (tokens) is the denominator of the ``constant`` aggregation.
+
+    Raises:
+        ValueError: an unknown name, or the estimator k1, which teaches nothing as a loss.
     """
 
     loss: Literal["clip"] = "clip"
@@ -40,6 +51,14 @@ class LossConfig:
     correction_level: Literal["token", "sequence"] = "token"
     correction_min: float = 0.5
     correction_max: float = 2.0
+
+    def __post_init__(self) -> None:
+        estimator: str = self.kl_estimator
+        if estimator == "k1":
+            raise ValueError("k1 in the loss has a gradient of zero on average; use k2 or k3")
+        for name, known in _KNOWN.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}; known: {known}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -262,3 +262,17 @@ def test_missing_reference_is_named() -> None:
     )
     with pytest.raises(ValueError, match="ref_logprobs"):
         policy_loss(bare, LossConfig(beta=0.1))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kl_estimator": "k1"}, "zero on average"),
+        ({"loss": "ppo"}, "unknown loss 'ppo'"),
+        ({"aggregation": "mean"}, "unknown aggregation"),
+        ({"correction": "clip"}, "unknown correction"),
+    ],
+)
+def test_unknown_names_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LossConfig(**change)
