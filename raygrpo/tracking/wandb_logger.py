@@ -28,14 +28,15 @@ class WandbLogger:
     """Logs steps to one wandb run; its failures are events (``wandb_failed``), never the run's.
 
     The run's id is kept in run.json, so that a resumed run continues it; so is its address when it
-    has one. Files go below the run directory. After a failure nothing more is sent.
+    has one. Files go below the run directory. Without credentials, ``online`` becomes ``offline``
+    (event ``wandb_offline``). After a failure nothing more is sent.
     """
 
     def __init__(self, run_dir: RunDir, config: RunConfig, on_event: EventSink) -> None:
         self._on_event = on_event
         self._run: Any = None
         if config.tracking.wandb != "disabled":
-            self._run = self._guard("init", lambda: _start(run_dir, config))
+            self._run = self._guard("init", lambda: _start(run_dir, config, on_event))
 
     @property
     def active(self) -> bool:
@@ -67,8 +68,17 @@ class WandbLogger:
             return None
 
 
-def _start(run_dir: RunDir, config: RunConfig) -> Any:
+def _start(run_dir: RunDir, config: RunConfig, on_event: EventSink) -> Any:
     import wandb
+
+    mode = config.tracking.wandb
+    # Asked here, because init would ask on the terminal, in the middle of the live display.
+    if mode == "online" and not wandb.login(prompt=False, verify=False):
+        mode = "offline"
+        reason = (
+            "no credentials: run `wandb login` or set WANDB_API_KEY; `wandb sync` sends it later"
+        )
+        on_event("wandb_offline", {"reason": reason})
 
     run_id = run_dir.facts.get("wandb_id")
     if run_id is None:
@@ -79,7 +89,7 @@ def _start(run_dir: RunDir, config: RunConfig) -> Any:
         name=config.tracking.name or run_dir.root.name,
         id=run_id,
         resume="allow",
-        mode=config.tracking.wandb,
+        mode=mode,
         dir=run_dir.root,
         config=redacted(config.model_dump(mode="json")),
         # A git remote, or the command line, can hold a password; standard output is in logs/.
@@ -97,7 +107,7 @@ def _start(run_dir: RunDir, config: RunConfig) -> Any:
     )
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
-    if config.tracking.wandb == "online" and run.url:
+    if mode == "online" and run.url:
         run_dir.note(wandb_url=run.url)
     return run
 

@@ -450,6 +450,32 @@ def test_wandb_that_cannot_start_is_an_event(
     assert [row["step"] for row in read_metrics(run_dir.metrics_path)] == [1]
 
 
+def test_wandb_without_credentials_records_offline(tmp_path: Path) -> None:
+    # In a process of its own: wandb keeps credentials that it has once seen.
+    code = f"""
+import io
+from raygrpo.config_file import load_config
+from raygrpo.run_dir import RunDir
+from raygrpo.tracking.tracker import Tracker
+config = load_config({{
+    "run_dir": {str(tmp_path / "run")!r}, "model": {{"path": "m"}}, "data": {{"source": "d"}},
+    "tracking": {{"wandb": "online"}},
+}})
+run_dir = RunDir.claim(config)
+tracker = Tracker(run_dir.root, config, file=io.StringIO())
+tracker.log_step(1, {{"reward": 0.5}})
+tracker.close()
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "WANDB_API_KEY"}
+    environment["NETRC"] = str(tmp_path / "no-netrc")
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=120)
+    root = tmp_path / "run"
+    (event,) = [event for event in events_of(root) if event["kind"].startswith("wandb")]
+    assert event["kind"] == "wandb_offline"
+    assert "wandb login" in event["reason"]
+    assert list((root / "wandb").glob("offline-run-*/*.wandb"))
+
+
 def test_wandb_that_dies_while_logging_is_one_event(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
