@@ -128,7 +128,9 @@ class Session:
         self._tokenizer = load_tokenizer(config.model)
         self._load_data()
         self._find_checkpoint()
-        if not self._complete:
+        if self._complete:
+            self._start_tracking()
+        else:
             self._start_actors(anchored)
 
     @property
@@ -211,8 +213,6 @@ class Session:
             self._eval_prompts = source.take(config.eval.num_prompts)
 
     def _find_checkpoint(self) -> None:
-        from raygrpo.tracking.tracker import Tracker
-
         self._checkpoints = Checkpoints(self.run_dir.checkpoints, self.config.checkpoint.keep)
         path, problems = self._checkpoints.newest_valid()
         if path is None and problems:
@@ -221,15 +221,21 @@ class Session:
                 "bring them back, or remove checkpoints/ to start again from step 0",
             )
         self._restored_from = path
+        self._refused = problems
         self._restored: RunState | None = load_state(path) if path else None
-        step = self._restored.step if self._restored else 0
         if self._restored:
             self._prompts.restore(self._restored.prompts)
         self._incarnation = self.run_dir.next_incarnation()
-        # Last: it cuts off the metrics after the checkpoint.
-        self._tracker = Tracker(self.run_dir.root, self.config, resume_step=step if path else None)
+
+    def _start_tracking(self) -> None:
+        """After all checks: it cuts off the metrics after the checkpoint."""
+        from raygrpo.tracking.tracker import Tracker
+
+        step = self._restored.step if self._restored else 0
+        resume_step = step if self._restored else None
+        self._tracker = Tracker(self.run_dir.root, self.config, resume_step=resume_step)
         self._closers.callback(self._tracker.close)
-        for problem in problems:
+        for problem in self._refused:
             self._tracker.event("checkpoint_refused", step=step, reason=problem)
         for change in self.run_dir.changed:
             self._tracker.event("config_changed", step=step, change=change)
@@ -261,6 +267,7 @@ class Session:
         self._closers.callback(self._learner.close)
         self._closers.callback(self._pool.close)
         starting = self._learner.start()
+        self._start_tracking()  # while the actors start
         self._pool.start()
         self.pids = {f"learner-{rank}": pid for rank, pid in enumerate(starting.wait())}
         self.pids |= self._pool.pids

@@ -40,10 +40,7 @@ class LearnerActor:
 
     def address(self) -> tuple[str, int]:
         """This node's address and a free port on it, for the ranks to meet."""
-        with socket.socket() as listener:
-            listener.bind(("", 0))
-            port: int = listener.getsockname()[1]
-        return ray.util.get_node_ip_address(), port
+        return ray.util.get_node_ip_address(), _free_port()
 
     def start(self, host: str, port: int, local_rank: int, threads: int, log: str | None) -> int:
         """Builds the rank's model and optimizer, with all other ranks; returns its process id."""
@@ -153,12 +150,12 @@ class LearnerGroup:
         self._actors = [
             spawn(LearnerActor, config, rank, **options) for rank in range(config.learner.num_ranks)
         ]
-        self._addresses = [actor.address.remote() for actor in self._actors]
+        self._local = local
 
     def start(self) -> Pending[list[int]]:
         """Joins the ranks into one process group and builds their models."""
         timeout = self._config.ray.start_timeout_s
-        addresses = Pending("learner (start)", self._addresses, timeout, list).wait()
+        addresses = self._find_addresses(timeout)
         hosts = [host for host, _ in addresses]
         one_host = len(set(hosts)) == 1
         master = "127.0.0.1" if one_host else hosts[0]
@@ -170,6 +167,13 @@ class LearnerGroup:
             log = log_path(self._logs, f"learner-{rank}")
             refs.append(actor.start.remote(master, addresses[0][1], local_rank, self._threads, log))
         return Pending("learner (start)", refs, timeout, list)
+
+    def _find_addresses(self, timeout_s: float) -> list[tuple[str, int]]:
+        """Each rank's host and a port free there; on a local cluster, without asking the ranks."""
+        if self._local:
+            return [("127.0.0.1", _free_port())] * len(self._actors)
+        refs = [actor.address.remote() for actor in self._actors]
+        return Pending("learner (start)", refs, timeout_s, list).wait()
 
     def update(self, batch: StepBatch, incarnation: int) -> Pending[StepResult]:
         """Trains one step on all ranks."""
@@ -198,6 +202,13 @@ class LearnerGroup:
 
     def _pending(self, name: str, refs: list[Any], combine: Any) -> Pending[Any]:
         return Pending(name, refs, self._config.ray.update_timeout_s, combine)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        port: int = listener.getsockname()[1]
+    return port
 
 
 def _merge_results(results: list[StepResult]) -> StepResult:
