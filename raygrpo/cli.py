@@ -51,10 +51,10 @@ def train(
     if not outcome.finished:
         typer.echo(f"stopped, all committed; run the same command to resume ({outcome.run_dir})")
         raise typer.Exit(EXIT_STOPPED)
-    if outcome.first_token_s:
+    if outcome.first_group_s:
         typer.echo(
             f"driver {outcome.driver_ms_per_group:.1f} ms a group; "
-            f"first token after {outcome.first_token_s:.0f} s"
+            f"first group after {outcome.first_group_s:.0f} s"
         )
     typer.echo(f"run directory   {outcome.run_dir}")
     typer.echo(f"curve           {outcome.run_dir / 'curve.png'}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -12,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from raygrpo.config import RunConfig
-from raygrpo.errors import ConfigError
+from raygrpo.errors import ConfigError, nearest
 from raygrpo.recipes import RECIPES
 
 
@@ -30,9 +29,9 @@ def load_config(source: Path | str | Mapping[str, Any], overrides: Sequence[str]
         _apply_override(user, override)
     recipe = str(user.get("recipe", "default"))
     if recipe not in RECIPES:
-        raise ConfigError(f"unknown recipe {recipe!r}", _nearest(recipe, list(RECIPES)))
+        raise ConfigError(f"unknown recipe {recipe!r}", nearest(recipe, list(RECIPES)))
     try:
-        return RunConfig.model_validate(_merge(RECIPES[recipe], user))
+        return RunConfig.model_validate(merged_sections(RECIPES[recipe], user))
     except ValidationError as error:
         raise _explain(error) from None
 
@@ -65,18 +64,14 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {override!r}: {error}") from None
 
 
-def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+def merged_sections(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    """``top`` over ``base``, section by section."""
     merged = dict(base)
     for name, value in top.items():
         below = merged.get(name)
         both = isinstance(below, Mapping) and isinstance(value, Mapping)
-        merged[name] = _merge(below, value) if both else value  # type: ignore[arg-type]
+        merged[name] = merged_sections(below, value) if both else value  # type: ignore[arg-type]
     return merged
-
-
-def _nearest(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
 
 
 def _explain(error: ValidationError) -> ConfigError:
@@ -86,7 +81,7 @@ def _explain(error: ValidationError) -> ConfigError:
         location = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
             lines.append(f"unknown key {location}")
-            fixes.append(_nearest(str(item["loc"][-1]), _known_keys(item["loc"][:-1])))
+            fixes.append(nearest(str(item["loc"][-1]), _known_keys(item["loc"][:-1])))
         elif item["type"] == "missing":
             lines.append(f"missing key {location}")
             fixes.append(f"set {location}")

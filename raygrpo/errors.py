@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class RayGrpoError(Exception):
     """Base of every error that raygrpo raises on purpose.
@@ -42,3 +45,10 @@ class InfraError(RayGrpoError):
 
 class StorageError(RayGrpoError):
     """A file of the run directory cannot be written, read or trusted."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The fix for an unknown name: the known one that is most like it, else all of them."""
+    names = sorted(known)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.4)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"

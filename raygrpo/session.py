@@ -29,7 +29,7 @@ class Outcome:
     export: Path | None
     metrics: dict[str, float]
     driver_ms_per_group: float
-    first_token_s: float
+    first_group_s: float
 
 
 def train(
@@ -171,7 +171,7 @@ class Session:
             raise
         timing = {
             "driver_ms_per_group": 1e3 * trainer.driver_s_per_group,
-            "first_token_s": (trainer.first_token_at or self._born) - self._born,
+            "first_group_s": (trainer.first_group_at or self._born) - self._born,
         }
         self._tracker.event("run_end", step=trainer.step, finished=finished, **timing)
         return self._end(trainer.step, finished=finished, **timing)
@@ -182,7 +182,7 @@ class Session:
         *,
         finished: bool,
         driver_ms_per_group: float = 0.0,
-        first_token_s: float = 0.0,
+        first_group_s: float = 0.0,
     ) -> Outcome:
         # A signal from here on has nothing left to save: what is under way just ends.
         with self._signals.during(lambda: None):
@@ -194,7 +194,7 @@ class Session:
             export=export,
             metrics=self._tracker.last_metrics,
             driver_ms_per_group=driver_ms_per_group,
-            first_token_s=first_token_s,
+            first_group_s=first_group_s,
         )
 
     def _load_data(self) -> None:

@@ -53,7 +53,6 @@ class Span:
     """What has happened since the last step was taken or finished."""
 
     started: float = field(default_factory=time.monotonic)
-    waited_s: float = 0.0
     finished: list[GroupSummary] = field(default_factory=list)
     errored_scores: int = 0
     scores: int = 0
@@ -97,7 +96,7 @@ class Trainer:
         self._driver_s = 0.0
         self._num_groups = 0
         self.first_traceback: str | None = None
-        self.first_token_at: float | None = None
+        self.first_group_at: float | None = None
         self._stopping = False
 
     def stop(self) -> None:
@@ -212,8 +211,8 @@ class Trainer:
     def _take_group(self, group: FinishedGroup, report: ScoreReport) -> None:
         summary = group.summary
         self._num_groups += 1
-        if self.first_token_at is None:
-            self.first_token_at = time.time() - summary.score_s - summary.generate_s
+        if self.first_group_at is None:
+            self.first_group_at = time.time() - summary.score_s
         if report.traceback and self.first_traceback is None:
             self.first_traceback = report.traceback
             self._tracker.event("reward_error", step=self.step, traceback=report.traceback)

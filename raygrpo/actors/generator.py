@@ -19,11 +19,9 @@ from raygrpo.types import Group, GroupRequest, Version
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationReport:
-    """The small half of a generator's answer: what the driver needs before scoring."""
+    """The small half of a generator's answer, which says that the other half is there to score."""
 
     group_id: int
-    num_tokens: int
-    first_token_at: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,12 +68,7 @@ class GeneratorActor:
     async def generate(self, request: GroupRequest) -> tuple[GenerationReport, Group]:
         """Generates a group; called with ``num_returns=2`` so that the driver owns both halves."""
         group = await self._submit(request)
-        report = GenerationReport(
-            group_id=request.group_id,
-            num_tokens=sum(completion.token_ids.size for completion in group.completions),
-            first_token_at=time.time() - group.generate_s,
-        )
-        return report, group
+        return GenerationReport(group_id=request.group_id), group
 
     async def load(self) -> LoadReport:
         """Pulls the store's newest version and loads it; returns once the engine holds it."""
@@ -95,12 +88,6 @@ class GeneratorActor:
             num_bytes=manifest.num_bytes,
             load_s=time.monotonic() - started,
         )
-
-    async def score(self, token_ids: list[int], temperature: float) -> Any:
-        """The engine's logprobs [T] of a sequence."""
-        done: asyncio.Future[Any] = self._loop.create_future()
-        self._enqueue(lambda: self._engine.score(token_ids, temperature), done)
-        return await done
 
     async def _submit(self, request: GroupRequest) -> Group:
         finished: asyncio.Future[Group] = self._loop.create_future()

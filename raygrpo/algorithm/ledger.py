@@ -11,7 +11,7 @@ from raygrpo.types import GroupSummary
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenLedger:
-    """Tokens by fate, over the whole run.
+    """Completion tokens of the training stream by fate, over the whole run.
 
     ``reported`` reached the driver. ``masked`` were taken into a step without loss: truncated under
     the overlong filter, not written by the policy, or without a reward. ``rolled_back`` were

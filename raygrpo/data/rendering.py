@@ -10,8 +10,7 @@ from typing import Any
 import jinja2
 
 from raygrpo.config import DataSection
-from raygrpo.data.sources import nearest
-from raygrpo.errors import ConfigError, DataError
+from raygrpo.errors import ConfigError, DataError, nearest
 from raygrpo.types import Message
 
 

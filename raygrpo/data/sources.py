@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import datasets
 
 from raygrpo.config import DataSection, EvalSection
-from raygrpo.errors import ConfigError, DataError
+from raygrpo.errors import ConfigError, DataError, nearest
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 GYM = "reasoning_gym:"
@@ -189,9 +188,3 @@ def _tag(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(name): _tag(item) for name, item in value.items()}
     return value
-
-
-def nearest(word: str, known: Sequence[str] | dict[str, Any]) -> str:
-    """A hint that names the known word nearest to ``word``, or all of them."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raygrpo.algorithm.loss import LossConfig, LossInputs, policy_loss
+from raygrpo.algorithm.loss import LossInputs, policy_loss
+from raygrpo.algorithm.plan import loss_config
 from raygrpo.config import RunConfig
 from raygrpo.errors import ConfigError, NumericError, RayGrpoError, StorageError
 from raygrpo.learner.policy import PolicyInputs, PolicyModel, policy_inputs
@@ -67,9 +68,7 @@ class Learner(ABC):
         self._policy = policy
         self._reference = reference
         self._layout = layout
-        self._loss_config = LossConfig(
-            **config.loss.model_dump(), max_completion_length=config.sampling.max_tokens
-        )
+        self._loss_config = loss_config(config)
         train = config.train
         self._updates_per_step = train.num_iterations * train.num_minibatches
         self._total_updates = train.steps * self._updates_per_step

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from raygrpo.config import RunConfig
+from raygrpo.config_file import merged_sections
 from raygrpo.errors import ConfigError
 
 # Elements of a communication bucket; DeepSpeed's own 5e8 would hold 2 GB of fp32 for one.
@@ -62,7 +63,7 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     }
     if bf16 and stage:
         ours["data_types"] = {"grad_accum_dtype": "fp32"}
-    return _merge(ours, user)
+    return merged_sections(ours, user)
 
 
 def clips_itself(config: RunConfig) -> bool:
@@ -87,13 +88,3 @@ def _refuse(user: Mapping[str, Any]) -> None:
                 f"learner.deepspeed.zero_optimization.{part} to nvme is not supported",
                 "set its device to cpu",
             )
-
-
-def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for name, value in top.items():
-        below = merged.get(name)
-        if isinstance(below, Mapping) and isinstance(value, Mapping):
-            value = _merge(below, value)
-        merged[name] = value
-    return merged

@@ -6,7 +6,6 @@ The driver checks (`check_reward`) without running any user code; a child loads 
 from __future__ import annotations
 
 import ast
-import difflib
 import importlib
 import importlib.util
 import inspect
@@ -22,7 +21,7 @@ from typing import Any
 import cloudpickle
 
 from raygrpo.config import RewardSection
-from raygrpo.errors import ConfigError, RewardError
+from raygrpo.errors import ConfigError, RewardError, nearest
 from raygrpo.rewards.contract import RESERVED_COLUMNS, Setup
 
 
@@ -182,24 +181,18 @@ def _path(place: str, directory: Path | None) -> Path:
     return ((directory or Path.cwd()) / Path(place).expanduser()).absolute()
 
 
-def _nearest(word: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
-
-
 def _check_builtin(section: RewardSection) -> None:
     builtin = BUILTINS.get(section.func)
     if builtin is None:
         raise ConfigError(
             f"unknown reward {section.func!r}",
-            f"{_nearest(section.func, list(BUILTINS))} (or write module:function, "
-            "file.py:function)",
+            f"{nearest(section.func, list(BUILTINS))} (or write module:function, file.py:function)",
         )
     for param in section.params:
         if param not in builtin.params:
             raise ConfigError(
                 f"reward {section.func} has no parameter {param!r}",
-                _nearest(param, builtin.params),
+                nearest(param, builtin.params),
             )
     if missing := [param for param in builtin.required if param not in section.params]:
         raise ConfigError(
@@ -255,7 +248,7 @@ def _check_file(path: Path, attribute: str) -> None:
         known = [name for name in names if not name.startswith("_")]
         raise ConfigError(
             f"{path} defines no {attribute!r}",
-            _nearest(attribute, known) if known else "it defines nothing",
+            nearest(attribute, known) if known else "it defines nothing",
         )
 
 

@@ -18,6 +18,21 @@ from tests import runs
 ROOT = Path(__file__).parents[2]
 
 
+def python(*arguments: str, cwd: Path) -> str:
+    """Runs Python as a user would in ``cwd``; its output."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
 @pytest.fixture(scope="module")
 def echo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The example as it is shipped, into a directory of the test's own."""
@@ -34,7 +49,8 @@ def test_the_curve_rises(echo: Path) -> None:
     steps = runs.metrics(echo)
     greedy = {row["step"]: row["eval/reward"] for row in steps if "eval/reward" in row}
     total = load_config(echo).train.steps
-    # Pinned by iterations: six seeds of six passed 0.95 in these 60 steps.
+    # Pinned by iterations. A plain loop with these settings passed 0.95 by step 60 on six seeds of
+    # six; this run is deterministic only up to batching.
     assert greedy[0] < 0.2
     assert greedy[total] > 0.9
     assert [row["step"] for row in steps] == list(range(total + 1))
@@ -66,19 +82,10 @@ def test_run_directory(echo: Path) -> None:
 def test_the_cards_quick_start_runs(echo: Path) -> None:
     export = runs.run_dir(echo) / "export"
     snippet = quick_start_snippet((export / "README.md").read_text())
-    done = subprocess.run(
-        [sys.executable, "-c", snippet],
-        cwd=export,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    output = python("-c", snippet, cwd=export)
     first = json.loads((ROOT / "examples" / "echo" / "train.jsonl").read_text().splitlines()[0])
     assert repr(first["prompt"]) in snippet, "the snippet asks what the run asked"
-    assert done.stdout.strip(), "the model answers"
+    assert output.strip(), "the model answers"
 
 
 PIPELINE = """
@@ -94,33 +101,17 @@ print(sum(right) / len(right))
 
 
 def test_the_export_answers_in_a_pipeline(echo: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", PIPELINE, str(ROOT / "examples" / "echo" / "test.jsonl")],
-        cwd=runs.run_dir(echo) / "export",
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    rows = str(ROOT / "examples" / "echo" / "test.jsonl")
+    output = python("-c", PIPELINE, rows, cwd=runs.run_dir(echo) / "export")
     last = runs.metrics(echo)[-1]
-    assert float(done.stdout) == pytest.approx(last["eval/reward"]), "as in the last evaluation"
+    assert float(output) == pytest.approx(last["eval/reward"]), "as in the last evaluation"
 
 
 def test_export_again_from_a_checkpoint(echo: Path) -> None:
     run_dir = runs.run_dir(echo)
     before = runs.weights(echo)
     (run_dir / "export" / "model.safetensors").unlink()
-    done = subprocess.run(
-        [sys.executable, "-m", "raygrpo", "export", str(run_dir)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    python("-m", "raygrpo", "export", str(run_dir), cwd=ROOT)
     runs.assert_same_weights(before, runs.weights(echo))
 
 

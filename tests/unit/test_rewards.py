@@ -248,14 +248,20 @@ class TestCheck:
             *("tried", "branch", "other"),
         ):
             check_reward(section(f"mine.py:{name}"), tmp_path)
+        with pytest.raises(ConfigError, match="defines no 'absent'"):
+            check_reward(section("mine.py:absent"), tmp_path)
 
     def test_modules_installed_or_beside_the_configuration(self, tmp_path: Path) -> None:
         (tmp_path / "beside_it.py").write_text("")
         check_reward(section("beside_it:f"), tmp_path)
         check_reward(section("trl.rewards:accuracy_reward"))
+        with pytest.raises(ConfigError, match="no module 'beside_it'"):
+            check_reward(section("beside_it:f"))
 
     def test_functions_passed_in_python_are_not_looked_up(self) -> None:
         check_reward(section("mine", name="mine"), passed={"mine"})
+        with pytest.raises(ConfigError, match="unknown reward 'mine'"):
+            check_reward(section("mine", name="mine"))
 
     def test_names_and_anchors(self, tmp_path: Path) -> None:
         assert reward_name(section("exact")) == "exact"
