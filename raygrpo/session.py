@@ -203,13 +203,14 @@ class Session:
 
         config, seed = self.config, self.config.seed
         rows = load_rows(config.data, seed=seed, dataset=self._dataset)
-        self._num_rows = len(rows)
         self._prompts = PromptSource(rows, config.data, self._tokenizer, seed=seed, stream="train")
+        self._sources = {"train": self._prompts}
         self._eval_prompts = []
         if config.eval.every_steps:
             section = eval_section(config.data, config.eval, seed=seed)
             rows = load_rows(section, seed=seed, dataset=self._eval_dataset)
             source = PromptSource(rows, section, self._tokenizer, seed=seed, stream="eval")
+            self._sources["eval"] = source
             self._eval_prompts = source.take(config.eval.num_prompts)
 
     def _find_checkpoint(self) -> None:
@@ -239,9 +240,10 @@ class Session:
             self._tracker.event("checkpoint_refused", step=step, reason=problem)
         for change in self.run_dir.changed:
             self._tracker.event("config_changed", step=step, change=change)
-        if self._prompts.num_dropped:
-            dropped = self._prompts.num_dropped
-            self._tracker.event("prompts_dropped", step=step, count=dropped, of=self._num_rows)
+        for stream, source in self._sources.items():
+            counts = {"dropped": source.num_dropped, "truncated": source.num_truncated}
+            if any(counts.values()):
+                self._tracker.event("long_prompts", step=step, stream=stream, **counts)
         if self._restored:
             self._tracker.event("resumed", step=step, incarnation=self._incarnation)
 

@@ -29,6 +29,7 @@ class PromptSource:
 
     Attributes:
         num_dropped: rows left out because their prompt is too long.
+        num_truncated: rows whose prompt was too long and is cut on the left.
 
     Raises:
         DataError: a missing column, a row without a prompt, one that is too long (with ``overlong:
@@ -49,6 +50,7 @@ class PromptSource:
         self._renderer = Renderer(section, rows.column_names, tokenizer)
         self._key = (seed, _STREAM_KEYS[stream])
         self._position = 0
+        self.num_truncated = 0
         self._kept, self._checksum = self._scan()
         self.num_dropped = len(rows) - len(self._kept)
         self._epoch_order = (-1, self._kept)
@@ -115,7 +117,10 @@ class PromptSource:
         limit, action = self._section.max_prompt_length, self._section.overlong
         if not length:
             raise DataError(f"row {number} has a prompt without tokens", "remove the row")
-        if length <= limit or action == "truncate_left":
+        if length <= limit:
+            return True
+        if action == "truncate_left":
+            self.num_truncated += 1
             return True
         if action == "drop":
             return False

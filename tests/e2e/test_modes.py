@@ -130,3 +130,17 @@ def test_no_evaluation_is_lost_or_doubled_by_stops(directory: Path) -> None:
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
     assert [row["step"] for row in rows if "eval/reward" in row] == [0, 2, 4]
     assert all(row["eval/num_completions"] == 100 for row in rows if "eval/reward" in row)
+
+
+def test_long_prompts_are_counted(directory: Path) -> None:
+    source = directory / "long.jsonl"
+    source.write_text('{"prompt": "1+2="}\n{"prompt": "1+2+3+4+5="}\n')
+    config = runs.write_run(
+        directory,
+        "long",
+        data={"source": str(source), "max_prompt_length": 6, "overlong": "truncate_left"},
+        train={"steps": 1, "groups_per_step": 2},
+    )
+    runs.run(config)
+    (event,) = runs.events(config, "long_prompts")
+    assert (event["stream"], event["dropped"], event["truncated"]) == ("train", 0, 1)
