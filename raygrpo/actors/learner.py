@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from raygrpo.types import (
     BucketSpec,
     Group,
     Microbatch,
-    Stat,
     StepBatch,
     StepResult,
     Version,
@@ -63,13 +61,10 @@ class LearnerActor:
 
     def update(self, batch: StepBatch, incarnation: int) -> StepResult:
         """Trains this rank's share of a step."""
-        started = time.monotonic()
         if batch.has_signal or not self._may_skip:
             stats = self._learner.update(self._microbatches(batch))
         else:
             stats = self._learner.update((), skip=True)
-        if self._rank == 0:
-            stats = {**stats, "timing/update": Stat.of(time.monotonic() - started)}
         return StepResult(version=Version(incarnation, batch.step + 1), stats=stats)
 
     def publish(self, version: Version, store: Any) -> WeightsManifest | None:
