@@ -48,16 +48,22 @@ class DataSection(Section):
     """Where prompts come from."""
 
     source: str = key(..., "Hub id, .jsonl/.json/.parquet/.csv file, or reasoning_gym:<task>.")
-    subset: str | None = key(None, "Configuration name of a hub dataset.")
     split: str = key("train", "Split of a hub dataset.")
-    revision: str | None = key(None, "Hub revision of the dataset.")
     params: dict[str, Any] = key(
-        {}, "Parameters of a reasoning_gym task (size, seed, and the task's own)."
+        {},
+        "Arguments of the source: of a reasoning_gym task (size, seed, ...), or of "
+        "datasets.load_dataset (name, revision, streaming, ...).",
     )
-    prompt: str = key("prompt", "Column with the prompt: text, or a list of chat messages.")
+    mixture: list[dict[str, Any]] = key(
+        [], "More sources: each a mapping of data keys that differ, with name and weight."
+    )
+    columns: dict[str, str] = key(
+        {}, "Renames columns, new: old; the prompt is column prompt (text, or chat messages)."
+    )
     template: str | None = key(
         None, "Text prompt with {column} fields, used in place of the prompt column."
     )
+    system: str | None = key(None, "System message put before prompts that have none.")
     chat: bool | None = key(
         None, "Apply the chat template; none: to message lists only. True wraps text as user turn."
     )
@@ -67,6 +73,12 @@ class DataSection(Section):
         "error", "What becomes of a longer prompt; drops are counted."
     )
     shuffle: bool = key(True, "Shuffle each epoch, by the run's seed.")
+    max_pass_rate: float | None = key(
+        None,
+        "Prompts with this share of correct completions, or more, are not drawn again.",
+        gt=0,
+        le=1,
+    )
 
 
 class SamplingSection(Section):
@@ -98,29 +110,41 @@ class RewardSection(Section):
 
     func: str = key(
         ...,
-        "exact, number, format, math, length, reasoning_gym, module:function, or file.py:function.",
+        "exact, number, format, math, length, reasoning_gym, reward_model, http, judge, "
+        "module:function, or file.py:function.",
     )
     name: str | None = key(None, "Name in metrics; none takes the function's.")
     weight: float = key(1.0, "Weight in the sum.")
     params: dict[str, Any] = key({}, "Keyword arguments given to every call.")
     timeout_s: float = key(60.0, "Deadline of one call on one group.", "seconds", gt=0)
+    cache: bool = key(False, "Reuse the value of a completion of the same row that came before.")
 
 
 class EvalSection(Section):
-    """Evaluation on held-out prompts."""
+    """Evaluation on held-out prompts: one greedy completion of each, and sampled ones."""
 
-    every_steps: int = key(
+    eval_steps: int = key(
         0,
         "Steps between evaluations, also before the first and after the last; 0: never.",
         "steps",
         ge=0,
     )
-    source: str | None = key(None, "As data.source; none takes data.source.")
-    split: str = key("test", "Split of a hub dataset.")
-    params: dict[str, Any] = key({}, "As data.params, on top of those.")
+    data: dict[str, Any] = key(
+        {}, "Keys of data that differ in evaluation; the split is test unless named."
+    )
     num_prompts: int = key(64, "Prompts, from the top of the evaluation set.", "prompts", ge=1)
-    num_completions: int = key(1, "Completions of each.", "completions", ge=1)
-    temperature: float = key(0.0, "Temperature; 0 is greedy.", ge=0)
+    num_completions: int = key(
+        0, "Sampled completions of each, as in training; 0: greedy alone.", "completions", ge=0
+    )
+    best_metric: str | None = key(
+        None, "Metric whose best checkpoint is kept and exported; none: the last is exported."
+    )
+    patience: int = key(
+        0,
+        "Evaluations in a row without a better best_metric that end the run; 0: never.",
+        "evaluations",
+        ge=0,
+    )
 
 
 class AdvantageSection(Section):
@@ -131,6 +155,10 @@ class AdvantageSection(Section):
     )
     scale: Literal["none", "group", "group_population", "batch", "batch_centred"] = key(
         "none", "What the difference is divided by."
+    )
+    rewards: Literal["sum_then_normalise", "normalise_then_sum"] = key(
+        "sum_then_normalise",
+        "Several rewards: summed first, or each normalised in its group first (GDPO).",
     )
     mask_truncated: bool = key(
         False, "Overlong filter: truncated completions count in the baseline, not in the loss."
@@ -231,8 +259,14 @@ class TrackingSection(Section):
     """Where a run is recorded, files aside."""
 
     wandb: Literal["online", "offline", "disabled"] = key("disabled", "Weights & Biases mode.")
-    project: str = key("raygrpo", "Weights & Biases project.")
     name: str | None = key(None, "Name of the run; none takes the run directory's.")
+    tensorboard: bool = key(False, "Write TensorBoard files (extra: raygrpo[tensorboard]).")
+    completions_frac: float = key(
+        1.0, "Share of groups kept in completions/; replay needs all of them.", ge=0, le=1
+    )
+    completions_max_gb: float = key(
+        10.0, "Size at which completions/ takes no more.", "gigabytes", ge=0
+    )
 
 
 class RaySection(Section):
@@ -245,6 +279,9 @@ class RaySection(Section):
     generate_timeout_s: float = key(1800.0, "Deadline of one group.", "seconds", gt=0)
     update_timeout_s: float = key(
         3600.0, "Deadline of one update, save or weight sync.", "seconds", gt=0
+    )
+    labels: dict[Literal["learner", "generator", "scorer"], dict[str, str]] = key(
+        {}, "Labels of the nodes that a role's actors run on; a role without runs anywhere."
     )
 
 

@@ -13,24 +13,27 @@ class Evaluation:
     """The groups of an evaluation until all have come back."""
 
     def __init__(self, prompts: Sequence[Prompt], version: Version, config: RunConfig) -> None:
-        section = config.eval
-        sampling = replace(
-            config.sampling.settings(),
-            num_completions=section.num_completions,
-            temperature=section.temperature,
-        )
+        drawn = config.sampling.settings()
+        sizes = {True: 1, False: config.eval.num_completions}
         self.step = version.step
+        # Ids are even for greedy groups, odd for sampled ones: each keeps its random numbers.
         self._requests = {
-            index: GroupRequest(
+            2 * index + (not greedy): GroupRequest(
                 stream="eval",
-                group_id=index,
+                group_id=2 * index + (not greedy),
                 attempt=0,
                 prompt=prompt,
                 seed=config.seed,
-                sampling=sampling,
+                sampling=replace(
+                    drawn,
+                    num_completions=size,
+                    temperature=0.0 if greedy else drawn.temperature,
+                ),
                 min_version=version,
             )
             for index, prompt in enumerate(prompts)
+            for greedy, size in sizes.items()
+            if size
         }
         self._finished: dict[int, GroupSummary] = {}
         self._num_dropped = 0
@@ -62,21 +65,26 @@ class Evaluation:
 
     def metrics(self) -> dict[str, float]:
         """Means over all scored completions; what failed is counted, not scored 0."""
-        summaries = [self._finished[index] for index in sorted(self._finished)]
+        greedy = self._metrics("eval/greedy/", [0])
+        return self._metrics("eval/", [1]) | greedy | {"eval/num_dropped": float(self._num_dropped)}
+
+    def _metrics(self, prefix: str, parity: list[int]) -> dict[str, float]:
+        summaries = [self._finished[i] for i in sorted(self._finished) if i % 2 in parity]
+        if not summaries:
+            return {}
         scores = [score for summary in summaries for score in summary.scores]
         lengths = [length for summary in summaries for length in summary.lengths]
         metrics = {
-            "eval/num_completions": float(len(scores)),
-            "eval/num_errored": float(sum(score.error is not None for score in scores)),
-            "eval/num_dropped": float(self._num_dropped),
+            f"{prefix}num_completions": float(len(scores)),
+            f"{prefix}num_errored": float(sum(score.error is not None for score in scores)),
         }
         if lengths:
-            metrics["eval/completions/mean_length"] = sum(lengths) / len(lengths)
+            metrics[f"{prefix}completions/mean_length"] = sum(lengths) / len(lengths)
         values = [score.value for score in scores if score.value is not None]
         if values:
-            metrics["eval/reward"] = sum(values) / len(values)
+            metrics[f"{prefix}reward"] = sum(values) / len(values)
         for name in sorted({name for score in scores for name in score.parts}):
             parts = [part for score in scores if (part := score.parts.get(name)) is not None]
             if parts:
-                metrics[f"eval/rewards/{name}/mean"] = sum(parts) / len(parts)
+                metrics[f"{prefix}rewards/{name}/mean"] = sum(parts) / len(parts)
         return metrics

@@ -47,7 +47,7 @@ def train(
         reward_funcs: callables in place of ``rewards``, called as TRL calls them; closures may be
             passed.
         dataset: a `datasets.Dataset` in place of ``data.source``.
-        eval_dataset: the same for ``eval.source``.
+        eval_dataset: the same for the evaluation.
         overrides: ``section.key=value`` strings.
 
     Raises:
@@ -111,6 +111,17 @@ class Session:
 
     def prepare(self) -> None:
         """Everything that can fail before the first step: checks first, then data, then actors."""
+        self.check()
+        self.run_dir = RunDir.claim(self.config)
+        self._closers.callback(self.run_dir.release)
+        self._find_checkpoint()
+        if self._complete:
+            self._start_tracking()
+        else:
+            self._start_actors(self._anchored)
+
+    def check(self) -> None:
+        """What can be found wrong without a run directory or an actor; loads the prompts."""
         from raygrpo.models import anchored_model, check_model_path, load_tokenizer
         from raygrpo.rewards.loading import anchor_reward, check_reward
 
@@ -120,18 +131,11 @@ class Session:
         for reward in config.rewards:
             check_reward(reward, passed=self._functions)
         # Paths are relative to here, not to wherever an actor runs.
-        anchored = [anchor_reward(reward) for reward in config.rewards]
+        self._anchored = [anchor_reward(reward) for reward in config.rewards]
         check_model_path(config.model)
-        self.run_dir = RunDir.claim(config)
-        self._closers.callback(self.run_dir.release)
         self._placed = config.model_copy(update={"model": anchored_model(config.model)})
         self._tokenizer = load_tokenizer(config.model)
         self._load_data()
-        self._find_checkpoint()
-        if self._complete:
-            self._start_tracking()
-        else:
-            self._start_actors(anchored)
 
     @property
     def _complete(self) -> bool:
@@ -206,7 +210,7 @@ class Session:
         self._prompts = PromptSource(rows, config.data, self._tokenizer, seed=seed, stream="train")
         self._sources = {"train": self._prompts}
         self._eval_prompts = []
-        if config.eval.every_steps:
+        if config.eval.eval_steps:
             section = eval_section(config.data, config.eval, seed=seed)
             rows = load_rows(section, seed=seed, dataset=self._eval_dataset)
             source = PromptSource(rows, section, self._tokenizer, seed=seed, stream="eval")

@@ -335,7 +335,7 @@ class Trainer:
         self._record = self._evaluation = None
 
     def _evaluates_now(self) -> bool:
-        every = self._config.eval.every_steps
+        every = self._config.eval.eval_steps
         if not every or not self._eval_prompts:
             return False
         return self.step % every == 0 or self.step >= self._config.train.steps

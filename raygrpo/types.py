@@ -40,6 +40,7 @@ class Prompt:
     """One prompt: what the policy reads, and the dataset row that rewards read.
 
     Exactly one of ``text`` and ``messages`` is set; ``token_ids`` [P] is what the policy sees.
+    ``source`` names its part of a mixture; empty without one.
     """
 
     id: str
@@ -47,6 +48,7 @@ class Prompt:
     text: str | None = None
     messages: tuple[Message, ...] | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
+    source: str = ""
 
     def __post_init__(self) -> None:
         if (self.text is None) == (self.messages is None):
@@ -165,7 +167,9 @@ class Score:
 class GroupSummary:
     """What the driver knows of a finished group: everything but its tokens. Tuples have length G.
 
-    ``metrics`` are the values that reward functions reported by ``log_metric``.
+    ``metrics`` are the values that reward functions reported by ``log_metric``; ``reward_s`` the
+    seconds of each reward; ``answers`` [G] what each completion answers, where a reward said it
+    (``log_extra("answer", ...)``), else its whole text, shortened; empty in training.
     """
 
     stream: Stream
@@ -182,6 +186,9 @@ class GroupSummary:
     metrics: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     generate_s: float = 0.0
     score_s: float = 0.0
+    reward_s: Mapping[str, float] = field(default_factory=dict)
+    source: str = ""
+    answers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         columns = (self.num_loss_tokens, self.finishes, self.oldest, self.newest, self.scores)

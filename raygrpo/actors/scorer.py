@@ -15,11 +15,14 @@ from raygrpo.types import Group, GroupSummary
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreReport:
-    """A scored group without its tokens, and the first traceback when a reward failed."""
+    """A scored group without its tokens, and the first traceback when a reward failed.
+
+    ``extras`` are the columns [G] that rewards gave to ``log_extra``.
+    """
 
     summary: GroupSummary
     traceback: str | None
-    reward_s: Mapping[str, float]
+    extras: Mapping[str, tuple[Any, ...]]
 
 
 class ScorerActor:
@@ -56,5 +59,7 @@ class ScorerActor:
             metrics=scored.metrics,
             generate_s=group.generate_s,
             score_s=time.monotonic() - started,
+            reward_s=scored.reward_s,
+            source=request.prompt.source,
         )
-        return ScoreReport(summary=summary, traceback=scored.traceback, reward_s=scored.reward_s)
+        return ScoreReport(summary=summary, traceback=scored.traceback, extras=scored.extras)

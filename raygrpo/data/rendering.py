@@ -13,6 +13,8 @@ from raygrpo.config import DataSection
 from raygrpo.errors import ConfigError, DataError, nearest
 from raygrpo.types import Message
 
+PROMPT = "prompt"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rendered:
@@ -39,10 +41,12 @@ class Renderer:
         self._section, self._columns, self._tokenizer = section, columns, tokenizer
         if section.template is not None:
             _check_template(section.template, columns)
-        elif section.prompt not in columns:
+        elif PROMPT not in columns:
             raise DataError(
-                f"the dataset has no column {section.prompt!r} (data.prompt)",
-                f"{nearest(section.prompt, columns)} (columns: {', '.join(columns)})",
+                f"the dataset has no column {PROMPT!r}",
+                f"name the one that holds it, data.columns: {{{PROMPT}: "
+                f"{columns[0] if columns else '...'}}}, or write a data.template "
+                f"(columns: {', '.join(columns)})",
             )
         if section.chat:
             self._check_chat("data.chat is true")
@@ -58,14 +62,14 @@ class Renderer:
         if section.template is not None:
             content: Any = _fill(section.template, row, name)
         else:
-            content = row[section.prompt]
+            content = row[PROMPT]
         if isinstance(content, str):
             if not content:
                 raise DataError(f"{name} has an empty prompt", "remove the row, or give it text")
             if not section.chat:
                 return Rendered(text=content, messages=None, string=content)
             content = [{"role": "user", "content": content}]
-        return self._render_messages(_messages(content, name, section.prompt), name)
+        return self._render_messages(_messages(content, name), name)
 
     def tokenize(self, prompts: Sequence[Rendered]) -> list[list[int]]:
         """Token ids of each prompt."""
@@ -120,15 +124,15 @@ class Renderer:
             )
 
 
-def _messages(content: Any, name: str, column: str) -> tuple[Message, ...]:
+def _messages(content: Any, name: str) -> tuple[Message, ...]:
     fits = isinstance(content, (list, tuple)) and all(
         isinstance(item, Mapping) and isinstance(item.get("role"), str) for item in content
     )
     if not fits or not content:
         raise DataError(
-            f"{name}: column {column!r} holds {_shorten(content)}, "
+            f"{name}: column {PROMPT!r} holds {_shorten(content)}, "
             "neither text nor a list of chat messages with roles",
-            "correct the row, or name another column in data.prompt",
+            "correct the row, or name another column in data.columns",
         )
     # Arrow fills the keys that only some rows' messages have with None.
     return tuple({k: v for k, v in item.items() if v is not None} for item in content)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import datasets
+from pydantic import ValidationError
 
 from raygrpo.config import DataSection, EvalSection
 from raygrpo.errors import ConfigError, DataError, nearest
@@ -37,11 +38,6 @@ def load_rows(
     if dataset is None:
         if section.source.startswith(GYM):
             dataset = _load_gym(section, seed)
-        elif section.params:
-            raise ConfigError(
-                f"data.params is for reasoning_gym tasks, not for {section.source!r}",
-                f"remove it, or set data.source: {GYM}<task>",
-            )
         elif Path(section.source).suffix in BUILDERS:
             dataset = _load_file(section)
         else:
@@ -53,28 +49,59 @@ def load_rows(
         )
     if not len(dataset):
         raise DataError(f"data.source {section.source!r} has no rows", "name a dataset with rows")
-    return dataset
+    return renamed_columns(dataset, section.columns)
+
+
+def renamed_columns(dataset: datasets.Dataset, columns: Mapping[str, str]) -> datasets.Dataset:
+    """The rows with columns renamed as ``data.columns`` says (new name to old name)."""
+    for new, old in columns.items():
+        if old not in dataset.column_names:
+            raise DataError(
+                f"data.columns: there is no column {old!r} to call {new!r}",
+                nearest(old, dataset.column_names),
+            )
+        if new != old and new in dataset.column_names and new not in columns.values():
+            dataset = dataset.remove_columns(new)
+    renames = {old: new for new, old in columns.items() if new != old}
+    return dataset.rename_columns(renames) if renames else dataset
 
 
 def eval_section(data: DataSection, evaluation: EvalSection, *, seed: int) -> DataSection:
-    """What the evaluation reads: ``data`` with the source, split and params of ``evaluation``.
+    """What the evaluation reads: ``data`` with the keys that ``evaluation.data`` changes.
 
-    The same reasoning-gym task gets rows of its own: unless ``evaluation.params`` names a seed, the
+    The same reasoning-gym task gets rows of its own: unless ``evaluation.data`` names a seed, the
     training seed is moved so far that no row is drawn from a training row's seed.
+
+    Raises:
+        ConfigError: an unknown key, or a value that does not fit it.
     """
-    source = evaluation.source or data.source
-    params = {**data.params, **evaluation.params} if source == data.source else evaluation.params
-    if source == data.source and source.startswith(GYM) and "seed" not in evaluation.params:
+    changes = {"split": "test", "mixture": [], "max_pass_rate": None, **evaluation.data}
+    same = changes.get("source", data.source) == data.source
+    own = changes.get("params", {})
+    params = {**data.params, **own} if same else own
+    if same and data.source.startswith(GYM) and "seed" not in own:
         params = {**params, "seed": data.params.get("seed", seed) + _EVAL_SEED_OFFSET}
-    return data.model_copy(
-        update={
-            "source": source,
-            "split": evaluation.split,
-            "params": params,
-            "subset": data.subset if source == data.source else None,
-            "revision": data.revision if source == data.source else None,
-        }
-    )
+    return changed_section(data, {**changes, "params": params}, "eval.data")
+
+
+def changed_section(data: DataSection, changes: Mapping[str, Any], where: str) -> DataSection:
+    """``data`` with keys changed that the configuration has at ``where``.
+
+    Raises:
+        ConfigError: an unknown key, or a value that does not fit it.
+    """
+    if unknown := [name for name in changes if name not in DataSection.model_fields]:
+        raise ConfigError(
+            f"unknown key {where}.{unknown[0]}", nearest(unknown[0], DataSection.model_fields)
+        )
+    try:
+        return DataSection.model_validate({**data.model_dump(), **changes})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"{where}.{name}: {first['msg']}", f"it is {first['input']!r} now") from (
+            None
+        )
 
 
 def _load_file(section: DataSection) -> datasets.Dataset:
@@ -101,15 +128,13 @@ def _load_file(section: DataSection) -> datasets.Dataset:
 
 def _load_hub(section: DataSection) -> datasets.Dataset:
     def load() -> datasets.Dataset:
-        return datasets.load_dataset(
-            section.source, section.subset, split=section.split, revision=section.revision
-        )
+        return datasets.load_dataset(section.source, split=section.split, **section.params)
 
     try:
         return _quietly(load, section.source)
-    except ValueError as error:  # an unknown split, subset or revision; the message lists them
+    except (ValueError, TypeError) as error:  # an unknown split, name, revision or argument
         raise ConfigError(
-            f"data.source {section.source!r}: {error}", "set data.split or data.subset"
+            f"data.source {section.source!r}: {error}", "set data.split or data.params"
         ) from error
 
 

@@ -20,13 +20,14 @@ from rich.progress import (
 # (metric, label, format) in the order shown.
 _SHOWN = (
     ("reward", "reward", "{:.3f}"),
+    ("eval/greedy/reward", "greedy", "{:.3f}"),
     ("eval/reward", "eval", "{:.3f}"),
     ("completions/mean_length", "length", "{:.1f}"),
     ("loss", "loss", "{:.4f}"),
     ("timing/tokens_per_s", "tokens/s", "{:.0f}"),
     ("step_time", "s/step", "{:.2f}"),
 )
-_LIVE = ("reward", "eval", "s/step")  # what fits beside a bar in 80 columns
+_LIVE = ("reward", "greedy", "eval", "s/step")  # what fits beside a bar in 80 columns
 _QUIET_EVENTS = frozenset({"started", "checkpoint", "run_end"})
 
 

@@ -11,7 +11,8 @@ from raygrpo.tracking.files import read_metrics
 
 _SERIES = (
     ("reward", "reward, sampled in training", "-"),
-    ("eval/reward", "reward on the evaluation set", "o-"),
+    ("eval/greedy/reward", "reward on the evaluation set, greedy", "o-"),
+    ("eval/reward", "reward on the evaluation set, sampled", "s-"),
 )
 
 

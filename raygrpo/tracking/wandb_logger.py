@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import secrets
 from collections.abc import Callable, Mapping
@@ -10,6 +11,7 @@ from typing import Any
 from raygrpo.config import RunConfig
 from raygrpo.run_dir import RunDir
 
+_PROJECT = "raygrpo"  # unless WANDB_PROJECT names another, as in transformers
 _INIT_TIMEOUT_S = 60.0
 _LOGIN_TIMEOUT_S = 30
 # Without one, a lost network keeps the end of a run waiting for ever; what is left lies on disk.
@@ -85,7 +87,7 @@ def _start(run_dir: RunDir, config: RunConfig, on_event: EventSink) -> Any:
         run_id = secrets.token_hex(8)
         run_dir.note(wandb_id=run_id)
     run = wandb.init(
-        project=config.tracking.project,
+        project=os.environ.get("WANDB_PROJECT") or _PROJECT,
         name=config.tracking.name or run_dir.root.name,
         id=run_id,
         resume="allow",

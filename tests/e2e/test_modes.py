@@ -110,11 +110,10 @@ def test_no_evaluation_is_lost_or_doubled_by_stops(directory: Path) -> None:
         "evaluated",
         train={"steps": 4},
         eval={
-            "every_steps": 2,
-            "source": str(directory / "rows.jsonl"),
+            "eval_steps": 2,
+            "data": {"source": str(directory / "rows.jsonl")},
             "num_prompts": 25,
             "num_completions": 4,
-            "temperature": 1.0,
         },
     )
     process = runs.start(config)

@@ -115,7 +115,7 @@ def test_gym_rows_are_the_tasks_own_and_follow_the_seed() -> None:
     import reasoning_gym
 
     wanted = reasoning_gym.create_dataset("chain_sum", size=5, seed=11, min_terms=2, max_terms=2)
-    gym = section("reasoning_gym:chain_sum", prompt="question")
+    gym = section("reasoning_gym:chain_sum", columns={"prompt": "question"})
     asked = {"size": 5, "min_terms": 2, "max_terms": 2}
     rows = load_rows(gym.model_copy(update={"params": asked}), seed=11)
     assert rows["question"][:] == [wanted[i]["question"] for i in range(5)]
@@ -131,7 +131,7 @@ def test_gym_metadata_reaches_rewards_as_the_task_made_it(task: str) -> None:
     import reasoning_gym
 
     made = reasoning_gym.create_dataset(task, size=3, seed=5)
-    gym = section(f"reasoning_gym:{task}", prompt="question", params={"size": 3})
+    gym = section(f"reasoning_gym:{task}", columns={"prompt": "question"}, params={"size": 3})
     gym = gym.model_copy(update={"max_prompt_length": 100_000})
     source = PromptSource(load_rows(gym, seed=5), gym, tiny_tokenizer(), seed=5)
     for index, prompt in enumerate(source.take(3)):
@@ -155,14 +155,14 @@ def test_gym_errors_name_the_nearest() -> None:
 def test_evaluation_rows_of_the_same_task_are_others() -> None:
     params = {"size": 200, "min_terms": 6, "max_terms": 6, "min_digits": 4, "max_digits": 4}
     train = section("reasoning_gym:chain_sum", params=params)
-    held_out = eval_section(train, EvalSection(params={"size": 50}), seed=0)
+    held_out = eval_section(train, EvalSection(data={"params": {"size": 50}}), seed=0)
     train_rows, held_rows = load_rows(train, seed=0), load_rows(held_out, seed=0)
     assert len(held_rows) == 50
     # A shift by fewer than 200 would repeat rows, since row i is drawn from seed + i.
     assert set(train_rows["question"]).isdisjoint(held_rows["question"])
-    named = eval_section(train, EvalSection(params={"seed": 3}), seed=0)
+    named = eval_section(train, EvalSection(data={"params": {"seed": 3}}), seed=0)
     assert named.params == {**params, "seed": 3}
-    moved = eval_section(train, EvalSection(source="x.jsonl", split="dev"), seed=0)
+    moved = eval_section(train, EvalSection(data={"source": "x.jsonl", "split": "dev"}), seed=0)
     assert (moved.source, moved.split, moved.params) == ("x.jsonl", "dev", {})
 
 
@@ -257,7 +257,7 @@ def test_text_prompts_and_columns_as_trl_gives_them() -> None:
 
 def test_a_prompt_column_of_another_name_stays_a_column() -> None:
     rows = [{"question": "why?", "answer": "so"}]
-    prompt = source_of(rows, prompt="question").next()
+    prompt = source_of(rows, columns={"prompt": "question"}).next()
     assert prompt.text == "why?"
     assert prompt.columns == rows[0]
 
@@ -351,7 +351,7 @@ def test_the_length_check_reaches_past_the_first_batch() -> None:
 
 def test_missing_columns_and_fields_name_the_nearest() -> None:
     with pytest.raises(DataError, match="did you mean 'prompt'"):
-        source_of(ROWS, prompt="promt")
+        source_of(ROWS, columns={"prompt": "promt"})
     with pytest.raises(DataError, match=r"question.*\n.*columns: prompt, answer"):
         source_of(ROWS, template="{question}")
     with pytest.raises(DataError, match="did you mean 'answer'"):
@@ -400,7 +400,7 @@ def test_the_echo_example_is_balanced_held_out_and_tokenised_losslessly() -> Non
     model = config.model.model_copy(update={"path": str(root / config.model.path)})
     tokenizer = load_tokenizer(model)
     rows = {}
-    for name, source in (("train", config.data.source), ("test", config.eval.source)):
+    for name, source in (("train", config.data.source), ("test", config.eval.data["source"])):
         where = config.data.model_copy(update={"source": str(root / str(source))})
         rows[name] = load_rows(where, seed=0)
         for prompt in PromptSource(rows[name], where, tokenizer, seed=0).take(10_000):
