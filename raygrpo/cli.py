@@ -67,7 +67,7 @@ def export(
     step: Annotated[int | None, typer.Option(help="Checkpoint to take; none: the newest.")] = None,
 ) -> None:
     """Write the model of a checkpoint, with its card, to RUN/export."""
-    from raygrpo.session import export_run
+    from raygrpo.export import export_run
 
     try:
         path = export_run(run, step)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raygrpo.checkpoint import Checkpoints, RunState, load_state, verify
+from raygrpo.checkpoint import Checkpoints, RunState, load_state
 from raygrpo.config import RewardSection, RunConfig
 from raygrpo.config_file import load_config
 from raygrpo.errors import ConfigError, RayGrpoError, StorageError
+from raygrpo.export import export_checkpoint
 from raygrpo.run_dir import RunDir
 from raygrpo.signals import StopSignals
 
@@ -286,57 +286,3 @@ class Session:
         first = self._prompts.take(1)[0]
         example = first.text if first.text is not None else [dict(m) for m in first.messages or ()]
         return export_checkpoint(self.run_dir, path, self.config, self._tokenizer, example)
-
-
-def export_checkpoint(
-    run_dir: RunDir, path: Path, config: RunConfig, tokenizer: Any, example: Any = None
-) -> Path:
-    """Makes ``export/``: the model of a checkpoint with its card; an older export is replaced.
-
-    ``example`` is a prompt (text or messages) for the card's quick start.
-
-    Raises:
-        StorageError: the checkpoint does not verify, or the export cannot be written.
-    """
-    from raygrpo.model_card import card_facts, write_model_card
-
-    manifest = verify(path)
-    temporary = run_dir.root / ".tmp-export"
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.copytree(path / "model", temporary)
-        step = int(manifest["step"])
-        facts = card_facts(config, run_dir.root, step=step, tokenizer=tokenizer, example=example)
-        write_model_card(temporary, facts)
-        if run_dir.export.exists():
-            shutil.rmtree(run_dir.export)
-        temporary.rename(run_dir.export)
-    except OSError as error:
-        raise StorageError(f"cannot write {run_dir.export}: {error}") from error
-    return run_dir.export
-
-
-def export_run(root: Path, step: int | None = None) -> Path:
-    """Exports a checkpoint of a run on disk: the one of ``step``, else the newest that verifies.
-
-    Raises:
-        ConfigError: no run or no such checkpoint.
-        StorageError: the checkpoint does not verify.
-    """
-    from raygrpo.models import load_tokenizer
-
-    run_dir = RunDir(root.expanduser().absolute())
-    if not run_dir.config_path.is_file():
-        raise ConfigError(f"{root} holds no run", "name a run directory")
-    config = load_config(run_dir.config_path)
-    checkpoints = Checkpoints(run_dir.checkpoints)
-    if step is None:
-        path, problems = checkpoints.newest_valid()
-        reason = "; ".join(problems) or "it was stopped before its first one"
-    else:
-        path = checkpoints.path(step) if checkpoints.path(step).is_dir() else None
-        reason = f"it has {', '.join(p.name for p in checkpoints.all()) or 'none'}"
-    if path is None:
-        raise ConfigError(f"{root} has no checkpoint to export: {reason}")
-    tokenizer = load_tokenizer(config.model.model_copy(update={"path": str(path / "model")}))
-    return export_checkpoint(run_dir, path, config, tokenizer)

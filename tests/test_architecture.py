@@ -37,6 +37,7 @@ FLOORS = {
     "raygrpo.run_dir": 4,
     "raygrpo.tracking": 4,
     "raygrpo.model_card": 4,
+    "raygrpo.export": 5,
     "raygrpo.session": 5,
     "raygrpo.signals": 5,
     "raygrpo.cli": 5,
