@@ -16,8 +16,9 @@ from typing import Any
 
 from raygrpo.actors.futures import Pending
 from raygrpo.actors.learner import LearnerGroup
-from raygrpo.actors.pool import Done, RolloutPool
+from raygrpo.actors.pool import RolloutPool
 from raygrpo.actors.scorer import ScoreReport
+from raygrpo.actors.workers import Done
 from raygrpo.algorithm.ledger import TokenLedger, buffered_tokens
 from raygrpo.algorithm.plan import make_step_batch, num_trained_tokens
 from raygrpo.algorithm.window import FinishedGroup, Window

@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,52 +21,12 @@ from raygrpo.actors.generator import GenerationReport, GeneratorActor, LoadRepor
 from raygrpo.actors.placement import actor_options, generator_threads
 from raygrpo.actors.scorer import ScorerActor, ScoreReport
 from raygrpo.actors.spawn import log_path, spawn
+from raygrpo.actors.workers import Done, Flight, GroupKey, Worker, least_loaded
 from raygrpo.algorithm.window import FinishedGroup
 from raygrpo.config import RewardSection, RunConfig
 from raygrpo.errors import InfraError
-from raygrpo.failures import MAX_DEATHS, Action, History, Role, decide
-from raygrpo.types import GroupRequest, Stream
-
-GroupKey = tuple[Stream, int]
-
-
-@dataclass(eq=False, slots=True)
-class Worker:
-    """A generator or scorer. ``starting`` is its call under way until it may get work."""
-
-    role: Role
-    name: str
-    actor: Any
-    starting: Any = None
-    loading: Any = None
-    deadline: float = 0.0
-    pid: int = 0
-    groups: set[GroupKey] = field(default_factory=set)
-
-
-@dataclass(eq=False, slots=True)
-class Flight:
-    """A group between submission and its scores."""
-
-    request: GroupRequest
-    worker: Worker | None = None
-    ref: Any = None
-    payload: Any = None
-    report: GenerationReport | None = None
-    deadline: float = 0.0
-    scorer_deaths: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Done:
-    """What one wait brought. ``lost`` groups must be sent again; ``dropped`` cannot be served."""
-
-    groups: tuple[tuple[FinishedGroup, ScoreReport], ...] = ()
-    lost: tuple[GroupKey, ...] = ()
-    dropped: tuple[GroupKey, ...] = ()
-    completed: tuple[Pending[Any], ...] = ()
-    loads: tuple[LoadReport, ...] = ()
-    events: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+from raygrpo.failures import MAX_DEATHS, Action, History, decide
+from raygrpo.types import GroupRequest
 
 
 class RolloutPool:
@@ -332,7 +291,7 @@ class RolloutPool:
             self._lose_worker(worker, InfraError(f"{worker.name} missed its deadline: {what}"))
 
     def _dispatch(self) -> None:
-        while self._queue and (worker := _least_loaded(self._generators)):
+        while self._queue and (worker := least_loaded(self._generators)):
             key = self._queue.popleft()
             flight = self._flights.get(key)
             if flight is None:
@@ -341,7 +300,7 @@ class RolloutPool:
                 flight.request
             )
             self._assign(key, flight, worker)
-        while self._to_score and (worker := _least_loaded(self._scorers)):
+        while self._to_score and (worker := least_loaded(self._scorers)):
             key = self._to_score.popleft()
             flight = self._flights[key]
             flight.ref = worker.actor.score.remote(flight.payload, self.trainer_state)
@@ -354,10 +313,3 @@ class RolloutPool:
 
     def _group_deadline(self) -> float:
         return time.monotonic() + self._config.ray.generate_timeout_s
-
-
-def _least_loaded(workers: Sequence[Worker]) -> Worker | None:
-    # A generator that loads newer weights still decodes; only one that never loaded must wait,
-    # and the engine itself holds a request until it has the version that the request asks for.
-    ready = [worker for worker in workers if worker.starting is None]
-    return min(ready, key=lambda worker: len(worker.groups), default=None)

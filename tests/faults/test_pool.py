@@ -18,8 +18,9 @@ import torch
 from raygrpo.actors.connect import connect, disconnect
 from raygrpo.actors.futures import resolve
 from raygrpo.actors.placement import demand_of
-from raygrpo.actors.pool import Done, RolloutPool
+from raygrpo.actors.pool import RolloutPool
 from raygrpo.actors.weight_store import end_store, start_store
+from raygrpo.actors.workers import Done
 from raygrpo.config import RunConfig
 from raygrpo.config_file import load_config
 from raygrpo.errors import InfraError

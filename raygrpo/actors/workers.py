@@ -1,0 +1,63 @@
+"""What the rollout pool keeps of its workers and of the groups that are under way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from raygrpo.actors.futures import Pending
+from raygrpo.actors.generator import GenerationReport, LoadReport
+from raygrpo.actors.scorer import ScoreReport
+from raygrpo.algorithm.window import FinishedGroup
+from raygrpo.failures import Role
+from raygrpo.types import GroupRequest, Stream
+
+GroupKey = tuple[Stream, int]
+
+
+@dataclass(eq=False, slots=True)
+class Worker:
+    """A generator or scorer. ``starting`` is its call under way until it may get work."""
+
+    role: Role
+    name: str
+    actor: Any
+    starting: Any = None
+    loading: Any = None
+    deadline: float = 0.0
+    pid: int = 0
+    groups: set[GroupKey] = field(default_factory=set)
+
+
+@dataclass(eq=False, slots=True)
+class Flight:
+    """A group between submission and its scores."""
+
+    request: GroupRequest
+    worker: Worker | None = None
+    ref: Any = None
+    payload: Any = None
+    report: GenerationReport | None = None
+    deadline: float = 0.0
+    scorer_deaths: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Done:
+    """What one wait brought. ``lost`` groups must be sent again; ``dropped`` cannot be served."""
+
+    groups: tuple[tuple[FinishedGroup, ScoreReport], ...] = ()
+    lost: tuple[GroupKey, ...] = ()
+    dropped: tuple[GroupKey, ...] = ()
+    completed: tuple[Pending[Any], ...] = ()
+    loads: tuple[LoadReport, ...] = ()
+    events: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+
+
+def least_loaded(workers: Sequence[Worker]) -> Worker | None:
+    """The started worker with the fewest groups; None while none has started."""
+    # A generator that loads newer weights still decodes; only one that never loaded must wait,
+    # and the engine itself holds a request until it has the version that the request asks for.
+    ready = [worker for worker in workers if worker.starting is None]
+    return min(ready, key=lambda worker: len(worker.groups), default=None)
