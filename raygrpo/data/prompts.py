@@ -135,10 +135,13 @@ class PromptSource:
         return np.random.default_rng((*self._key, epoch)).permutation(self._kept)
 
     def _render(self, number: int) -> Rendered:
-        return self._renderer.render(self._rows[number], f"row {number}")
+        return self._renderer.render(self._row(number), f"row {number}")
+
+    def _row(self, number: int) -> dict[str, Any]:
+        return self._renderer.name_columns(self._rows[number])
 
     def _prompt(self, number: int) -> Prompt:
-        row = self._rows[number]
+        row = self._row(number)
         rendered = self._renderer.render(row, f"row {number}")
         ids = self._renderer.tokenize([rendered])[0][-self._section.max_prompt_length :]
         columns = {name: value for name, value in row.items() if name != "prompt"}

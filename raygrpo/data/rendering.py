@@ -10,10 +10,9 @@ from typing import Any
 import jinja2
 
 from raygrpo.config import DataSection
+from raygrpo.data.columns import PROMPT, missing_prompt, renamed
 from raygrpo.errors import ConfigError, DataError, nearest
 from raygrpo.types import Message
-
-PROMPT = "prompt"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,38 +37,40 @@ class Renderer:
     """
 
     def __init__(self, section: DataSection, columns: Sequence[str], tokenizer: Any) -> None:
-        self._section, self._columns, self._tokenizer = section, columns, tokenizer
+        self._section, self._tokenizer = section, tokenizer
+        names = list(renamed(section.columns, dict.fromkeys(columns)))
         if section.template is not None:
-            _check_template(section.template, columns)
-        elif PROMPT not in columns:
-            raise DataError(
-                f"the dataset has no column {PROMPT!r}",
-                f"name the one that holds it, data.columns: {{{PROMPT}: "
-                f"{columns[0] if columns else '...'}}}, or write a data.template "
-                f"(columns: {', '.join(columns)})",
-            )
+            _check_template(section.template, names)
+        elif PROMPT not in names:
+            raise missing_prompt(names)
         if section.chat:
             self._check_chat("data.chat is true")
         self._num_appended = _num_appended(tokenizer)
 
+    def name_columns(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """A row of the source under the names that `render` and rewards read."""
+        return renamed(self._section.columns, row)
+
     def render(self, row: Mapping[str, Any], name: str) -> Rendered:
-        """The prompt of a row that errors call ``name``.
+        """The prompt of a row (of `name_columns`) that errors call ``name``.
 
         Raises:
             DataError: the row's prompt is neither text nor a list of chat messages, or is empty.
+            ConfigError: the prompt does not go with data.chat or data.system.
         """
         section = self._section
         if section.template is not None:
             content: Any = _fill(section.template, row, name)
         else:
-            content = row[PROMPT]
+            content = row.get(PROMPT)
         if isinstance(content, str):
             if not content:
                 raise DataError(f"{name} has an empty prompt", "remove the row, or give it text")
             if not section.chat:
+                self._check_no_system(name)
                 return Rendered(text=content, messages=None, string=content)
             content = [{"role": "user", "content": content}]
-        return self._render_messages(_messages(content, name), name)
+        return self._render_messages(self._with_system(_messages(content, name)), name)
 
     def tokenize(self, prompts: Sequence[Rendered]) -> list[list[int]]:
         """Token ids of each prompt."""
@@ -115,6 +116,20 @@ class Renderer:
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise DataError(f"the chat template refuses {name}: {error}") from error
         return Rendered(text=None, messages=messages, string=string)
+
+    def _with_system(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
+        system = self._section.system
+        if system is None or any(message["role"] == "system" for message in messages):
+            return messages
+        return ({"role": "system", "content": system}, *messages)
+
+    def _check_no_system(self, name: str) -> None:
+        if self._section.system is not None:
+            raise ConfigError(
+                f"data.system is set, but the prompt of {name} is plain text, which has no roles",
+                "set data.chat: true to make it a user turn, or write the system's text into a "
+                "data.template",
+            )
 
     def _check_chat(self, reason: str) -> None:
         if getattr(self._tokenizer, "chat_template", None) is None:

@@ -21,15 +21,22 @@ GYM_SIZE = 1000
 # Row i of a reasoning-gym task is drawn from seed + i: seeds closer together share rows.
 _EVAL_SEED_OFFSET = 1_000_000_007
 _TUPLE = "__tuple__"
+# Arguments of datasets.load_dataset that a file's path decides.
+_FIXED = {"path", "name", "data_files", "data_dir", "split", "config_kwargs"}
 
 
 def load_rows(
-    section: DataSection, *, seed: int, dataset: datasets.Dataset | None = None
-) -> datasets.Dataset:
+    section: DataSection,
+    *,
+    seed: int,
+    dataset: datasets.Dataset | datasets.IterableDataset | None = None,
+) -> datasets.Dataset | datasets.IterableDataset:
     """The rows that ``section.source`` names, or ``dataset`` itself when one is given.
 
-    A reasoning-gym task gives the columns question, answer and metadata (`decode_metadata` reads
-    the last one); unless ``section.params`` says otherwise it has 1000 rows drawn from ``seed``.
+    Columns have the source's own names (`columns.renamed` gives rows those of ``data.columns``).
+    With ``streaming`` in ``section.params`` the rows are an IterableDataset. A reasoning-gym task
+    gives the columns question, answer and metadata (`decode_metadata` reads the last one); unless
+    ``section.params`` says otherwise it has 1000 rows drawn from ``seed``.
 
     Raises:
         ConfigError: the source does not exist, or its arguments do not fit it.
@@ -42,6 +49,8 @@ def load_rows(
             dataset = _load_file(section)
         else:
             dataset = _load_hub(section)
+    if isinstance(dataset, datasets.IterableDataset):
+        return dataset
     if not isinstance(dataset, datasets.Dataset):
         raise ConfigError(
             f"the dataset is a {type(dataset).__name__}, not a datasets.Dataset",
@@ -49,43 +58,36 @@ def load_rows(
         )
     if not len(dataset):
         raise DataError(f"data.source {section.source!r} has no rows", "name a dataset with rows")
-    return renamed_columns(dataset, section.columns)
-
-
-def renamed_columns(dataset: datasets.Dataset, columns: Mapping[str, str]) -> datasets.Dataset:
-    """The rows with columns renamed as ``data.columns`` says (new name to old name)."""
-    for new, old in columns.items():
-        if old not in dataset.column_names:
-            raise DataError(
-                f"data.columns: there is no column {old!r} to call {new!r}",
-                nearest(old, dataset.column_names),
-            )
-        if new != old and new in dataset.column_names and new not in columns.values():
-            dataset = dataset.remove_columns(new)
-    renames = {old: new for new, old in columns.items() if new != old}
-    return dataset.rename_columns(renames) if renames else dataset
+    return dataset
 
 
 def eval_section(data: DataSection, evaluation: EvalSection, *, seed: int) -> DataSection:
     """What the evaluation reads: ``data`` with the keys that ``evaluation.data`` changes.
 
     The same reasoning-gym task gets rows of its own: unless ``evaluation.data`` names a seed, the
-    training seed is moved so far that no row is drawn from a training row's seed.
+    training seed is moved (`eval_seed`).
 
     Raises:
         ConfigError: an unknown key, or a value that does not fit it.
     """
-    changes = {"split": "test", "mixture": [], "max_pass_rate": None, **evaluation.data}
-    same = changes.get("source", data.source) == data.source
-    own = changes.get("params", {})
-    params = {**data.params, **own} if same else own
-    if same and data.source.startswith(GYM) and "seed" not in own:
-        params = {**params, "seed": data.params.get("seed", seed) + _EVAL_SEED_OFFSET}
-    return changed_section(data, {**changes, "params": params}, "eval.data")
+    own = {"split": "test", "mixture": [], "max_pass_rate": None, **evaluation.data}
+    same = own.get("source", data.source) == data.source
+    named = evaluation.data.get("params") or {}
+    if same and data.source.startswith(GYM) and "seed" not in named:
+        moved = eval_seed(data.params.get("seed", seed))
+        data = data.model_copy(update={"params": {**data.params, "seed": moved}})
+    return changed_section(data, own, "eval.data")
+
+
+def eval_seed(seed: int) -> int:
+    """The training seed moved so far that no row is drawn from a training row's seed."""
+    return seed + _EVAL_SEED_OFFSET
 
 
 def changed_section(data: DataSection, changes: Mapping[str, Any], where: str) -> DataSection:
     """``data`` with keys changed that the configuration has at ``where``.
+
+    ``params`` are added to those of ``data`` for the same source; another source starts with none.
 
     Raises:
         ConfigError: an unknown key, or a value that does not fit it.
@@ -94,8 +96,13 @@ def changed_section(data: DataSection, changes: Mapping[str, Any], where: str) -
         raise ConfigError(
             f"unknown key {where}.{unknown[0]}", nearest(unknown[0], DataSection.model_fields)
         )
+    inherited = data.model_dump()
+    if changes.get("source", data.source) != data.source:
+        inherited["params"] = {}
+    elif isinstance(changes.get("params"), Mapping):
+        changes = {**changes, "params": {**data.params, **changes["params"]}}
     try:
-        return DataSection.model_validate({**data.model_dump(), **changes})
+        return DataSection.model_validate({**inherited, **changes})
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
@@ -104,7 +111,7 @@ def changed_section(data: DataSection, changes: Mapping[str, Any], where: str) -
         )
 
 
-def _load_file(section: DataSection) -> datasets.Dataset:
+def _load_file(section: DataSection) -> Any:
     path = Path(section.source).expanduser()
     if not path.is_file():
         raise ConfigError(
@@ -113,21 +120,30 @@ def _load_file(section: DataSection) -> datasets.Dataset:
         )
     if not path.stat().st_size:
         raise DataError(f"data.source {section.source!r} is an empty file", "write rows into it")
-    builder = BUILDERS[path.suffix]
+    builder, files = BUILDERS[path.suffix], str(path.absolute())
 
-    def load() -> datasets.Dataset:
-        return datasets.load_dataset(builder, data_files=str(path.absolute()), split="train")
+    def load() -> Any:
+        return datasets.load_dataset(builder, data_files=files, split="train", **section.params)
 
     try:
         return _quietly(load, section.source)
+    except TypeError as error:
+        config = datasets.load_dataset_builder(builder, data_files=files).config
+        known = {*inspect.signature(datasets.load_dataset).parameters, *vars(config)} - _FIXED
+        unknown = next((name for name in section.params if name not in known), None)
+        if unknown is None:
+            raise ConfigError(f"data.params of {section.source!r}: {error}") from error
+        raise ConfigError(
+            f"data.params: a {builder} file has no argument {unknown!r}", nearest(unknown, known)
+        ) from error
     except ValueError as error:
         raise DataError(
             f"data.source {section.source!r} has no rows: {error}", "write rows into it"
         ) from error
 
 
-def _load_hub(section: DataSection) -> datasets.Dataset:
-    def load() -> datasets.Dataset:
+def _load_hub(section: DataSection) -> Any:
+    def load() -> Any:
         return datasets.load_dataset(section.source, split=section.split, **section.params)
 
     try:
@@ -138,7 +154,7 @@ def _load_hub(section: DataSection) -> datasets.Dataset:
         ) from error
 
 
-def _quietly(load: Callable[[], datasets.Dataset], source: str) -> datasets.Dataset:
+def _quietly(load: Callable[[], Any], source: str) -> Any:
     """Loads without progress bars; library errors become ours."""
     bars = not datasets.utils.are_progress_bars_disabled()
     datasets.disable_progress_bars()

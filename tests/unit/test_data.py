@@ -103,9 +103,15 @@ def test_a_hub_id_that_is_not_found_is_a_config_error(monkeypatch: pytest.Monkey
         load_rows(section("no-such-owner/no-such-set"), seed=0)
 
 
-def test_params_belong_to_reasoning_gym_only(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="reasoning_gym tasks"):
-        load_rows(section("rows.jsonl", params={"size": 3}), seed=0)
+def test_params_are_the_loaders_arguments(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt;answer\na,b;1\n")
+    rows = load_rows(section(str(path), params={"delimiter": ";"}), seed=0)
+    assert rows.to_list() == [{"prompt": "a,b", "answer": 1}]
+    with pytest.raises(ConfigError, match=r"data\.params.*'delimeter'\n.*'delimiter'"):
+        load_rows(section(str(path), params={"delimeter": ";"}), seed=0)
+    with pytest.raises(ConfigError, match=r"data\.params.*csv file.*'size'"):
+        load_rows(section(str(path), params={"size": 3, "streaming": True}), seed=0)
 
 
 # reasoning-gym.
