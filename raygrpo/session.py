@@ -122,10 +122,12 @@ class Session:
 
     def check(self) -> None:
         """What can be found wrong without a run directory or an actor; loads the prompts."""
+        from raygrpo.actors.placement import check_run_dir
         from raygrpo.models import anchored_model, check_model_path, load_tokenizer
         from raygrpo.rewards.loading import anchor_reward, check_reward
 
         config = self.config
+        check_run_dir(config)
         if not config.rewards:
             raise ConfigError("no rewards", "set rewards, or pass reward_funcs")
         for reward in config.rewards:
@@ -252,16 +254,17 @@ class Session:
             self._tracker.event("resumed", step=step, incarnation=self._incarnation)
 
     def _start_actors(self, rewards: Sequence[RewardSection]) -> None:
-        from raygrpo.actors.connect import connect, disconnect
+        from raygrpo.actors.connect import connect, disconnect, placing
         from raygrpo.actors.learner import LearnerGroup
-        from raygrpo.actors.placement import demand_of
+        from raygrpo.actors.placement import demand_of, labels_of
         from raygrpo.actors.pool import RolloutPool
         from raygrpo.actors.weight_store import end_store, start_store
 
         connection = connect(self._placed, demand_of(self._placed))
         self._closers.callback(disconnect, connection)
         self._signals.install()  # Ray has put handlers of its own in their place
-        store = start_store()
+        self._placed = connection.config
+        store = start_store(labels_of(self._placed, "learner"))
         self._closers.callback(end_store, store)
         # Elsewhere the run directory may not exist: there, output stays in Ray's own logs.
         where: dict[str, Any] = {
@@ -272,10 +275,11 @@ class Session:
         self._pool = RolloutPool(self._placed, store, rewards, self._functions, **where)
         self._closers.callback(self._learner.close)
         self._closers.callback(self._pool.close)
-        starting = self._learner.start()
-        self._start_tracking()  # while the actors start
-        self._pool.start()
-        self.pids = {f"learner-{rank}": pid for rank, pid in enumerate(starting.wait())}
+        with placing(connection):
+            starting = self._learner.start()
+            self._start_tracking()  # while the actors start
+            self._pool.start()
+            self.pids = {f"learner-{rank}": pid for rank, pid in enumerate(starting.wait())}
         self.pids |= self._pool.pids
         self._tracker.event("started", step=0, pids=self.pids, seconds=time.time() - self._born)
         if self._restored_from is not None:

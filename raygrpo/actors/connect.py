@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import ray
+from ray._private.label_utils import validate_label_selector
 
-from raygrpo.actors.placement import Demand
+from raygrpo.actors.placement import Demand, Nodes, settle, unplaceable
 from raygrpo.config import RunConfig
 from raygrpo.errors import ConfigError, InfraError
+
+_PLACES_FIX = (
+    "start nodes that have them (ray start --labels=..., labels of the worker group), or change "
+    "ray.labels, learner.threads, generators.threads or the counts"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,32 +26,33 @@ class Connection:
     """A joined cluster. On a ``local`` one, actors reserve no CPUs: it is ours alone.
 
     ``ours`` is False where the caller had joined already: then the caller leaves it, too.
+    ``config`` is the run's as it holds here: threads settled, the run directory's path absolute.
     """
 
     local: bool
     ours: bool
+    config: RunConfig
 
 
 def connect(config: RunConfig, demand: Demand) -> Connection:
     """Joins the cluster that the configuration names and checks that the run fits.
 
     Raises:
-        ConfigError: more GPUs are asked for than the cluster has or can scale to.
+        ConfigError: no nodes have the labels, CPUs or GPUs asked for, and no autoscaler adds any.
         InfraError: no cluster answers at the address.
     """
     address = config.ray.address
     if address == "auto":
         address = os.environ.get("RAY_ADDRESS", "local")
-    if ray.is_initialized():
-        connection = Connection(local=False, ours=False)
-    elif address == "local":
-        _start_local(demand)
-        connection = Connection(local=True, ours=True)
-    else:
-        _join(address)
-        connection = Connection(local=False, ours=True)
+    local, ours = False, not ray.is_initialized()
+    if ours:
+        local = address == "local"
+        _start_local(demand) if local else _join(address)
+    placed = config if local else settle(config, _nodes())
+    connection = Connection(local=local, ours=ours, config=placed)
     try:
         _check_gpus(demand)
+        _check_places(connection)
     except ConfigError:
         disconnect(connection)
         raise
@@ -85,7 +94,7 @@ def _join(address: str) -> None:
 
 def _check_gpus(demand: Demand) -> None:
     available = ray.cluster_resources().get("GPU", 0.0)
-    if demand.num_gpus > available and demand.num_gpus > _scalable_gpus():
+    if demand.num_gpus > available and not _grows():
         raise ConfigError(
             f"the run asks for {demand.num_gpus:g} GPUs ({demand.gpu_text}); the cluster has "
             f"{available:g} and cannot scale further",
@@ -93,12 +102,41 @@ def _check_gpus(demand: Demand) -> None:
         )
 
 
-def _scalable_gpus() -> float:
-    """GPUs that the cluster's autoscaler may reach; 0 without one."""
-    from ray._private.state import state
+def _check_places(connection: Connection) -> None:
+    labels = connection.config.ray.labels
+    if connection.local:
+        if labels:
+            raise ConfigError(
+                "ray.labels is set, but the run's own local Ray has no labels",
+                "set ray.address to a cluster that has them, or ray.labels to {}",
+            )
+        return
+    for role, selector in labels.items():
+        if problem := validate_label_selector(selector):
+            raise ConfigError(f"ray.labels.{role}: {problem}")
+    if not _grows() and (reason := unplaceable(connection.config, _nodes())):
+        raise ConfigError(reason, _PLACES_FIX)
 
-    limits = state.get_max_resources_from_cluster_config() or {}
-    return float(limits.get("GPU", 0))
+
+@contextlib.contextmanager
+def placing(connection: Connection) -> Iterator[None]:
+    """Around a start: one that took too long says which role found no node, where that is so."""
+    try:
+        yield
+    except InfraError as error:
+        reason = "" if connection.local else unplaceable(connection.config, _nodes())
+        if reason:
+            raise InfraError(f"{error.message}: {reason}", _PLACES_FIX) from error
+        raise
+
+
+def _nodes() -> Nodes:
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def _grows() -> bool:
+    """Whether an autoscaler manages the cluster: it labels each node, the head too, by its type."""
+    return any("ray.io/node-group" in node["Labels"] for node in _nodes())
 
 
 def disconnect(connection: Connection) -> None:

@@ -11,10 +11,11 @@ from typing import Any
 import ray
 
 from raygrpo.actors.futures import Pending
-from raygrpo.actors.placement import actor_options, learner_threads
+from raygrpo.actors.placement import actor_options, labels_of, learner_threads
 from raygrpo.actors.spawn import log_path, log_to, spawn
 from raygrpo.algorithm.packing import make_microbatch, place
 from raygrpo.config import RunConfig
+from raygrpo.errors import ConfigError
 from raygrpo.types import (
     BucketSpec,
     Group,
@@ -37,7 +38,17 @@ class LearnerActor:
         self._rank = rank
 
     def address(self) -> tuple[str, int]:
-        """This node's address and a free port on it, for the ranks to meet."""
+        """This node's address and a free port on it, for the ranks to meet.
+
+        Raises:
+            ConfigError: this node does not see the run's directory, where checkpoints go.
+        """
+        if not Path(self._config.run_dir).is_dir():
+            raise ConfigError(
+                f"the learner's node {socket.gethostname()} does not see run_dir "
+                f"{self._config.run_dir}",
+                "put it on storage that the driver's and the learner's nodes share",
+            )
         return ray.util.get_node_ip_address(), _free_port()
 
     def start(self, host: str, port: int, local_rank: int, threads: int, log: str | None) -> int:
@@ -141,7 +152,8 @@ class LearnerGroup:
         self._store = store
         self._threads = learner_threads(config)
         gpus = config.learner.gpus_per_rank
-        options = actor_options(local=local, threads=self._threads, gpus=gpus)
+        labels = labels_of(config, "learner")
+        options = actor_options(local=local, threads=self._threads, gpus=gpus, labels=labels)
         self._actors = [
             spawn(LearnerActor, config, rank, **options) for rank in range(config.learner.num_ranks)
         ]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from raygrpo.config import RunConfig
+from raygrpo.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,13 +56,106 @@ def _share(num_sharers: int) -> int:
     return max(1, (os.cpu_count() or 1) // num_sharers)
 
 
-def actor_options(*, local: bool, threads: int, gpus: float = 0.0) -> dict[str, Any]:
+def actor_options(
+    *, local: bool, threads: int, gpus: float = 0.0, labels: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Ray options of an actor. On a local cluster of our own, CPUs are shared, not reserved.
 
-    Threads are set inside the actors: a runtime environment would cost each a process of its own,
-    beside the ones that Ray has started already.
+    ``labels`` are those of the nodes that may run it (Ray's ``label_selector``). Threads are set
+    inside the actors: a runtime environment would cost each a process of its own, beside the ones
+    that Ray has started already.
     """
-    return {
-        "num_cpus": 0 if local else threads,
-        "num_gpus": gpus,
-    }
+    options: dict[str, Any] = {"num_cpus": 0 if local else threads, "num_gpus": gpus}
+    return {**options, "label_selector": dict(labels)} if labels else options
+
+
+Nodes = Sequence[Mapping[str, Any]]
+
+
+def nodes_with(nodes: Nodes, labels: Mapping[str, str]) -> Nodes:
+    """Those of `ray.nodes()` that these label selectors fit (v, !v, in(v,w) or !in(v,w))."""
+    return [
+        node
+        for node in nodes
+        if all(_selects(wanted, node["Labels"].get(key)) for key, wanted in labels.items())
+    ]
+
+
+def _selects(wanted: str, value: str | None) -> bool:
+    one_of = wanted.removeprefix("!")
+    values = one_of[3:-1].split(",") if one_of.startswith("in(") else [one_of]
+    return (value in values) != wanted.startswith("!")
+
+
+def settle(config: RunConfig, nodes: Nodes) -> RunConfig:
+    """The configuration as it holds on a joined cluster: paths absolute, threads known.
+
+    Threads that are not set share the nodes' cores: this machine's say nothing there (in a
+    container, not even of itself), and no two actors get the same core, whoever's turn it is.
+    """
+    sharers = config.learner.num_ranks + config.generators.count
+    settled: dict[str, Any] = {"run_dir": str(Path(config.run_dir).expanduser().absolute())}
+    for name, role, section in (
+        ("learner", "learner", config.learner),
+        ("generators", "generator", config.generators),
+    ):
+        cpus = [_has(node, "CPU") for node in nodes_with(nodes, labels_of(config, role))]
+        share = (sum(cpus) - config.scorers.count) // sharers
+        threads = section.threads or max(1, int(min(share, min(filter(None, cpus), default=1))))
+        settled[name] = section.model_copy(update={"threads": threads})
+    return config.model_copy(update=settled)
+
+
+def labels_of(config: RunConfig, role: str) -> dict[str, str]:
+    """Labels of the nodes that a role's actors run on."""
+    return dict(config.ray.labels).get(role, {})  # type: ignore[call-overload, no-any-return]
+
+
+def unplaceable(config: RunConfig, nodes: Nodes) -> str:
+    """Which role a cluster cannot hold, and why; empty where each and all together fit.
+
+    ``config`` is a settled one, ``nodes`` the living ones of `ray.nodes()`.
+    """
+    learner, generators = config.learner, config.generators
+    demands = (
+        ("learner", learner.num_ranks, learner.threads, learner.gpus_per_rank),
+        ("generator", generators.count, generators.threads, generators.gpus),
+        ("scorer", config.scorers.count, 1, 0.0),
+    )
+    for role, count, cpus, gpus in demands:
+        labels = labels_of(config, role)
+        where = ", ".join(f"{key}={value}" for key, value in labels.items())
+        fitting = nodes_with(nodes, labels)
+        if not fitting:
+            return f"no node has the labels of ray.labels.{role} ({where})"
+        asked = {"CPU": cpus, "GPU": gpus}
+        room = sum(min(_has(n, r) // a for r, a in asked.items() if a) for n in fitting)
+        if room < count:
+            have = "; ".join(f"{_has(n, 'CPU'):g} CPUs, {_has(n, 'GPU'):g} GPUs" for n in fitting)
+            return (
+                f"the {role} asks for {count} x ({cpus} CPUs, {gpus:g} GPUs), which its nodes "
+                f"{f'({where}) ' if where else ''}cannot hold: {have}"
+            )
+    reserved = sum(count * cpus for _, count, cpus, _ in demands)
+    present = sum(_has(node, "CPU") for node in nodes)
+    text = " + ".join(f"{count} {role} x {cpus}" for role, count, cpus, _ in demands)
+    return f"the run reserves {reserved} CPUs ({text}) of {present:g}" * (reserved > present)
+
+
+def _has(node: Mapping[str, Any], resource: str) -> float:
+    return float(node["Resources"].get(resource, 0.0))
+
+
+def check_run_dir(config: RunConfig) -> None:
+    """Refuses, in a submitted job, a run directory that would be deleted with the job's copy.
+
+    Raises:
+        ConfigError: ``run_dir`` is relative there.
+    """
+    in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # that is the variable's name
+    if in_job and not Path(config.run_dir).expanduser().is_absolute():
+        raise ConfigError(
+            f"run_dir {config.run_dir!r} is relative: in a submitted job it would lie in the job's "
+            "copy of the working directory, which Ray deletes",
+            "set run_dir to an absolute path that all nodes share, say --run_dir=/shared/runs/name",
+        )

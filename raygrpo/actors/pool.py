@@ -2,8 +2,10 @@
 
 A group goes generate -> score. The driver owns both halves of a generator's answer, so the death
 of a generator's or scorer's process costs only what was in flight: those groups are reported as
-lost, and a fresh worker is started, which loads the newest weights before it serves. (A payload
-that lived on a node which is gone is another matter: what needs it fails with AnswerLost.)
+lost, and a fresh worker is started, which loads the newest weights before it serves. On a cluster
+a group's payload moves to the node of its scorer, so a generator's node, which may be preempted,
+holds nothing that is needed once a group is scored. (Losing a scorer's node is another matter: the
+update that needs a payload from there fails with AnswerLost.)
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import ray
 
 from raygrpo.actors.futures import DependencyDied, Pending, WorkerDied, resolve
 from raygrpo.actors.generator import GenerationReport, GeneratorActor, LoadReport
-from raygrpo.actors.placement import actor_options, generator_threads
+from raygrpo.actors.placement import actor_options, generator_threads, labels_of
 from raygrpo.actors.scorer import ScorerActor, ScoreReport
 from raygrpo.actors.spawn import log_path, spawn
 from raygrpo.actors.workers import Done, Flight, GroupKey, Worker, least_loaded
@@ -150,14 +152,20 @@ class RolloutPool:
     def _new_generator(self, index: int) -> Worker:
         config = self._config
         threads = generator_threads(config)
-        options = actor_options(local=self._local, threads=threads, gpus=config.generators.gpus)
+        options = actor_options(
+            local=self._local,
+            threads=threads,
+            gpus=config.generators.gpus,
+            labels=labels_of(config, "generator"),
+        )
         actor = spawn(
             GeneratorActor, config, self._store, threads, max_concurrency=10_000, **options
         )
         return self._started(Worker("generator", f"generator-{index}", actor))
 
     def _new_scorer(self, index: int) -> Worker:
-        options = actor_options(local=self._local, threads=1)
+        labels = labels_of(self._config, "scorer")
+        options = actor_options(local=self._local, threads=1, labels=labels)
         actor = spawn(ScorerActor, self._rewards, self._functions, **options)
         return self._started(Worker("scorer", f"scorer-{index}", actor))
 
@@ -205,7 +213,8 @@ class RolloutPool:
             return
         self._consecutive_losses = 0
         del self._flights[key]
-        self._groups.append((FinishedGroup(summary=answer.summary, payload=flight.payload), answer))
+        payload = flight.kept or flight.payload
+        self._groups.append((FinishedGroup(summary=answer.summary, payload=payload), answer))
 
     def _fail_flight(self, key: GroupKey, flight: Flight, error: Exception) -> None:
         worker = flight.worker
@@ -303,7 +312,12 @@ class RolloutPool:
         while self._to_score and (worker := least_loaded(self._scorers)):
             key = self._to_score.popleft()
             flight = self._flights[key]
-            flight.ref = worker.actor.score.remote(flight.payload, self.trainer_state)
+            arguments = (flight.payload, self.trainer_state)
+            if self._local:
+                flight.ref = worker.actor.score.remote(*arguments)
+            else:
+                keep = worker.actor.score_and_keep.options(num_returns=2)
+                flight.ref, flight.kept = keep.remote(*arguments)
             self._assign(key, flight, worker)
 
     def _assign(self, key: GroupKey, flight: Flight, worker: Worker) -> None:

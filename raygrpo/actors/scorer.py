@@ -39,6 +39,10 @@ class ScorerActor:
         self._host.start()
         return os.getpid()
 
+    def score_and_keep(self, group: Group, trainer_state: Any) -> tuple[ScoreReport, Group]:
+        """Scores a group and gives it back, as an object on this node; with ``num_returns=2``."""
+        return self.score(group, trainer_state), group
+
     def score(self, group: Group, trainer_state: Any) -> ScoreReport:
         """Scores a group; a failing reward is an errored score, never an exception."""
         started = time.monotonic()

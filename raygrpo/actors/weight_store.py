@@ -4,9 +4,11 @@ nothing and generators pull whenever they need to."""
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raygrpo.actors.spawn import spawn
 from raygrpo.errors import InfraError
@@ -59,9 +61,17 @@ class WeightStoreActor:
             )
 
 
-def start_store() -> Any:
-    """Starts the store; it holds bytes and needs no core of its own."""
-    return spawn(WeightStoreActor, num_cpus=0)
+def start_store(labels: Mapping[str, str] | None = None) -> Any:
+    """Starts the store on a node with these labels (the learner's), else on the driver's node.
+
+    It holds bytes and needs no core of its own, so without a place it could land on any node: on
+    one that is preempted, say, with all published weights.
+    """
+    if labels:
+        return spawn(WeightStoreActor, num_cpus=0, label_selector=dict(labels))
+    here = ray.get_runtime_context().get_node_id()
+    place = NodeAffinitySchedulingStrategy(here, soft=False)
+    return spawn(WeightStoreActor, num_cpus=0, scheduling_strategy=place)
 
 
 def end_store(store: Any) -> None:

@@ -38,6 +38,7 @@ class Flight:
     worker: Worker | None = None
     ref: Any = None
     payload: Any = None
+    kept: Any = None
     report: GenerationReport | None = None
     deadline: float = 0.0
     scorer_deaths: int = 0
