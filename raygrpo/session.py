@@ -123,17 +123,21 @@ class Session:
     def check(self) -> None:
         """What can be found wrong without a run directory or an actor; loads the prompts."""
         from raygrpo.actors.placement import check_run_dir
+        from raygrpo.evaluation import check_best_metric
         from raygrpo.models import anchored_model, check_model_path, load_tokenizer
         from raygrpo.rewards.loading import anchor_reward, check_reward
+        from raygrpo.tracking.tensorboard import check_tensorboard
 
         config = self.config
         check_run_dir(config)
+        check_tensorboard(config)
         if not config.rewards:
             raise ConfigError("no rewards", "set rewards, or pass reward_funcs")
         for reward in config.rewards:
             check_reward(reward, passed=self._functions)
         # Paths are relative to here, not to wherever an actor runs.
         self._anchored = [anchor_reward(reward) for reward in config.rewards]
+        check_best_metric(config)
         check_model_path(config.model)
         self._placed = config.model_copy(update={"model": anchored_model(config.model)})
         self._tokenizer = load_tokenizer(config.model)
@@ -145,7 +149,7 @@ class Session:
         state = self._restored
         if state is None or state.record is not None:
             return False
-        return state.step >= self.config.train.steps
+        return state.step >= self.config.train.steps or state.best.has_ended(self.config)
 
     def run(self) -> Outcome:
         """Trains, then exports; SIGTERM and SIGINT stop in order, the running step committed."""
@@ -159,8 +163,9 @@ class Session:
                 pool=self._pool,
                 learner=self._learner,
                 prompts=self._prompts,
-                eval_prompts=self._eval_prompts,
+                evaluations=self._evaluations,
                 tracker=self._tracker,
+                run_dir=self.run_dir,
                 checkpoints=self._checkpoints,
                 incarnation=self._incarnation,
             ),
@@ -193,7 +198,7 @@ class Session:
         # A signal from here on has nothing left to save: what is under way just ends.
         with self._signals.during(lambda: None):
             export = self._export(step) if finished else None
-            self._tracker.close()
+            self._tracker.close(exit_code=0 if finished else 1)
         return Outcome(
             finished=finished,
             run_dir=self.run_dir.root,
@@ -206,18 +211,20 @@ class Session:
     def _load_data(self) -> None:
         from raygrpo.data.prompts import PromptSource
         from raygrpo.data.sources import eval_section, load_rows
+        from raygrpo.evaluation import constant_groups
 
         config, seed = self.config, self.config.seed
         rows = load_rows(config.data, seed=seed, dataset=self._dataset)
         self._prompts = PromptSource(rows, config.data, self._tokenizer, seed=seed, stream="train")
         self._sources = {"train": self._prompts}
-        self._eval_prompts = []
+        self._eval_prompts: list[Prompt] = []
         if config.eval.eval_steps:
             section = eval_section(config.data, config.eval, seed=seed)
             rows = load_rows(section, seed=seed, dataset=self._eval_dataset)
             source = PromptSource(rows, section, self._tokenizer, seed=seed, stream="eval")
             self._sources["eval"] = source
             self._eval_prompts = source.take(config.eval.num_prompts)
+        self._constants = constant_groups(self._eval_prompts, config, self._tokenizer)
 
     def _find_checkpoint(self) -> None:
         self._checkpoints = Checkpoints(self.run_dir.checkpoints, self.config.checkpoint.keep)
@@ -230,9 +237,27 @@ class Session:
         self._restored_from = path
         self._refused = problems
         self._restored: RunState | None = load_state(path) if path else None
+        best = self._find_best()
         if self._restored:
+            self._restored = replace(self._restored, best=best)
             self._prompts.restore(self._restored.prompts)
+        self._evaluations = Evaluations(self._eval_prompts, self._constants, self.config, best)
         self._incarnation = self.run_dir.next_incarnation()
+
+    def _find_best(self) -> BestSoFar:
+        """The best evaluation of the restored state, if its checkpoint is still there."""
+        best = BestSoFar(metric=self.config.eval.best_metric or "")
+        if self._restored:
+            best = self._restored.best.resumed(self.config)
+        if best.step >= 0:
+            try:
+                verify(self._checkpoints.path(best.step))
+            except StorageError as error:
+                self._refused.append(f"the best one: {error}")
+                best = BestSoFar(metric=best.metric)
+        if best.metric or "best" in self.run_dir.facts:
+            self.run_dir.note(best=best.fact())
+        return best
 
     def _start_tracking(self) -> None:
         """After all checks: it cuts off the metrics after the checkpoint."""

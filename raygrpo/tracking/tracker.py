@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -12,6 +12,7 @@ from raygrpo.run_dir import RunDir
 from raygrpo.tracking.console import Console
 from raygrpo.tracking.curve import draw_curve
 from raygrpo.tracking.files import EventsFile, MetricsFile
+from raygrpo.tracking.tensorboard import TensorBoardWriter
 from raygrpo.tracking.wandb_logger import WandbLogger
 
 
@@ -44,7 +45,12 @@ class Tracker:
         self._metrics = MetricsFile(self._run_dir.metrics_path, resume_step=resume_step)
         self._events = EventsFile(self._run_dir.events_path)
         self._console = Console(self._steps, first_step=self._last_step, file=file)
-        self._wandb = WandbLogger(self._run_dir, config, self._record_event)
+        self._tensorboard: TensorBoardWriter | None = None
+        if config.tracking.tensorboard:
+            self._tensorboard = TensorBoardWriter(
+                root / "tensorboard", resume_step=resume_step, on_event=self._record_event
+            )
+        self._wandb = WandbLogger(self._run_dir, config)
 
     def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Records a step; it is on disk on return."""
@@ -52,10 +58,22 @@ class Tracker:
         self._last_step = step
         self.last_metrics |= metrics
         self._console.log_step(step, metrics)
+        if self._tensorboard is not None:
+            self._tensorboard.log_step(step, metrics)
         self._wandb.log_step(step, metrics)
+        self._take_events()
+
+    def log_completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Adds rows to wandb's table ``completions``; its columns are those of the first call.
+
+        A row holds step, prompt, completion, reward, advantage and each reward by its name. Steps
+        that a resumed run does again have their rows twice.
+        """
+        self._wandb.log_completions(step, rows)
 
     def event(self, kind: str, /, **fields: Any) -> None:
         """Records an event; it is on disk on return."""
+        self._take_events()
         self._record_event(kind, fields)
 
     def close(self, exit_code: int | None = None) -> None:
@@ -68,7 +86,10 @@ class Tracker:
         self._closed = True
         if exit_code is None:
             exit_code = int(self._last_step < self._steps)
+        if self._tensorboard is not None:
+            self._tensorboard.close()
         self._wandb.close(exit_code)
+        self._take_events()
         try:
             draw_curve(self._run_dir.metrics_path, self._run_dir.curve_path)
         except StorageError as error:  # a picture less is no reason to fail a finished run
@@ -76,6 +97,11 @@ class Tracker:
         self._console.close()
         self._metrics.close()
         self._events.close()
+
+    def _take_events(self) -> None:
+        """Records what wandb's thread reported: this thread alone writes the files."""
+        for kind, fields in self._wandb.take_events():
+            self._record_event(kind, fields)
 
     def _record_event(self, kind: str, fields: Mapping[str, Any]) -> None:
         self._events.log(kind, fields)

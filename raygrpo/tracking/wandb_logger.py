@@ -1,11 +1,20 @@
-"""Weights & Biases: one run id for the whole run, resumed or not, with the step as its own axis."""
+"""Weights & Biases: one run id for the whole run, resumed or not, with the step as its own axis.
+
+Training never waits for wandb. One thread makes every call of it, from a bounded queue.
+"""
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import json
 import os
+import queue
 import re
 import secrets
-from collections.abc import Callable, Mapping
+import threading
+from collections import deque
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raygrpo.config import RunConfig
@@ -16,6 +25,7 @@ _INIT_TIMEOUT_S = 60.0
 _LOGIN_TIMEOUT_S = 30
 # Without one, a lost network keeps the end of a run waiting for ever; what is left lies on disk.
 _FINISH_TIMEOUT_S = 120.0
+_MAX_QUEUED = 256
 _SECRET = re.compile(
     r"(^|[_-])((api|access|private|secret)[_-]?key|secret|passw(or)?d|passphrase|credentials?|auth"
     r"|bearer|(?<!eos_)(?<!bos_)(?<!pad_)(?<!unk_)token)$",
@@ -23,54 +33,184 @@ _SECRET = re.compile(
 )
 _LOGIN_IN_URL = re.compile(r"//[^/@\s]+@")
 
-EventSink = Callable[[str, dict[str, Any]], None]
+Event = tuple[str, dict[str, Any]]
 
 
 class WandbLogger:
-    """Logs steps to one wandb run; its failures are events (``wandb_failed``), never the run's.
+    """Logs steps to one wandb run; its failures are events, never the run's, and it never blocks.
 
     The run's id is kept in run.json, so that a resumed run continues it; so is its address when it
     has one. Files go below the run directory. Without credentials, ``online`` becomes ``offline``
-    (event ``wandb_offline``). After a failure nothing more is sent.
+    (event ``wandb_offline``). After a failure (``wandb_failed``) nothing more is sent. A wandb that
+    does not keep up loses the oldest of what waits (``wandb_slow`` once, ``wandb_dropped`` with the
+    number at the end).
+
+    Events and facts come from another thread: the caller fetches them by `take_events`.
     """
 
-    def __init__(self, run_dir: RunDir, config: RunConfig, on_event: EventSink) -> None:
-        self._on_event = on_event
-        self._run: Any = None
+    def __init__(self, run_dir: RunDir, config: RunConfig) -> None:
+        self._run_dir = run_dir
+        self._outbox = _Outbox()
+        self._worker: _Worker | None = None
         if config.tracking.wandb != "disabled":
-            self._run = self._guard("init", lambda: _start(run_dir, config, on_event))
-
-    @property
-    def active(self) -> bool:
-        """Whether steps are being logged."""
-        return self._run is not None
+            run_id = _run_id(run_dir)  # here: one thread alone writes run.json
+            self._worker = _Worker(run_dir, config, run_id, self._outbox)
+            self._worker.start()
 
     def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Sends one step."""
-        if self._run is not None:
-            run = self._run
-            self._guard("log", lambda: run.log({"step": step, **metrics}))
+        """Queues one step."""
+        if self._worker is not None:
+            self._worker.put({"step": step, **metrics})
+
+    def log_completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Queues rows of the ``completions`` table."""
+        if self._worker is not None and rows:
+            self._worker.put(_Rows(step, tuple(rows)))
+
+    def take_events(self) -> list[Event]:
+        """What has happened since the last call; also notes the run's address in run.json."""
+        if (url := self._outbox.take_url()) is not None:
+            self._run_dir.note(wandb_url=url)
+        return self._outbox.take_events()
 
     def close(self, exit_code: int) -> None:
-        """Ends the run; more than once is fine."""
-        if self._run is not None:
-            run, self._run = self._run, None
-            self._guard("finish", lambda: run.finish(exit_code=exit_code))
+        """Sends what is queued and ends the run, within a deadline; more than once is fine."""
+        if self._worker is None:
+            return
+        worker, self._worker = self._worker, None
+        unsent = worker.finish(exit_code, _FINISH_TIMEOUT_S)
+        if unsent is not None:
+            reason = f"no end within {_FINISH_TIMEOUT_S:g} s, {unsent} records not sent"
+            self._outbox.event("wandb_failed", action="finish", error=reason)
+        if worker.num_dropped:
+            self._outbox.event("wandb_dropped", records=worker.num_dropped)
 
-    def _guard(self, action: str, call: Callable[[], Any]) -> Any:
+
+class _Outbox:
+    """What wandb's thread has to say, for the thread that writes the run's files."""
+
+    def __init__(self) -> None:
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._urls: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def event(self, kind: str, /, **fields: Any) -> None:
+        self._events.put((kind, fields))
+
+    def url(self, url: str) -> None:
+        self._urls.put(url)
+
+    def take_events(self) -> list[Event]:
+        return _taken(self._events)
+
+    def take_url(self) -> str | None:
+        return next(iter(_taken(self._urls)), None)
+
+
+class _Rows:
+    """Rows of the table of a step."""
+
+    def __init__(self, step: int, rows: tuple[Mapping[str, Any], ...]) -> None:
+        self.step = step
+        self.rows = rows
+
+
+class _Worker:
+    """The thread that owns the wandb run. A daemon: a wandb that hangs holds up no exit."""
+
+    def __init__(self, run_dir: RunDir, config: RunConfig, run_id: str, outbox: _Outbox) -> None:
+        self.num_dropped = 0
+        self._arguments = (run_dir, config, run_id, outbox)
+        self._outbox = outbox
+        self._items: deque[dict[str, Any] | _Rows] = deque()
+        self._changed = threading.Condition()
+        self._exit_code: int | None = None
+        self._ended = False
+        self._run: Any = None
+        self._table: Any = None
+        self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def put(self, item: dict[str, Any] | _Rows) -> None:
+        """Queues an item; a full queue loses its oldest: the newest is what people look at."""
+        with self._changed:
+            if self._ended:
+                return
+            if len(self._items) >= _MAX_QUEUED:
+                self._items.popleft()
+                self.num_dropped += 1
+                if self.num_dropped == 1:
+                    self._outbox.event("wandb_slow", queued=_MAX_QUEUED)
+            self._items.append(item)
+            self._changed.notify()
+
+    def finish(self, exit_code: int, timeout_s: float) -> int | None:
+        """Waits for the end; how many items were not sent if it did not come, else None."""
+        with self._changed:
+            self._exit_code = exit_code
+            self._changed.notify()
+        self._thread.join(timeout_s)
+        if not self._thread.is_alive():
+            return None
+        with self._changed:
+            self._ended = True  # whatever wakes up later sends nothing more
+            unsent = len(self._items)
+        atexit.register(_end_service)
+        return unsent
+
+    def _work(self) -> None:
+        action = "init"
         try:
-            return call()
+            self._run = _start(*self._arguments)
+            action = "log"
+            while (item := self._next()) is not None:
+                self._send(item)
+            action = "finish"
+            if not self._ended:
+                self._run.finish(exit_code=self._exit_code)
         # The one place that supervises wandb: whatever it raises (errors of its own, of the
         # network, of its helper process), training goes on without it.
         except Exception as error:
-            self._run = None
-            self._on_event(
-                "wandb_failed", {"action": action, "error": f"{type(error).__name__}: {error}"}
-            )
-            return None
+            with self._changed:
+                given_up, self._ended = self._ended, True
+                self._items.clear()
+            if not given_up:
+                reason = f"{type(error).__name__}: {error}"
+                self._outbox.event("wandb_failed", action=action, error=reason)
+            if action != "log":
+                atexit.register(_end_service)
+
+    def _next(self) -> dict[str, Any] | _Rows | None:
+        """The oldest item, waited for; None once there is none and the run has ended."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._items or self._exit_code is not None)
+            return self._items.popleft() if self._items and not self._ended else None
+
+    def _send(self, item: dict[str, Any] | _Rows) -> None:
+        if isinstance(item, dict):
+            self._run.log(item)
+            return
+        import wandb
+
+        if self._table is None:
+            columns = dict.fromkeys(name for row in item.rows for name in row)
+            self._table = wandb.Table(columns=list(columns), log_mode="INCREMENTAL")
+        for row in item.rows:
+            self._table.add_data(*(_cell(row.get(name)) for name in self._table.columns))
+        # wandb sends the rows added since the last call, and no more.
+        self._run.log({"step": item.step, "completions": self._table})
 
 
-def _start(run_dir: RunDir, config: RunConfig, on_event: EventSink) -> Any:
+def _run_id(run_dir: RunDir) -> str:
+    run_id: str | None = run_dir.facts.get("wandb_id")
+    if run_id is None:
+        run_id = secrets.token_hex(8)
+        run_dir.note(wandb_id=run_id)
+    return run_id
+
+
+def _start(run_dir: RunDir, config: RunConfig, run_id: str, outbox: _Outbox) -> Any:
     import wandb
 
     mode = config.tracking.wandb
@@ -80,12 +220,7 @@ def _start(run_dir: RunDir, config: RunConfig, on_event: EventSink) -> Any:
         reason = (
             "no credentials: run `wandb login` or set WANDB_API_KEY; `wandb sync` sends it later"
         )
-        on_event("wandb_offline", {"reason": reason})
-
-    run_id = run_dir.facts.get("wandb_id")
-    if run_id is None:
-        run_id = secrets.token_hex(8)
-        run_dir.note(wandb_id=run_id)
+        outbox.event("wandb_offline", reason=reason)
     run = wandb.init(
         project=os.environ.get("WANDB_PROJECT") or _PROJECT,
         name=config.tracking.name or run_dir.root.name,
@@ -110,8 +245,38 @@ def _start(run_dir: RunDir, config: RunConfig, on_event: EventSink) -> Any:
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
     if mode == "online" and run.url:
-        run_dir.note(wandb_url=run.url)
+        outbox.url(run.url)
     return run
+
+
+def _end_service() -> None:
+    """Ends wandb's helper process: wandb's own exit handler, which runs after this one, waits for
+    it without any deadline. What it has not sent is in the run's .wandb file."""
+    import psutil
+    import wandb
+
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            if child.name() == "wandb-core":
+                child.kill()
+    # It takes leave of a service that is gone, and exits for a service that was killed.
+    with contextlib.suppress(OSError, SystemExit):
+        wandb.teardown()
+
+
+def _taken(source: queue.SimpleQueue[Any]) -> list[Any]:
+    items = []
+    with contextlib.suppress(queue.Empty):
+        while True:
+            items.append(source.get_nowait())
+    return items
+
+
+def _cell(value: Any) -> Any:
+    """A value that wandb shows as it is; anything else (messages, say) as JSON."""
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def redacted(tree: Any) -> Any:

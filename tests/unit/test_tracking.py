@@ -6,11 +6,15 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
+import statistics
 import struct
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +25,16 @@ from hypothesis import strategies as st
 
 from raygrpo.config import RunConfig
 from raygrpo.config_file import load_config
-from raygrpo.errors import StorageError
+from raygrpo.errors import ConfigError, StorageError
 from raygrpo.run_dir import RunDir
+from raygrpo.tracking import wandb_logger
 from raygrpo.tracking.console import Console
 from raygrpo.tracking.curve import draw_curve
 from raygrpo.tracking.files import EventsFile, MetricsFile, read_metrics
 from raygrpo.tracking.metrics import StepFacts, reward_metrics, stat_metrics, step_metrics
+from raygrpo.tracking.tensorboard import TensorBoardWriter, check_tensorboard
 from raygrpo.tracking.tracker import Tracker
-from raygrpo.tracking.wandb_logger import redacted
+from raygrpo.tracking.wandb_logger import WandbLogger, redacted
 from raygrpo.types import GroupSummary, Score, Stat, Version
 
 
@@ -456,6 +462,7 @@ def test_wandb_without_credentials_records_offline(tmp_path: Path) -> None:
 import io
 from raygrpo.config_file import load_config
 from raygrpo.run_dir import RunDir
+from raygrpo.tracking.tensorboard import TensorBoardWriter, check_tensorboard
 from raygrpo.tracking.tracker import Tracker
 config = load_config({{
     "run_dir": {str(tmp_path / "run")!r}, "model": {{"path": "m"}}, "data": {{"source": "d"}},
@@ -479,10 +486,17 @@ tracker.close()
 def test_wandb_that_dies_while_logging_is_one_event(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    real = wandb_logger._start
+
+    def start_and_finish(*arguments: Any) -> Any:
+        run = real(*arguments)
+        run.finish()  # logging to a finished run raises
+        return run
+
+    monkeypatch.setattr(wandb_logger, "_start", start_and_finish)
     config = run_config(tmp_path, wandb="offline")
     run_dir = RunDir.claim(config)
     tracker = Tracker(run_dir.root, config, file=io.StringIO())
-    tracker._wandb._run.finish()  # logging to a finished run raises
     for step in (1, 2, 3):
         tracker.log_step(step, {"reward": 0.5})
     tracker.close()
@@ -501,3 +515,293 @@ def test_secrets_are_redacted_by_name_only() -> None:
         ],
         "sampling": {"max_tokens": 5, "tokens_per_microbatch": 6},
     }
+
+
+class Blocked:
+    """A wandb module whose init, or whose runs' log, does not return before ``gate`` is set."""
+
+    def __init__(self, hangs_in: str) -> None:
+        self.hangs_in = hangs_in
+        self.gate, self.reached = threading.Event(), threading.Event()
+        self.logged: list[int] = []
+
+    def Settings(self, **settings: Any) -> None: ...
+
+    def init(self, **arguments: Any) -> Blocked:
+        self._pass("init")
+        return self
+
+    def define_metric(self, *arguments: Any, **options: Any) -> None: ...
+
+    def log(self, row: dict[str, Any]) -> None:
+        self._pass("log")
+        self.logged.append(row["step"])
+
+    def finish(self, exit_code: int) -> None:
+        self._pass("finish")
+
+    def _pass(self, call: str) -> None:
+        if call == self.hangs_in:
+            self.reached.set()
+            assert self.gate.wait(60.0)
+
+
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What would run at exit; it would end the wandb service that the other tests use."""
+    calls: list[Any] = []
+    monkeypatch.setattr(wandb_logger.atexit, "register", calls.append)
+    return calls
+
+
+@pytest.mark.parametrize("hangs_in", ["init", "log", "finish"])
+def test_wandb_that_hangs_never_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, registered: list[Any], hangs_in: str
+) -> None:
+    fake = Blocked(hangs_in)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(wandb_logger, "_FINISH_TIMEOUT_S", 0.5)
+    config = run_config(tmp_path, wandb="offline")
+    run_dir = RunDir.claim(config)
+    logger = WandbLogger(run_dir, config)
+    if hangs_in != "finish":
+        logger.log_step(0, {"reward": 0.0})
+        assert fake.reached.wait(30.0)
+    steps = range(1, wandb_logger._MAX_QUEUED + 51)
+    taken_s = []
+    for step in steps:
+        started = time.perf_counter()
+        logger.log_step(step, {"reward": 0.5})
+        taken_s.append(time.perf_counter() - started)
+    # The machine may stop this process now and then, so the median is what cannot be large.
+    assert statistics.median(taken_s) < 1e-3
+    started = time.perf_counter()
+    logger.close(0)
+    assert time.perf_counter() - started < 30.0
+    events = dict(logger.take_events())
+    assert events["wandb_failed"]["action"] == "finish"
+    assert registered == [wandb_logger._end_service]
+    sent = list(fake.logged)
+    if hangs_in != "finish":
+        # In init, step 0 waits in the queue; in log it has left it.
+        num_dropped = 50 + (hangs_in == "init")
+        assert events["wandb_slow"] == {"queued": wandb_logger._MAX_QUEUED}
+        assert events["wandb_dropped"] == {"records": num_dropped}
+        assert f"{wandb_logger._MAX_QUEUED} records" in events["wandb_failed"]["error"]
+        assert sent == []
+    fake.gate.set()
+    for thread in threading.enumerate():
+        if thread.name == "wandb":
+            thread.join(30.0)
+            assert not thread.is_alive()
+    # A call that returns after all is the last one: nothing is sent behind the run's end.
+    assert len(fake.logged) - len(sent) <= 1
+    assert logger.take_events() == []
+    run_dir.release()
+
+
+def test_a_slow_wandb_loses_the_oldest_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = Blocked("log")
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    config = run_config(tmp_path, wandb="offline")
+    run_dir = RunDir.claim(config)
+    tracker = Tracker(run_dir.root, config, file=io.StringIO())
+    tracker.log_step(0, {"reward": 0.0})
+    assert fake.reached.wait(30.0)
+    count = wandb_logger._MAX_QUEUED + 3
+    for step in range(1, count + 1):
+        tracker.log_step(step, {"reward": 0.5})
+    fake.gate.set()
+    tracker.close()
+    run_dir.release()
+    assert fake.logged == [0, *range(4, count + 1)]
+    events = [event for event in events_of(run_dir.root) if event["kind"].startswith("wandb")]
+    assert [event["kind"] for event in events] == ["wandb_slow", "wandb_dropped"]
+    assert events[1]["records"] == 3
+    assert len(read_metrics(run_dir.metrics_path)) == count + 1
+
+
+def test_a_stopped_wandb_service_delays_neither_steps_nor_the_exit(tmp_path: Path) -> None:
+    """The real thing: wandb's helper process is stopped by SIGSTOP, as by a full machine."""
+    code = f"""
+import io, os, signal, sys, time
+import psutil
+from raygrpo.config_file import load_config
+from raygrpo.run_dir import RunDir
+from raygrpo.tracking import wandb_logger
+from raygrpo.tracking.tracker import Tracker
+wandb_logger._FINISH_TIMEOUT_S = 3.0
+config = load_config({{
+    "run_dir": {str(tmp_path / "run")!r}, "model": {{"path": "m"}}, "data": {{"source": "d"}},
+    "tracking": {{"wandb": "offline"}}, "train": {{"steps": 40}},
+}})
+run_dir = RunDir.claim(config)
+tracker = Tracker(run_dir.root, config, file=io.StringIO())
+tracker.log_step(1, {{"reward": 0.5}})
+while tracker._wandb._worker._items or tracker._wandb._worker._run is None:
+    time.sleep(0.01)
+service, = [p for p in psutil.Process().children() if p.name() == "wandb-core"]
+service.suspend()
+print("suspended", flush=True)
+for step in range(2, 41):
+    tracker.log_step(step, {{"reward": 0.5}})
+tracker.close()
+print("closed", flush=True)
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "WANDB_SERVICE"}  # of its own
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, timeout=120, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout.split() == ["suspended", "closed"]
+    assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 40
+    (failed,) = [e for e in events_of(tmp_path / "run") if e["kind"].startswith("wandb")]
+    assert failed["kind"] == "wandb_failed"
+    assert failed["action"] == "finish"
+
+
+def completion_rows(step: int, count: int = 2) -> list[dict[str, Any]]:
+    return [
+        {
+            "step": step,
+            "prompt": [{"role": "user", "content": "2+2="}] if index else "1+1=",
+            "completion": f"{step}-{index} \u00e9",
+            "reward": None if index else step / 2,
+            "advantage": 0.25 - index,
+            "exact": index / 2,
+        }
+        for index in range(count)
+    ]
+
+
+def test_completions_are_an_incremental_table_that_a_resumed_run_continues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run_config(tmp_path, wandb="offline")
+    run_dir = RunDir.claim(config)
+    columns = ["step", "prompt", "completion", "reward", "advantage", "exact"]
+    messages = json.dumps([{"role": "user", "content": "2+2="}])
+    for resume_step, steps in ((None, (1, 2)), (2, (3,))):
+        tracker = Tracker(run_dir.root, config, resume_step=resume_step, file=io.StringIO())
+        for step in steps:
+            tracker.log_step(step, {"reward": 0.5})
+            tracker.log_completions(step, completion_rows(step))
+        tracker.log_completions(9, [])
+        tracker.close()
+    run_dir.release()
+    assert not [e for e in events_of(run_dir.root) if e["kind"].startswith("wandb")]
+    tables: dict[int, list[Any]] = {}
+    for directory in sorted((run_dir.root / "wandb").glob("offline-run-*")):
+        rows, _, run_id = read_offline(directory)
+        assert run_id == run_dir.facts["wandb_id"]
+        logged = [row for row in rows if "completions/_type" in row]
+        for number, row in enumerate(logged):
+            assert row["completions/_type"] == "incremental-table-file"
+            assert row["completions/increment_num"] == number
+            table = json.loads((directory / "files" / row["completions/path"]).read_text())
+            assert table["columns"] == columns
+            assert row["step"] not in tables
+            tables[row["step"]] = table["data"]
+    # Each call's rows, and no more: what was logged before is not sent again.
+    assert tables == {
+        step: [
+            [step, "1+1=", f"{step}-0 \u00e9", step / 2, 0.25, 0.0],
+            [step, messages, f"{step}-1 \u00e9", None, -0.75, 0.5],
+        ]
+        for step in (1, 2, 3)
+    }
+
+
+# TensorBoard.
+
+
+def scalars(directory: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows of a directory."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    shown = EventAccumulator(str(directory), purge_orphaned_data=True)
+    shown.Reload()
+    return {
+        tag: [(event.step, event.value) for event in shown.Scalars(tag)]
+        for tag in shown.Tags()["scalars"]
+    }
+
+
+def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path) -> None:
+    config = run_config(tmp_path, tensorboard=True)
+    check_tensorboard(config)
+    run_dir = RunDir.claim(config)
+    directory = run_dir.root / "tensorboard"
+    for resume_step, steps in ((None, (0, 1, 2, 3)), (1, (2, 3))):
+        tracker = Tracker(run_dir.root, config, resume_step=resume_step, file=io.StringIO())
+        for step in steps:
+            value = step / 4 + (0 if resume_step is None else 8)
+            tracker.log_step(step, {"reward": value, "rewards/exact/mean": 1.0, "kl": math.nan})
+            # On disk at once, as the metrics are.
+            assert scalars(directory)["reward"][-1] == (step, value)
+        if resume_step is None:
+            first_start = run_dir.root / "first"
+            shutil.copytree(directory, first_start)
+        tracker.close()
+    run_dir.release()
+    assert scalars(first_start)["reward"] == [(0, 0.0), (1, 0.25), (2, 0.5), (3, 0.75)]
+    assert scalars(directory) == {
+        "reward": [(0, 0.0), (1, 0.25), (2, 8.5), (3, 8.75)],
+        "rewards/exact/mean": [(step, 1.0) for step in range(4)],
+    }
+
+
+def test_a_start_from_step_0_hides_all_that_was_there(tmp_path: Path) -> None:
+    def refuse(kind: str, fields: dict[str, Any]) -> None:
+        raise AssertionError(f"{kind}: {fields}")
+
+    for value in (1.0, 2.0):
+        writer = TensorBoardWriter(tmp_path, resume_step=None, on_event=refuse)
+        for step in range(2 if value == 1.0 else 1):
+            writer.log_step(step, {"reward": value})
+        writer.close()
+        writer.close()
+    assert scalars(tmp_path) == {"reward": [(0, 2.0)]}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_full_disk_ends_tensorboard_and_not_the_run(tmp_path: Path) -> None:
+    """/dev/full answers every write with "no space left on device"."""
+    events: list[tuple[str, dict[str, Any]]] = []
+    writer = TensorBoardWriter(
+        tmp_path, resume_step=None, on_event=lambda kind, fields: events.append((kind, fields))
+    )
+    file = writer._writer.file_writer.event_writer
+    file._general_file_writer.filename = "/dev/full"
+    for step in range(1, 4):
+        writer.log_step(step, {"reward": 0.5})
+    writer.close()
+    file._async_writer._worker.join()  # its end is what the filter above is for
+    assert [kind for kind, _ in events] == ["tensorboard_failed"]
+    assert "space" in events[0][1]["error"]
+
+
+def test_a_directory_that_cannot_be_made_ends_tensorboard_and_not_the_run(tmp_path: Path) -> None:
+    config = run_config(tmp_path, tensorboard=True)
+    run_dir = RunDir.claim(config)
+    (run_dir.root / "tensorboard").write_text("in the way")
+    tracker = Tracker(run_dir.root, config, file=io.StringIO())
+    tracker.log_step(1, {"reward": 0.5})
+    tracker.close()
+    run_dir.release()
+    assert [e["kind"] for e in events_of(run_dir.root)] == ["tensorboard_failed"]
+
+
+def test_a_missing_tensorboard_is_found_at_the_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    for name in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
+        monkeypatch.delitem(sys.modules, name)
+    check_tensorboard(run_config(tmp_path))
+    with pytest.raises(ConfigError) as raised:
+        check_tensorboard(run_config(tmp_path, tensorboard=True))
+    assert "pip install raygrpo[tensorboard]" in raised.value.fix
