@@ -13,7 +13,6 @@ import ctypes
 import faulthandler
 import json
 import math
-import numbers
 import os
 import pickle
 import signal
@@ -22,15 +21,14 @@ import sys
 import traceback
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from decimal import Decimal
 from typing import Any
 
 from raygrpo.rewards.contract import Call, Setup
-from raygrpo.rewards.loading import accepted_arguments, hidden_columns, load_reward
+from raygrpo.rewards.loading import accepted_arguments, call_params, hidden_columns, load_reward
+from raygrpo.rewards.values import MAX_ERROR_CHARS, clean, number, read_values
 from raygrpo.rewards.wire import Channel
 
 PR_SET_PDEATHSIG = 1
-MAX_ERROR_CHARS = 300
 
 
 # Share of a deadline after which the stack is kept, for the host to read once it has passed.
@@ -91,7 +89,7 @@ class ServedReward:
     def __init__(self, setup: Setup, function: Callable[..., Any]) -> None:
         self._name = setup.name
         self._function = function
-        self._params = setup.params
+        self._params = call_params(setup)
         self._hidden = hidden_columns(setup)
         self._accepted = accepted_arguments(function)
         self._runner = asyncio.Runner()
@@ -102,7 +100,7 @@ class ServedReward:
         reports = Reports()
         try:
             values = self._call(call, reports)
-            parts, errors = _read_values(self._name, values, len(call.completions))
+            parts, errors = read_values(self._name, values, len(call.completions))
         except BaseException as error:  # user code may raise anything, SystemExit included
             if os.getpid() == self._pid:
                 return _failure(self._name, "raised", error)
@@ -144,7 +142,7 @@ class Reports:
 
     def log_metric(self, name: str, value: float) -> None:
         """Reports a value; a metric is the mean of its values over a step."""
-        self._metrics[str(name)].append(_number(value))
+        self._metrics[str(name)].append(number(value))
 
     def log_extra(self, column: str, values: list[Any]) -> None:
         """Adds values to a column beside the completions."""
@@ -171,57 +169,17 @@ def _repeat(value: Any, size: int) -> list[Any]:
     return [copy.deepcopy(value) for _ in range(size)]
 
 
-def _read_values(name: str, values: Any, size: int) -> tuple[list[float | None], list[str | None]]:
-    if not isinstance(values, (list, tuple)) and hasattr(values, "tolist"):
-        values = values.tolist()
-    if not isinstance(values, (list, tuple)):
-        raise TypeError(f"returned a {type(values).__name__}, not a list of {size} rewards")
-    if len(values) != size:
-        raise ValueError(f"returned {len(values)} rewards for {size} completions")
-    parts: list[float | None] = []
-    errors: list[str | None] = []
-    for value in values:
-        part, error = _read_value(value)
-        parts.append(part)
-        errors.append(f"{name}: returned {error}" if error else None)
-    return parts, errors
-
-
-def _read_value(value: Any) -> tuple[float | None, str | None]:
-    if value is None:
-        return None, None
-    try:
-        part = _number(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        return None, f"{_clean(repr(value))[:80]}, which is no number"
-    return (part, None) if math.isfinite(part) else (None, f"{part}, which is not finite")
-
-
-def _number(value: Any) -> float:
-    """A float from a number, a numpy scalar, or anything with ``item()``, such as a tensor."""
-    if not isinstance(value, (numbers.Real, Decimal)) and hasattr(value, "item"):
-        value = value.item()
-    if not isinstance(value, (numbers.Real, Decimal)):
-        raise TypeError(f"a {type(value).__name__} is no number")
-    return float(value)
-
-
 def _plain(value: Any) -> str | int | float | bool | None:
     if value is None or isinstance(value, (bool, int, float)):
         return value
-    return _clean(value if isinstance(value, str) else repr(value))
-
-
-def _clean(text: str) -> str:
-    """Text that can be written as UTF-8 anywhere: completions may hold lone surrogates."""
-    return text.encode("utf-8", "replace").decode()
+    return clean(value if isinstance(value, str) else repr(value))
 
 
 def _failure(name: str, what: str, error: BaseException) -> Mapping[str, Any]:
     last = traceback.format_exception_only(error)[-1].strip()
     return {
-        "error": _clean(f"{name}: {what}: {last}")[:MAX_ERROR_CHARS],
-        "traceback": _clean("".join(traceback.format_exception(error))),
+        "error": clean(f"{name}: {what}: {last}")[:MAX_ERROR_CHARS],
+        "traceback": clean("".join(traceback.format_exception(error))),
     }
 
 

@@ -7,6 +7,7 @@ log_metric=, **columns) -> list[float | None]``.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -24,12 +25,6 @@ RESERVED_COLUMNS = frozenset(
         "log_metric",
     }
 )
-
-
-class RewardFunction(Protocol):
-    """A reward: one value per completion, None where it does not apply; or an awaitable of it."""
-
-    def __call__(self, **arguments: Any) -> Any: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +101,21 @@ class Reply:
     def failed(size: int, error: str, traceback: str) -> Reply:
         """The reply of a call that failed as a whole."""
         return Reply(parts=(None,) * size, errors=(error,) * size, traceback=traceback)
+
+
+class RewardBackend(Protocol):
+    """Where a reward is computed: a child process, or elsewhere. Calls of one are made in order."""
+
+    name: str
+
+    def start(self) -> Future[None]:
+        """Makes it ready."""
+
+    def call(self, call: Call) -> Future[tuple[Reply, float]]:
+        """Scores a group; the reply and its seconds. A failing reward is a reply as well."""
+
+    def close(self) -> None:
+        """Ends it; a call under way fails."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ from typing import Any
 from reasoning_gym.factory import DATASETS, get_score_answer_fn
 from reasoning_gym.utils import extract_answer
 
-from raygrpo.rewards.text import completion_text
+from raygrpo.rewards.text import LogExtra, completion_text, report_answers
 
 Scorer = Callable[[str, dict[str, Any]], float]
 
@@ -30,6 +30,7 @@ def reasoning_gym(
     metadata: Sequence[Any],
     answer: Sequence[str | None] | None = None,
     task: str | None = None,
+    log_extra: LogExtra | None = None,
     **columns: Any,
 ) -> list[float]:
     """The task's ``score_answer`` of the text inside the last <answer> tag, or of all of it.
@@ -38,16 +39,20 @@ def reasoning_gym(
     its metadata), so that mixed tasks can be scored. Some tasks give partial credit.
     """
     answers = answer if answer is not None else [None] * len(completions)
-    rows = zip(completions, question, answers, metadata, strict=True)
+    texts = [_final_text(completion_text(completion)) for completion in completions]
+    report_answers(log_extra, texts)
     scores = []
-    for completion, asked, expected, about in rows:
+    for text, asked, expected, about in zip(texts, question, answers, metadata, strict=True):
         about = json.loads(about) if isinstance(about, str) else about
         entry = {"question": asked, "answer": expected, "metadata": about}
-        text = completion_text(completion)
-        tagged = extract_answer(text)
-        name = task or about["source_dataset"]
-        scores.append(score(name, text.strip() if tagged is None else tagged, entry))
+        scores.append(score(task or about["source_dataset"], text, entry))
     return scores
+
+
+def _final_text(text: str) -> str:
+    tagged = extract_answer(text)
+    found: str = text.strip() if tagged is None else tagged
+    return found
 
 
 def score(task: str, text: str, entry: dict[str, Any]) -> float:

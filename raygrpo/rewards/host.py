@@ -1,4 +1,4 @@
-"""The scorer's side of reward functions: one persistent child process each, and their sum."""
+"""The scorer's side of rewards: where each is computed, by default a child process; their sum."""
 
 from __future__ import annotations
 
@@ -22,7 +22,16 @@ from typing import Any, Self
 
 from raygrpo.config import RewardSection
 from raygrpo.errors import ConfigError, RewardError
-from raygrpo.rewards.contract import Reply, ScoredGroup, Setup, TrainerState, make_call
+from raygrpo.rewards.cache import CachedReward
+from raygrpo.rewards.contract import (
+    Call,
+    Reply,
+    RewardBackend,
+    ScoredGroup,
+    Setup,
+    TrainerState,
+    make_call,
+)
 from raygrpo.rewards.loading import anchor_reward, reward_name
 from raygrpo.rewards.wire import Channel
 from raygrpo.types import Group, Score
@@ -66,12 +75,12 @@ class RewardChild:
         """Starts the process and loads the function."""
         return self._thread.submit(self._warm)
 
-    def call(self, request: bytes, size: int) -> Future[tuple[Reply, float]]:
-        """Scores a pickled `Call` of ``size`` completions; the reply and its seconds.
+    def call(self, call: Call) -> Future[tuple[Reply, float]]:
+        """Scores a group; the reply and its seconds.
 
         A failure is a reply as well, and the next call meets a fresh process.
         """
-        return self._thread.submit(self._answer, request, size)
+        return self._thread.submit(self._answer, pickle.dumps(call), len(call.completions))
 
     def close(self) -> None:
         """Ends the process and all it started; a call under way fails."""
@@ -202,6 +211,7 @@ class RewardHost:
     Args:
         rewards: the configured rewards; a relative file starts from ``directory``.
         functions: by reward name, the bytes (`pack_function`) of those passed in Python.
+        backends: by reward name, those that are computed elsewhere than in a child process.
         directory: where relative files and modules are looked for; None: the current one.
         start_timeout_s: deadline of one function's import, in seconds.
     """
@@ -211,6 +221,7 @@ class RewardHost:
         rewards: Sequence[RewardSection],
         functions: Mapping[str, bytes],
         *,
+        backends: Mapping[str, RewardBackend] | None = None,
         directory: Path | None = None,
         start_timeout_s: float = START_TIMEOUT_S,
     ) -> None:
@@ -220,28 +231,27 @@ class RewardHost:
         here = (directory or Path.cwd()).absolute()
         paths = (*(str(Path(path).absolute()) for path in sys.path), str(here))
         self._weights = {reward_name(reward): reward.weight for reward in rewards}
-        self._children = [
-            RewardChild(
-                Setup(
-                    name=reward_name(reward),
-                    func=anchor_reward(reward, here).func,
-                    pickled=functions.get(reward_name(reward)),
-                    params=reward.params,
-                    paths=paths,
-                    timeout_s=reward.timeout_s,
-                    start_timeout_s=start_timeout_s,
-                )
+        self._backends: list[RewardBackend] = []
+        for reward, name in zip(rewards, names, strict=True):
+            setup = Setup(
+                name=name,
+                func=anchor_reward(reward, here).func,
+                pickled=functions.get(name),
+                params=reward.params,
+                paths=paths,
+                timeout_s=reward.timeout_s,
+                start_timeout_s=start_timeout_s,
             )
-            for reward in rewards
-        ]
+            backend = (backends or {}).get(name) or RewardChild(setup)
+            self._backends.append(CachedReward(backend) if reward.cache else backend)
 
     def start(self) -> None:
-        """Starts all children and waits until their functions are loaded.
+        """Starts all rewards and waits until their functions are loaded.
 
         Raises:
             RewardError: a function cannot be loaded, with its traceback; all children are ended.
         """
-        starts = [child.start() for child in self._children]
+        starts = [backend.start() for backend in self._backends]
         failures = [error for start in starts if (error := start.exception()) is not None]
         if not failures:
             return
@@ -253,21 +263,20 @@ class RewardHost:
 
     def score(self, group: Group, trainer_state: TrainerState) -> ScoredGroup:
         """Scores a group by all rewards at once; a failing reward is an errored score."""
-        request = pickle.dumps(make_call(group, trainer_state))
-        size = len(group.completions)
-        calls = {child.name: child.call(request, size) for child in self._children}
-        answers = {name: call.result() for name, call in calls.items()}
+        call = make_call(group, trainer_state)
+        calls = {backend.name: backend.call(call) for backend in self._backends}
+        answers = {name: answer.result() for name, answer in calls.items()}
         return combine(
             {name: reply for name, (reply, _) in answers.items()},
             self._weights,
             {name: seconds for name, (_, seconds) in answers.items()},
-            size,
+            len(group.completions),
         )
 
     def close(self) -> None:
         """Ends all children and everything they started."""
-        for child in self._children:
-            child.close()
+        for backend in self._backends:
+            backend.close()
 
     def __enter__(self) -> Self:
         self.start()
@@ -290,11 +299,14 @@ def combine(
 ) -> ScoredGroup:
     """The scores [size]: sums by weight of the parts that are not None.
 
-    A completion has no value when all its parts are None, or when any is errored.
+    A completion has no value when all its parts are None, or when any is errored. The share of
+    completions that each reward errored is the metric ``rewards/{name}/error_frac``.
     """
     metrics: dict[str, tuple[float, ...]] = defaultdict(tuple)
     extras: dict[str, tuple[Any, ...]] = {}
-    for reply in replies.values():
+    for reward, reply in replies.items():
+        errored = sum(error is not None for error in reply.errors)
+        metrics[f"rewards/{reward}/error_frac"] = (errored / size,)
         for name, values in reply.metrics.items():
             metrics[name] += values
         extras |= reply.extras

@@ -23,15 +23,23 @@ import cloudpickle
 from raygrpo.config import RewardSection
 from raygrpo.errors import ConfigError, RewardError, nearest
 from raygrpo.rewards.contract import RESERVED_COLUMNS, Setup
+from raygrpo.rewards.params import HttpParams, JudgeParams, Params, RewardModelParams, read_params
+
+REWARD_MODEL = "reward_model"
 
 
 @dataclass(frozen=True, slots=True)
 class Builtin:
-    """A built-in reward's place and the parameters it takes."""
+    """A built-in reward's place and the parameters it takes.
+
+    With a ``model`` of its parameters, the target is a class made of (parameters, `Setup`), and
+    what is called is its object. `reward_model` has no place here: its actors are `RewardModel`s.
+    """
 
     target: str
     required: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
+    model: type[Params] | None = None
 
     @property
     def params(self) -> tuple[str, ...]:
@@ -46,6 +54,9 @@ BUILTINS: Mapping[str, Builtin] = {
     "length": Builtin("raygrpo.rewards.text:length", ("max_length", "buffer")),
     "math": Builtin("raygrpo.rewards.math_answer:math", (), ("column",)),
     "reasoning_gym": Builtin("raygrpo.rewards.gym:reasoning_gym", (), ("task",)),
+    "http": Builtin("raygrpo.rewards.http:HttpReward", model=HttpParams),
+    "judge": Builtin("raygrpo.rewards.judge:JudgeReward", model=JudgeParams),
+    REWARD_MODEL: Builtin("", model=RewardModelParams),
 }
 
 
@@ -88,7 +99,7 @@ def check_reward(
         return
     place, colon, attribute = section.func.rpartition(":")
     if not colon:
-        _check_builtin(section)
+        _check_builtin(section, directory)
     elif not attribute.isidentifier() and not _is_file(place):
         raise ConfigError(
             f"reward {section.func!r} names no function",
@@ -100,8 +111,23 @@ def check_reward(
         _check_module(place, directory)
 
 
+def reward_models(
+    rewards: Sequence[RewardSection], passed: Collection[str] = ()
+) -> dict[str, RewardModelParams]:
+    """By reward name, the parameters of the rewards that are models in actors of their own."""
+    return {
+        name: read_params(RewardModelParams, reward)
+        for reward in rewards
+        if reward.func == REWARD_MODEL and (name := reward_name(reward)) not in passed
+    }
+
+
 def anchor_reward(section: RewardSection, directory: Path | None = None) -> RewardSection:
-    """The same section with a file's path made absolute, for processes that run elsewhere."""
+    """The same section with a local path made absolute, for processes that run elsewhere."""
+    if section.func == REWARD_MODEL and "path" in section.params:
+        path = _path(section.params["path"], directory)
+        params = {**section.params, "path": str(path)} if path.exists() else section.params
+        return section.model_copy(update={"params": params})
     place, colon, attribute = section.func.rpartition(":")
     if not colon or not _is_file(place):
         return section
@@ -144,8 +170,18 @@ def accepted_arguments(function: Callable[..., Any]) -> frozenset[str] | None:
 
 def hidden_columns(setup: Setup) -> frozenset[str]:
     """Dataset columns that the function must not get: a built-in's parameters are no columns."""
-    builtin = BUILTINS.get(setup.func) if setup.pickled is None else None
+    builtin = _builtin(setup)
     return RESERVED_COLUMNS | frozenset(builtin.params if builtin else ())
+
+
+def call_params(setup: Setup) -> Mapping[str, Any]:
+    """The keyword arguments of every call; none where the function was made of its parameters."""
+    builtin = _builtin(setup)
+    return {} if builtin and builtin.model else setup.params
+
+
+def _builtin(setup: Setup) -> Builtin | None:
+    return BUILTINS.get(setup.func) if setup.pickled is None else None
 
 
 def _resolve(setup: Setup) -> Any:
@@ -157,6 +193,9 @@ def _resolve(setup: Setup) -> Any:
     found: Any = module
     for part in attribute.split("."):
         found = getattr(found, part)
+    builtin = _builtin(setup)
+    if builtin is not None and builtin.model is not None:
+        found = found(builtin.model.model_validate(setup.params), setup)
     return found
 
 
@@ -181,13 +220,30 @@ def _path(place: str, directory: Path | None) -> Path:
     return ((directory or Path.cwd()) / Path(place).expanduser()).absolute()
 
 
-def _check_builtin(section: RewardSection) -> None:
+def _check_model_path(path: str, directory: Path | None) -> None:
+    place = _path(path, directory)
+    looks_local = path.startswith(("/", "./", "../", "~")) or path.count("/") > 1
+    if not place.exists() and not looks_local:
+        return  # a hub id: what it holds is found when its actor starts
+    if not (place / "config.json").is_file():
+        raise ConfigError(
+            f"reward {REWARD_MODEL}: path {path!r} holds no config.json",
+            "name the directory of a sequence-classification model, or its hub id",
+        )
+
+
+def _check_builtin(section: RewardSection, directory: Path | None) -> None:
     builtin = BUILTINS.get(section.func)
     if builtin is None:
         raise ConfigError(
             f"unknown reward {section.func!r}",
             f"{nearest(section.func, list(BUILTINS))} (or write module:function, file.py:function)",
         )
+    if builtin.model is not None:
+        params = read_params(builtin.model, section)
+        if isinstance(params, RewardModelParams):
+            _check_model_path(params.path, directory)
+        return
     for param in section.params:
         if param not in builtin.params:
             raise ConfigError(

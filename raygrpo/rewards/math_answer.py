@@ -13,7 +13,7 @@ from typing import Any
 
 from math_verify import parse, verify
 
-from raygrpo.rewards.text import completion_text
+from raygrpo.rewards.text import LogExtra, completion_text, report_answers
 
 MARKED = re.compile(r"\$|\\boxed|\\\(|\\\[")
 PROSE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")
@@ -23,6 +23,7 @@ def math(
     completions: Sequence[Any],
     log_metric: Callable[[str, float], None],
     column: str = "answer",
+    log_extra: LogExtra | None = None,
     **columns: Any,
 ) -> list[float | None]:
     """1 where the text's final answer equals the one in ``column`` mathematically, else 0.
@@ -31,9 +32,11 @@ def math(
     """
     answers = [_parse_answer(str(answer)) for answer in columns[column]]
     log_metric("math/unparsable_answer_frac", answers.count(()) / len(answers))
+    found = [parse(completion_text(completion)) for completion in completions]
+    report_answers(log_extra, [str(parsed[0]) if parsed else None for parsed in found])
     return [
-        float(verify(list(answer), parse(completion_text(completion)))) if answer else None
-        for completion, answer in zip(completions, answers, strict=True)
+        float(verify(list(answer), parsed)) if answer else None
+        for parsed, answer in zip(found, answers, strict=True)
     ]
 
 

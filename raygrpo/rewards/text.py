@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from decimal import Decimal, InvalidOperation
+from decimal import MAX_EMAX, MAX_PREC, MIN_EMIN, Decimal, InvalidOperation, localcontext
 from typing import Any
+
+LogExtra = Callable[[str, list[Any]], None]
 
 # A sign counts only where no operand stands before it: "10-3" ends in 3, "x = -3" in -3.
 NUMBER = re.compile(
@@ -23,6 +25,12 @@ def completion_text(completion: Any) -> str:
     if isinstance(content, str):
         return content
     return "".join(block.get("text", "") for block in content or ())
+
+
+def report_answers(log_extra: LogExtra | None, answers: Sequence[str | None]) -> None:
+    """Reports what was read as each completion's answer; None where none was found."""
+    if log_extra is not None:
+        log_extra("answer", list(answers))
 
 
 def last_number(text: str) -> Decimal | None:
@@ -43,6 +51,7 @@ def exact(
     column: str = "answer",
     strip: bool = True,
     first_line: bool = False,
+    log_extra: LogExtra | None = None,
     **columns: Any,
 ) -> list[float]:
     """1 where the text equals ``column``, else 0.
@@ -54,19 +63,19 @@ def exact(
     def clean(text: str) -> str:
         return text.strip() if strip else text
 
-    scores = []
-    for completion, answer in zip(completions, columns[column], strict=True):
-        text = clean(completion_text(completion))
-        if first_line:
-            text = clean(text.partition("\n")[0])
-        scores.append(float(text == clean(str(answer))))
-    return scores
+    texts = [clean(completion_text(completion)) for completion in completions]
+    if first_line:
+        texts = [clean(text.partition("\n")[0]) for text in texts]
+    report_answers(log_extra, texts)
+    answers = [clean(str(answer)) for answer in columns[column]]
+    return [float(text == answer) for text, answer in zip(texts, answers, strict=True)]
 
 
 def number(
     completions: Sequence[Any],
     log_metric: Callable[[str, float], None],
     column: str = "answer",
+    log_extra: LogExtra | None = None,
     **columns: Any,
 ) -> list[float | None]:
     """1 where the last number of the text equals the last number of ``column``, else 0.
@@ -76,10 +85,20 @@ def number(
     """
     answers = [last_number(str(answer)) for answer in columns[column]]
     log_metric("number/unparsable_answer_frac", answers.count(None) / len(answers))
+    found = [last_number(completion_text(completion)) for completion in completions]
+    report_answers(log_extra, [None if n is None else _canonical(n) for n in found])
     return [
-        None if answer is None else float(last_number(completion_text(completion)) == answer)
-        for completion, answer in zip(completions, answers, strict=True)
+        None if answer is None else float(value == answer)
+        for value, answer in zip(found, answers, strict=True)
     ]
+
+
+def _canonical(value: Decimal) -> str:
+    """Equal numbers written alike: 2.50 and 2.5, -0 and 0."""
+    if not value:
+        return "0"
+    with localcontext(prec=MAX_PREC, Emax=MAX_EMAX, Emin=MIN_EMIN):  # exact, whatever its size
+        return str(value.normalize())
 
 
 def format(completions: Sequence[Any], pattern: str, **columns: Any) -> list[float]:

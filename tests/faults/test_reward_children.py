@@ -170,7 +170,7 @@ class TestContract:
             scored = host.score(make_group(["a", "bb", ""], seen_columns), STATE)
         assert scored.traceback is None
         assert values(scored) == [0, 1, 2]
-        assert scored.metrics == {"hits": (2.0, 3.0)}
+        assert scored.metrics == {"hits": (2.0, 3.0), "rewards/spy/error_frac": (0.0,)}
         assert scored.extras == {"seen": ("x", 2, None)}
         assert scored.reward_s.keys() == {"spy"} and scored.reward_s["spy"] > 0
 

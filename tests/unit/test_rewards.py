@@ -114,6 +114,24 @@ class TestText:
         assert scores == [1, 0, 0, None]
         assert metrics == {"number/unparsable_answer_frac": 0.25}
 
+    @given(st.integers(-(10**40), 10**40), st.integers(-9_999_999, 9_999_999), st.integers(0, 9))
+    def test_equal_numbers_are_reported_alike(self, digits: int, power: int, zeros: int) -> None:
+        extras: dict[str, list[Any]] = {}
+        texts = [f"{digits}e{power}", f"{digits}{'0' * zeros}e{power - zeros}", "-0.0", "none"]
+        text.number(
+            texts, log_metric=lambda *_: None, log_extra=extras.__setitem__, answer=["1"] * 4
+        )
+        first, second, zero, nothing = extras["answer"]
+        assert first == second and Decimal(first) == Decimal(texts[0])
+        assert (zero, nothing) == ("0", None)
+
+    def test_exact_reports_what_it_read(self) -> None:
+        extras: dict[str, list[Any]] = {}
+        text.exact(
+            ["\n 7 \nQ:", "8"], first_line=True, log_extra=extras.__setitem__, answer=["7"] * 2
+        )
+        assert extras == {"answer": ["7", "8"]}
+
     def test_format_matches_the_whole_text_across_lines(self) -> None:
         pattern = r"<think>.*</think>\s*<answer>.*</answer>"
         good = "<think>a\nb</think>\n<answer>1</answer>"
@@ -158,6 +176,15 @@ class TestMath:
         assert scores == [None, None]
         assert metrics == {"math/unparsable_answer_frac": 1}
 
+    def test_it_reports_what_it_read(self) -> None:
+        from raygrpo.rewards.math_answer import math
+
+        extras: dict[str, list[Any]] = {}
+        texts = [r"so $\boxed{\frac{2}{4}}$", "2/4", "no idea"]
+        math(texts, lambda *_: None, log_extra=extras.__setitem__, answer=["0.5"] * 3)
+        assert extras["answer"][2] is None
+        assert extras["answer"][0] == extras["answer"][1]
+
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::SyntaxWarning")
 class TestReasoningGym:
@@ -191,6 +218,12 @@ class TestReasoningGym:
     def test_the_row_names_its_task(self, tasks: dict[str, dict[str, Any]]) -> None:
         row = tasks["prime_factorization"]
         assert self.score(row, [row["answer"], "a \u00d7 b"]) == [1, 0]
+
+    def test_it_reports_what_it_read(self, tasks: dict[str, dict[str, Any]]) -> None:
+        extras: dict[str, list[Any]] = {}
+        texts = ["a <answer> 4 </answer> b", " 5\n"]
+        self.score(tasks["chain_sum"], texts, log_extra=extras.__setitem__, task="chain_sum")
+        assert [answer.strip() for answer in extras["answer"]] == ["4", "5"]
 
     def test_unguarded_verifiers(self, tasks: dict[str, dict[str, Any]]) -> None:
         assert self.score(tasks["boxnet"], ["[1, 2, 3]", "42", '{"a": 1}']) == [0, 0, 0]
@@ -312,7 +345,8 @@ class TestCombine:
         assert [score.value for score in scored.scores] == [0.0, -1.0, None, None]
         assert [score.error for score in scored.scores] == [None, None, None, "b: bad"]
         assert scored.scores[3].parts == {"a": 1.0, "b": None}
-        assert scored.metrics == {"m": (1.0, 2.0)}
+        errors = {"rewards/a/error_frac": (0.0,), "rewards/b/error_frac": (0.25,)}
+        assert scored.metrics == {"m": (1.0, 2.0), **errors}
         assert scored.extras == {"x": (1, 2, 3, 4)}
         assert scored.traceback is None
 

@@ -1,0 +1,143 @@
+"""A cache of rewards: a completion that came before, of the same row, is not scored again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from raygrpo.rewards.contract import Call, Reply, RewardBackend
+
+CAPACITY = 100_000
+# A value whose extras are larger is not kept, so that the cache's memory is bounded, too.
+MAX_EXTRA_CHARS = 1_000
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """What a reward made of one completion."""
+
+    part: float | None
+    error: str | None = None
+    extras: Mapping[str, Any] = field(default_factory=dict)
+
+
+class CachedReward:
+    """A reward whose values are kept by (prompt, columns, completion); for deterministic ones only.
+
+    Of completions that are alike in one group, one is sent. Values that failed are not kept. What
+    was not sent is counted in the metric ``rewards/{name}/cache_hit_frac``.
+    """
+
+    def __init__(self, inner: RewardBackend, capacity: int = CAPACITY) -> None:
+        self.name = inner.name
+        self._inner = inner
+        self._capacity = capacity
+        self._entries: OrderedDict[bytes, _Entry] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def start(self) -> Future[None]:
+        """Starts the reward itself."""
+        return self._inner.start()
+
+    def close(self) -> None:
+        """Ends the reward itself."""
+        self._inner.close()
+
+    def call(self, call: Call) -> Future[tuple[Reply, float]]:
+        """Scores what is not known; the reply is of the whole group."""
+        keys = completion_keys(call)
+        known = self._look_up(keys)
+        wanted = {key: index for index, key in reversed(list(enumerate(keys))) if key not in known}
+        indices = sorted(wanted.values())
+        answer: Future[tuple[Reply, float]] = Future()
+        if not indices:
+            reply = Reply(parts=(), errors=())
+            answer.set_result((self._merge(keys, known, [], reply), 0.0))
+            return answer
+
+        def finish(done: Future[tuple[Reply, float]]) -> None:
+            if (error := done.exception()) is not None:
+                answer.set_exception(error)
+                return
+            reply, seconds = done.result()
+            answer.set_result((self._merge(keys, known, indices, reply), seconds))
+
+        self._inner.call(_part_of(call, indices)).add_done_callback(finish)
+        return answer
+
+    def _look_up(self, keys: Sequence[bytes]) -> dict[bytes, _Entry]:
+        with self._lock:
+            known = {key: self._entries[key] for key in keys if key in self._entries}
+            for key in known:
+                self._entries.move_to_end(key)
+        return known
+
+    def _merge(
+        self,
+        keys: Sequence[bytes],
+        known: Mapping[bytes, _Entry],
+        indices: Sequence[int],
+        reply: Reply,
+    ) -> Reply:
+        fresh = {keys[index]: _entry(reply, place) for place, index in enumerate(indices)}
+        self._keep({key: entry for key, entry in fresh.items() if _is_kept(entry)})
+        entries = [fresh.get(key) or known[key] for key in keys]
+        columns = sorted({column for entry in entries for column in entry.extras})
+        hit_frac = 1 - len(indices) / len(keys)
+        return Reply(
+            parts=tuple(entry.part for entry in entries),
+            errors=tuple(entry.error for entry in entries),
+            metrics={**reply.metrics, f"rewards/{self.name}/cache_hit_frac": (hit_frac,)},
+            extras={name: tuple(entry.extras.get(name) for entry in entries) for name in columns},
+            traceback=reply.traceback,
+        )
+
+    def _keep(self, fresh: Mapping[bytes, _Entry]) -> None:
+        with self._lock:
+            self._entries.update(fresh)
+            while len(self._entries) > self._capacity:
+                self._entries.popitem(last=False)
+
+
+def completion_keys(call: Call) -> list[bytes]:
+    """A 128-bit key of each completion with its row: text, tokens, prompt and columns."""
+    row = hashlib.blake2b(_encoded([call.prompt, call.columns]), digest_size=16)
+    keys = []
+    for completion, ids in zip(call.completions, call.completion_ids, strict=True):
+        key = row.copy()
+        key.update(_encoded([completion, ids]))
+        keys.append(key.digest())
+    return keys
+
+
+def _encoded(value: Any) -> bytes:
+    # JSON where it can be: a pickle of equal values differs with what they share.
+    try:
+        return json.dumps(value, default=lambda other: pickle.dumps(other).hex()).encode()
+    except (TypeError, ValueError, RecursionError):
+        return pickle.dumps(value)
+
+
+def _part_of(call: Call, indices: Sequence[int]) -> Call:
+    return replace(
+        call,
+        completions=[call.completions[index] for index in indices],
+        completion_ids=[call.completion_ids[index] for index in indices],
+    )
+
+
+def _entry(reply: Reply, place: int) -> _Entry:
+    extras = {name: values[place] for name, values in reply.extras.items()}
+    return _Entry(reply.parts[place], reply.errors[place], extras)
+
+
+def _is_kept(entry: _Entry) -> bool:
+    chars = sum(len(value) for value in entry.extras.values() if isinstance(value, str))
+    return entry.error is None and chars <= MAX_EXTRA_CHARS

@@ -1,0 +1,181 @@
+"""Calls to services over HTTP: deadlines, retries, and errors that say what the service did."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import email.utils
+import json
+import os
+import time
+from collections.abc import Coroutine, Mapping
+from typing import Any, TypeVar
+
+import httpx
+from tenacity import (
+    AsyncRetrying,
+    RetryCallState,
+    retry_if_exception_type,
+    stop_after_attempt,
+    stop_before_delay,
+    wait_random_exponential,
+)
+
+from raygrpo.errors import RewardError
+from raygrpo.rewards.params import ServiceParams
+
+T = TypeVar("T")
+
+# The share of a reward's deadline within which all requests end, so that the error names the
+# service's last failure. Past the whole deadline the process would be ended with less to say.
+BUDGET_FRAC = 0.85
+MAX_QUOTED_CHARS = 120
+_BACKOFF = wait_random_exponential(multiplier=0.25, max=20.0)
+
+
+class ServiceError(Exception):
+    """A service refused a request, or answered what cannot be used."""
+
+
+class _Passing(ServiceError):
+    """A failure that may pass; ``wait_s`` is what the service asked to wait."""
+
+    def __init__(self, message: str, wait_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.wait_s = wait_s
+
+
+class Service:
+    """One service and how to call it; used on one event loop.
+
+    Args:
+        headers: sent with every request.
+        timeout_s: the reward's deadline for one group, in seconds.
+    """
+
+    def __init__(self, params: ServiceParams, headers: Mapping[str, str], timeout_s: float) -> None:
+        self._params = params
+        self._headers = dict(headers)
+        self._budget_s = BUDGET_FRAC * timeout_s
+        self._client: httpx.AsyncClient | None = None
+        self._deadline = 0.0
+        self.num_retries = 0
+
+    async def gather(self, calls: list[Coroutine[Any, Any, T]]) -> list[T | ServiceError]:
+        """Runs the calls of one group, ``concurrency`` at once; a failed one gives its error."""
+        self._deadline = time.monotonic() + self._budget_s
+        self.num_retries = 0
+        limit = asyncio.Semaphore(self._params.concurrency)
+
+        async def run(call: Coroutine[Any, Any, T]) -> T | ServiceError:
+            async with limit:
+                try:
+                    return await call
+                except ServiceError as error:
+                    return error
+
+        return await asyncio.gather(*(run(call) for call in calls))
+
+    async def post(self, url: str, body: Mapping[str, Any]) -> Any:
+        """The decoded JSON answer of a request, which is sent again while its failure may pass.
+
+        Raises:
+            ServiceError: refused, unusable, or out of attempts or time; says what came last.
+        """
+        retrying = AsyncRetrying(
+            stop=stop_after_attempt(self._params.retries + 1)
+            | stop_before_delay(max(0.0, self._deadline - time.monotonic())),
+            wait=_wait,
+            retry=retry_if_exception_type(_Passing),
+            before_sleep=self._count_retry,
+            reraise=True,
+        )
+        return await retrying(self._post_once, url, body)
+
+    def _count_retry(self, state: RetryCallState) -> None:
+        self.num_retries += 1
+
+    async def _post_once(self, url: str, body: Mapping[str, Any]) -> Any:
+        content = _encode(url, body)
+        left = self._deadline - time.monotonic()
+        timeout_s = min(self._params.request_timeout_s, left)
+        if timeout_s <= 0:
+            raise ServiceError(f"{url}: no time was left for a request")
+        if self._client is None:
+            headers = {"Content-Type": "application/json", **self._headers}
+            self._client = httpx.AsyncClient(headers=headers, timeout=None)
+        try:
+            # httpx's own limits are of inactivity: a service that trickles would never end.
+            async with asyncio.timeout(timeout_s):
+                response = await self._client.post(url, content=content)
+        except TimeoutError:
+            raise _Passing(f"{url} gave no answer within {timeout_s:.3g} s") from None
+        except httpx.TransportError as error:
+            raise _Passing(f"{url}: {type(error).__name__}: {error}") from None
+        return _read(url, response)
+
+
+def _encode(url: str, body: Mapping[str, Any]) -> bytes:
+    # As ASCII: a completion may hold half a surrogate pair, which UTF-8 cannot carry.
+    try:
+        return json.dumps(body, allow_nan=False, default=_plain).encode()
+    except ValueError as error:
+        raise ServiceError(f"{url} cannot be sent the row as JSON: {error}") from None
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has for a value that it does not know: lists for arrays, else text."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+def _read(url: str, response: httpx.Response) -> Any:
+    status = response.status_code
+    if status == httpx.codes.TOO_MANY_REQUESTS or status >= 500:
+        raise _Passing(_describe(url, response), _retry_after_s(response))
+    if not response.is_success:
+        raise ServiceError(_describe(url, response))
+    try:
+        return response.json()
+    except ValueError:
+        raise ServiceError(f"{url} answered no JSON: {quoted(response.text)}") from None
+
+
+def _describe(url: str, response: httpx.Response) -> str:
+    return f"{url} answered {response.status_code}: {quoted(response.text)}"
+
+
+def quoted(value: Any) -> str:
+    """A value shortened for an error message."""
+    text = repr(value)
+    return text if len(text) <= MAX_QUOTED_CHARS else text[:MAX_QUOTED_CHARS] + "..."
+
+
+def _retry_after_s(response: httpx.Response) -> float:
+    """Seconds that the service asks to wait (RFC 9110, 10.2.3): a number or a date; 0 if none."""
+    value = response.headers.get("retry-after", "")
+    with contextlib.suppress(ValueError):
+        return max(0.0, float(value))
+    with contextlib.suppress(ValueError, TypeError):
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    return 0.0
+
+
+def _wait(state: RetryCallState) -> float:
+    error = state.outcome.exception() if state.outcome is not None else None
+    asked = error.wait_s if isinstance(error, _Passing) else 0.0
+    return asked + _BACKOFF(state)
+
+
+def secret(variable: str) -> str:
+    """The value of an environment variable that a configuration names.
+
+    Raises:
+        RewardError: it is not set where the reward runs.
+    """
+    value = os.environ.get(variable)
+    if not value:
+        raise RewardError(
+            f"the environment variable {variable} is not set",
+            "set it where the scorers run (before ray start on a cluster)",
+        )
+    return value
