@@ -14,11 +14,17 @@ from raygrpo.run_dir import RunDir
 
 
 def export_checkpoint(
-    run_dir: RunDir, path: Path, config: RunConfig, tokenizer: Any, example: Any = None
+    run_dir: RunDir,
+    path: Path,
+    config: RunConfig,
+    tokenizer: Any,
+    example: Any = None,
+    hub_id: str | None = None,
 ) -> Path:
     """Makes ``export/``: the model of a checkpoint with its card; an older export is replaced.
 
-    ``example`` is a prompt (text or messages) for the card's quick start.
+    ``example`` is a prompt (text or messages) for the card's quick start; ``hub_id`` is where the
+    model is going to be published.
 
     Raises:
         StorageError: the checkpoint does not verify, or the export cannot be written.
@@ -31,7 +37,14 @@ def export_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.copytree(path / "model", temporary)
         step = int(manifest["step"])
-        facts = card_facts(config, run_dir.root, step=step, tokenizer=tokenizer, example=example)
+        facts = card_facts(
+            config,
+            run_dir.root,
+            step=step,
+            tokenizer=tokenizer,
+            example=example,
+            hub_id=hub_id,
+        )
         write_model_card(temporary, facts)
         if run_dir.export.exists():
             shutil.rmtree(run_dir.export)
@@ -41,7 +54,7 @@ def export_checkpoint(
     return run_dir.export
 
 
-def export_run(root: Path, step: int | None = None) -> Path:
+def export_run(root: Path, step: int | None = None, hub_id: str | None = None) -> Path:
     """Exports a checkpoint of a run on disk: the one of ``step``, else the newest that verifies.
 
     Raises:
@@ -50,10 +63,34 @@ def export_run(root: Path, step: int | None = None) -> Path:
     """
     from raygrpo.models import load_tokenizer
 
+    run_dir = open_run(root)
+    config = load_config(run_dir.config_path)
+    path = find_checkpoint(run_dir, step)
+    tokenizer = load_tokenizer(
+        config.model.model_copy(update={"path": str(path / "model"), "revision": None})
+    )
+    example = run_dir.facts.get("example")
+    return export_checkpoint(run_dir, path, config, tokenizer, example, hub_id)
+
+
+def open_run(root: Path) -> RunDir:
+    """The run on disk at ``root``, not claimed.
+
+    Raises:
+        ConfigError: there is none.
+    """
     run_dir = RunDir(root.expanduser().absolute())
     if not run_dir.config_path.is_file():
         raise ConfigError(f"{root} holds no run", "name a run directory")
-    config = load_config(run_dir.config_path)
+    return run_dir
+
+
+def find_checkpoint(run_dir: RunDir, step: int | None) -> Path:
+    """The checkpoint of ``step``, else the newest that verifies.
+
+    Raises:
+        ConfigError: there is none.
+    """
     checkpoints = Checkpoints(run_dir.checkpoints)
     if step is None:
         path, problems = checkpoints.newest_valid()
@@ -62,6 +99,5 @@ def export_run(root: Path, step: int | None = None) -> Path:
         path = checkpoints.path(step) if checkpoints.path(step).is_dir() else None
         reason = f"it has {', '.join(p.name for p in checkpoints.all()) or 'none'}"
     if path is None:
-        raise ConfigError(f"{root} has no checkpoint to export: {reason}")
-    tokenizer = load_tokenizer(config.model.model_copy(update={"path": str(path / "model")}))
-    return export_checkpoint(run_dir, path, config, tokenizer)
+        raise ConfigError(f"{run_dir.root} has no checkpoint to export: {reason}")
+    return path

@@ -12,11 +12,13 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
-from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 
 from raygrpo.config import RunConfig
-from raygrpo.data.sources import BUILDERS, GYM
+from raygrpo.data.sources import BUILDERS, GYM, eval_section
 from raygrpo.errors import StorageError
+from raygrpo.model_card_papers import papers_of
+from raygrpo.revisions import is_on_hub
 from raygrpo.run_dir import RunDir
 from raygrpo.tracking.curve import points
 from raygrpo.tracking.files import read_metrics
@@ -29,7 +31,7 @@ _FRAMEWORKS = {
     "Ray": "ray",
     "DeepSpeed": "deepspeed",
     "Transformers": "transformers",
-    "PyTorch": "torch",
+    "Pytorch": "torch",
     "Datasets": "datasets",
     "Tokenizers": "tokenizers",
 }
@@ -39,80 +41,18 @@ _NOT_SHOWN = ("run_dir", "ray", "tracking", "generators", "scorers", "checkpoint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Paper:
-    """A method's paper; ``key`` is its BibTeX key."""
-
-    key: str
-    name: str
-    title: str
-    authors: str
-    year: int
-    arxiv: str
-
-    @property
-    def link(self) -> str:
-        """Its title as a Markdown link."""
-        return f"[{self.title}](https://arxiv.org/abs/{self.arxiv})"
-
-    @property
-    def bibtex(self) -> str:
-        """Its BibTeX entry."""
-        return (
-            f"@article{{{self.key},\n    title = {{{{{self.title}}}}},\n"
-            f"    author = {{{self.authors}}},\n    year = {{{self.year}}},\n"
-            f"    eprint = {{arXiv:{self.arxiv}}}\n}}"
-        )
-
-
-_GRPO = Paper(
-    key="shao2024deepseekmath",
-    name="GRPO",
-    title=("DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models"),
-    authors=(
-        "Zhihong Shao and Peiyi Wang and Qihao Zhu and Runxin Xu and Junxiao Song and "
-        "Mingchuan Zhang and Y. K. Li and Y. Wu and Daya Guo"
-    ),
-    year=2024,
-    arxiv="2402.03300",
-)
-_DAPO = Paper(
-    key="yu2025dapo",
-    name="DAPO",
-    title="DAPO: An Open-Source LLM Reinforcement Learning System at Scale",
-    authors="Qiying Yu and Zheng Zhang and Ruofei Zhu and others",
-    year=2025,
-    arxiv="2503.14476",
-)
-_DR_GRPO = Paper(
-    key="liu2025understanding",
-    name="Dr. GRPO",
-    title="Understanding R1-Zero-Like Training: A Critical Perspective",
-    authors=(
-        "Zichen Liu and Changyu Chen and Wenjun Li and Penghui Qi and Tianyu Pang and Chao Du and "
-        "Wee Sun Lee and Min Lin"
-    ),
-    year=2025,
-    arxiv="2503.20783",
-)
-_PAPERS: Mapping[str, tuple[Paper, ...]] = {
-    "default": (_GRPO, _DAPO, _DR_GRPO),
-    "dapo": (_GRPO, _DAPO),
-    "dr_grpo": (_GRPO, _DR_GRPO),
-}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class CardFacts:
     """What a card says. No path of the machine belongs in any of it.
 
-    ``base_model``: hub id, or the directory's name. ``results``: (what, before, after) of the
-    evaluation's metrics. ``example``: a prompt for the quick start, text or messages.
+    ``base_model``: hub id, or the directory's name. ``datasets``: names, and whether the hub has
+    them. ``results``: (what, before, after) of the evaluation's metrics; ``evaluated``: those of
+    the exported step, by name. ``example``: a prompt for the quick start, text or messages.
+    ``hub_id``: where the model is published. ``revisions``: what was trained on what, exactly.
     """
 
     base_model: str
     model_name: str
-    dataset_name: str
-    dataset_is_on_hub: bool
+    datasets: Mapping[str, bool]
     random_init: bool
     licence: str | None
     wandb_url: str | None
@@ -122,7 +62,11 @@ class CardFacts:
     max_new_tokens: int
     stop: tuple[str, ...]
     example: Example
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    hub_id: str | None = None
+    revisions: Mapping[str, str] = field(default_factory=dict)
     results: tuple[tuple[str, float, float], ...] = ()
+    evaluated: tuple[EvalResult, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -133,18 +77,19 @@ def card_facts(
     step: int,
     tokenizer: Any,
     example: Example | None = None,
+    hub_id: str | None = None,
 ) -> CardFacts:
     """The facts of the run in ``root`` after ``step`` steps; ``example`` is a prompt to show.
+
+    ``hub_id`` is where the model is published; None for an export that stays on disk.
 
     Raises:
         StorageError: run.json or metrics.jsonl cannot be read.
     """
     run_dir = RunDir(root)
-    chat = getattr(tokenizer, "chat_template", None) is not None and config.data.chat is not False
+    facts = run_dir.facts
     if example is None:
-        asked = "What is 3 plus 4?"
-        example = [{"role": "user", "content": asked}] if chat else f"Question: {asked}\nAnswer:"
-    source = config.data.source
+        example = _made_up_example(config, tokenizer)
     about_base = _read_front_matter(config.model.path)
     lineage = about_base.get("base_model")
     licence = about_base.get("license")
@@ -152,19 +97,22 @@ def card_facts(
         base_model=lineage
         if isinstance(lineage, str) and _is_local(config.model.path)
         else _name_of(config.model.path),
-        model_name=config.tracking.name or root.name,
-        dataset_name=_name_of(source),
-        dataset_is_on_hub=not source.startswith(GYM) and PurePath(source).suffix not in BUILDERS,
+        model_name=hub_id.split("/")[1] if hub_id else config.tracking.name or root.name,
+        datasets=_datasets(config),
         random_init=config.model.random_init,
         licence=licence if isinstance(licence, str) else None,
-        wandb_url=run_dir.facts.get("wandb_url"),
+        wandb_url=facts.get("wandb_url"),
         recipe=config.recipe,
         config_yaml=_shown_config(config),
         steps=step,
         max_new_tokens=config.sampling.max_tokens,
         stop=tuple(config.sampling.stop),
         example=example,
+        chat_template_kwargs={} if isinstance(example, str) else config.data.chat_template_kwargs,
+        hub_id=hub_id,
+        revisions=facts.get("revisions") or {},
         results=_results(run_dir.metrics_path, step),
+        evaluated=_evaluated(run_dir, config, step),
         versions=framework_versions(),
     )
 
@@ -191,9 +139,10 @@ def write_model_card(export_dir: Path, facts: CardFacts) -> Path:
         library_name="transformers",
         model_name=facts.model_name,
         license=facts.licence,
-        datasets=[facts.dataset_name] if facts.dataset_is_on_hub else None,
+        datasets=[name for name, is_on_hub in facts.datasets.items() if is_on_hub] or None,
         pipeline_tag="text-generation",
         tags=["generated_from_trainer", "raygrpo", "grpo", "reinforcement-learning"],
+        eval_results=list(facts.evaluated) or None,
     )
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(facts)}")
     path = export_dir / "README.md"
@@ -220,8 +169,8 @@ def _body(facts: CardFacts) -> str:
     sections = (
         _introduction(facts),
         _quick_start(facts),
-        _procedure(facts),
         _evaluation(facts),
+        _procedure(facts),
         _versions(facts),
         _citations(facts),
     )
@@ -232,15 +181,17 @@ def _introduction(facts: CardFacts) -> str:
     base = facts.base_model
     named = f"[{base}](https://huggingface.co/{base})" if base.count("/") == 1 else f"`{base}`"
     origin = (
-        f"It has the architecture of {named} and was trained from random weights."
+        f"has the architecture of {named} and was trained from random weights"
         if facts.random_init
-        else f"It starts from {named}."
+        else f"is a fine-tuned version of {named}"
     )
-    data = facts.dataset_name
-    data = f"[{data}](https://huggingface.co/datasets/{data})" if facts.dataset_is_on_hub else data
+    data = ", ".join(
+        f"[{name}](https://huggingface.co/datasets/{name})" if is_on_hub else name
+        for name, is_on_hub in facts.datasets.items()
+    )
     return (
-        f"# {facts.model_name}\n\nA language model trained by reinforcement learning with raygrpo "
-        f"on {data}. {origin}"
+        f"# Model Card for {facts.model_name}\n\nThis model {origin}. It was trained by "
+        f"reinforcement learning on {data}, with raygrpo {facts.versions.get('raygrpo', '')}."
     )
 
 
@@ -252,13 +203,16 @@ def _quick_start(facts: CardFacts) -> str:
     arguments = f"max_new_tokens={facts.max_new_tokens}, return_full_text=False"
     if facts.stop:
         arguments += f", stop_sequence={list(facts.stop)!r}"
+    if facts.chat_template_kwargs:
+        arguments += f", tokenizer_encode_kwargs={dict(facts.chat_template_kwargs)!r}"
+    where = '# "." is the directory of this card; elsewhere, give its path or the hub id.\n'
+    where = "" if facts.hub_id else where
     return f"""## Quick start
 
 ```python
 from transformers import pipeline
 
-# "." is the directory of this card; give the model's path or hub id from anywhere else.
-generator = pipeline("text-generation", model=".")
+{where}generator = pipeline("text-generation", model={json.dumps(facts.hub_id or ".")})
 {name} = {value}
 output = generator({name}, {arguments})
 print(output[0]["generated_text"])
@@ -266,7 +220,7 @@ print(output[0]["generated_text"])
 
 
 def _procedure(facts: CardFacts) -> str:
-    papers = _papers(facts.recipe)
+    papers = papers_of(facts.recipe)
     method = (
         "Group relative policy optimisation (GRPO) samples several completions of a prompt, "
         "rates them, and moves the policy towards those that did better than their group's mean. "
@@ -280,7 +234,8 @@ def _procedure(facts: CardFacts) -> str:
 
 {badge}{method}
 
-The recipe was `{facts.recipe}`, for {facts.steps} steps. What decided the result:
+The recipe was `{facts.recipe}`, for {facts.steps} steps.{_revisions(facts)}
+What decided the result:
 
 <details><summary>configuration</summary>
 
@@ -301,18 +256,66 @@ def _evaluation(facts: CardFacts) -> str:
 
 def _versions(facts: CardFacts) -> str:
     lines = [f"- {name}: {number}" for name, number in facts.versions.items()]
-    return "\n".join(["## Framework versions", "", *lines])
+    return "\n".join(["### Framework versions", "", *lines])
+
+
+def _revisions(facts: CardFacts) -> str:
+    named = [f"{role} `{what}`" for role, what in facts.revisions.items()]
+    return f" Revisions: {', '.join(named)}." if named else ""
 
 
 def _citations(facts: CardFacts) -> str:
     entries = "\n\n".join(
-        f"{paper.name}:\n\n```bibtex\n{paper.bibtex}\n```" for paper in _papers(facts.recipe)
+        f"Cite {paper.name} as:\n\n```bibtex\n{paper.bibtex}\n```"
+        for paper in papers_of(facts.recipe)
     )
     return f"## Citations\n\n{entries}"
 
 
-def _papers(recipe: str) -> tuple[Paper, ...]:
-    return _PAPERS.get(recipe, (_GRPO,))
+def _made_up_example(config: RunConfig, tokenizer: Any) -> Example:
+    """A prompt of the form that the run's prompts have, as far as its configuration tells."""
+    data, asked = config.data, "What is 3 plus 4?"
+    chats = data.chat or (data.chat is None and data.template is None)
+    if not chats or getattr(tokenizer, "chat_template", None) is None:
+        return f"Question: {asked}\nAnswer:"
+    system = [{"role": "system", "content": data.system}] if data.system else []
+    return [*system, {"role": "user", "content": asked}]
+
+
+def _datasets(config: RunConfig) -> dict[str, bool]:
+    """The names of all sources, and whether each is the hub's."""
+    parts = [config.data.source, *(part.get("source", "") for part in config.data.mixture)]
+    return {_name_of(source): is_on_hub(source) for source in map(str, parts) if source}
+
+
+def _evaluated(run_dir: RunDir, config: RunConfig, step: int) -> tuple[EvalResult, ...]:
+    """What was measured of the exported step itself, for the hub's own table."""
+    rows = read_metrics(run_dir.metrics_path) if run_dir.metrics_path.is_file() else []
+    values = {
+        name: row[name]
+        for row in rows
+        if row["step"] == step
+        for name in row
+        if re.match(r"eval/(?!.*(num_|length|_s$|ratio|clipped))", name)
+    }
+    if not values:
+        return ()
+    section = eval_section(config.data, config.eval, seed=config.seed)
+    pinned = (run_dir.facts.get("revisions") or {}).get("eval", "").partition("@")
+    return tuple(
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=_name_of(section.source),
+            dataset_name=_name_of(section.source),
+            dataset_split=section.split if is_on_hub(section.source) else None,
+            dataset_config=section.params.get("name") if is_on_hub(section.source) else None,
+            dataset_revision=pinned[2] or None,
+            metric_type=name.removeprefix("eval/"),
+            metric_name=name,
+            metric_value=round(float(value), 6),
+        )
+        for name, value in values.items()
+    )
 
 
 def _is_local(path: str) -> bool:

@@ -124,7 +124,7 @@ def test_versions_are_those_installed(tmp_path: Path) -> None:
     card = card_of(tmp_path, facts_of(run_config(tmp_path, "a/b")))
     listed = card.split("## Framework versions")[1].split("\n## ")[0]
     packages = {
-        "raygrpo": "raygrpo", "Ray": "ray", "DeepSpeed": "deepspeed", "PyTorch": "torch",
+        "raygrpo": "raygrpo", "Ray": "ray", "DeepSpeed": "deepspeed", "Pytorch": "torch",
         "Transformers": "transformers", "Datasets": "datasets", "Tokenizers": "tokenizers",
     }  # fmt: skip
     for shown, package in packages.items():

@@ -1,0 +1,183 @@
+"""Which revision of a model or data set a run uses: found at its start, recorded, then kept."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+import xxhash
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+from raygrpo.config import ModelSection, RunConfig
+from raygrpo.data.sources import BUILDERS, GYM, eval_section
+from raygrpo.errors import ConfigError
+
+_SHA = re.compile(r"[0-9a-f]{40}")
+_TIMEOUT_S = 10.0
+_SAMPLE_BYTES = 1 << 20
+# The HTTP client's own error, whose library differs between versions of huggingface_hub.
+_HTTP_ERROR: Any = HfHubHTTPError.__bases__[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pinned:
+    """A configuration whose hub models and data sets name their commits.
+
+    ``revisions`` maps a role (model, data, data.mixture.0, eval) to ``name@commit``, or to
+    ``name:fingerprint`` for a local model; what could not be found out is missing. ``changed``
+    says what differs from the record, as text.
+    """
+
+    config: RunConfig
+    revisions: Mapping[str, str]
+    changed: tuple[str, ...] = ()
+
+
+def pin(config: RunConfig, recorded: Mapping[str, str] | None = None) -> Pinned:
+    """Fills in the revisions: those that a run recorded, else those that the hub has now.
+
+    Without a hub that answers, the one in the local cache is taken.
+
+    Raises:
+        ConfigError: the hub has no such revision, or (offline) the cache holds another one than
+            the run recorded.
+    """
+    pins = _Pins(recorded or {})
+    model = config.model
+    if Path(model.path).expanduser().exists():
+        pins.found["model"] = fingerprint(model)
+    elif sha := pins.commit("model", "model", model.path, model.revision):
+        model = model.model_copy(update={"revision": sha})
+    data = _pinned_data(pins, "data", config.data.model_dump(), config.data.source)
+    section = config.data.model_validate(data)
+    evaluation = config.eval
+    if evaluation.eval_steps:
+        own = _pinned_data(pins, "eval", dict(evaluation.data), section.source)
+        evaluation = evaluation.model_copy(update={"data": own})
+        used = eval_section(section, evaluation, seed=config.seed)
+        if is_on_hub(used.source) and (sha := used.params.get("revision")):
+            pins.found["eval"] = f"{used.source}@{sha}"
+    both = sorted(pins.recorded.keys() & pins.found.keys())
+    return Pinned(
+        config=config.model_copy(update={"model": model, "data": section, "eval": evaluation}),
+        revisions={**pins.found, **pins.recorded},
+        changed=tuple(
+            f"{role}: {pins.recorded[role]} -> {pins.found[role]}"
+            for role in both
+            if pins.recorded[role] != pins.found[role]
+        ),
+    )
+
+
+def is_on_hub(source: str) -> bool:
+    """Whether a ``data.source`` is taken from the hub."""
+    elsewhere = source.startswith(GYM) or PurePath(source).suffix in BUILDERS
+    named = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) and source not in _NO_NAMES
+    return bool(named) and not elsewhere and not Path(source).exists()
+
+
+_NO_NAMES = {"python", *BUILDERS.values()}
+
+
+def fingerprint(model: ModelSection) -> str:
+    """``name:hash`` of a local model: its config, and each weight file's size, header and start."""
+    path = Path(model.path).expanduser()
+    digest = xxhash.xxh3_64()
+    for file in [path / "config.json", *sorted(path.glob("*.safetensors"))]:
+        if not file.is_file() or (model.random_init and file.suffix == ".safetensors"):
+            continue
+        with file.open("rb") as opened:
+            digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+            header = int.from_bytes(opened.read(8), "little") if file.suffix != ".json" else 0
+            opened.seek(0)
+            digest.update(opened.read(min(header, 64 * _SAMPLE_BYTES) + _SAMPLE_BYTES))
+    return f"{path.absolute().name}:{digest.hexdigest()}"
+
+
+class _Pins:
+    def __init__(self, recorded: Mapping[str, str]) -> None:
+        self.recorded = recorded
+        self.found: dict[str, str] = {}
+
+    def commit(self, role: str, kind: str, name: str, asked: str | None) -> str | None:
+        """The commit of ``name`` that this run uses; None where nobody knows."""
+        sha: str | None
+        before = self.recorded.get(role, "").rpartition("@")
+        if before[0] == name:
+            sha = before[2]
+        elif asked is not None and _SHA.fullmatch(asked):
+            sha = asked
+        else:
+            sha = _hub_commit(kind, name, asked) or _cached_commit(kind, name, asked)
+        if sha is None:
+            return None
+        if kind == "dataset" and constants.HF_HUB_OFFLINE:
+            _refuse_other_copy(name, sha)
+        self.found[role] = f"{name}@{sha}"
+        return sha
+
+
+def _pinned_data(pins: _Pins, role: str, keys: dict[str, Any], inherited: str) -> dict[str, Any]:
+    """Data keys with a revision in ``params`` wherever they name a source or a revision."""
+    source, params = keys.get("source", inherited), keys.get("params") or {}
+    named = is_on_hub(source) and ("source" in keys or "revision" in params)
+    if named and (sha := pins.commit(role, "dataset", source, params.get("revision"))):
+        keys = {**keys, "params": {**params, "revision": sha}}
+    if parts := keys.get("mixture"):
+        mixture = [
+            _pinned_data(pins, f"{role}.mixture.{index}", dict(part), source)
+            for index, part in enumerate(parts)
+        ]
+        keys = {**keys, "mixture": mixture}
+    return keys
+
+
+def _hub_commit(kind: str, name: str, asked: str | None) -> str | None:
+    """What the hub says; None where it does not answer, or knows no such repository."""
+    try:
+        info = HfApi().repo_info(name, repo_type=kind, revision=asked, timeout=_TIMEOUT_S)
+    except RevisionNotFoundError:
+        raise ConfigError(
+            f"{name} has no revision {asked!r}", "name a branch, tag or commit that it has"
+        ) from None
+    except (RepositoryNotFoundError, _HTTP_ERROR, OSError, ValueError):
+        return None  # what loads it says what is wrong, or takes it from the cache
+    return info.sha
+
+
+def _cached_commit(kind: str, name: str, asked: str | None) -> str | None:
+    if kind == "dataset" and (copies := _dataset_copies(name)):
+        return copies[-1]
+    folder = Path(constants.HF_HUB_CACHE) / f"{kind}s--{name.replace('/', '--')}"
+    reference = folder / "refs" / (asked or "main")
+    sha = reference.read_text().strip() if reference.is_file() else ""
+    return sha if (folder / "snapshots" / sha).is_dir() and _SHA.fullmatch(sha) else None
+
+
+def _dataset_copies(name: str) -> list[str]:
+    """Commits of a data set that `datasets` has prepared here, oldest first.
+
+    It keeps them by commit and, without a hub, takes the newest, whatever revision is asked for.
+    """
+    from datasets import config
+    from datasets.naming import camelcase_to_snakecase
+
+    owner, _, own = name.rpartition("/")
+    folder = "___".join(filter(None, [owner, camelcase_to_snakecase(own)]))
+    copies = [p for p in Path(config.HF_DATASETS_CACHE).glob(f"{folder}/*/*/*") if p.is_dir()]
+    return [
+        p.name for p in sorted(copies, key=lambda p: p.stat().st_mtime) if _SHA.fullmatch(p.name)
+    ]
+
+
+def _refuse_other_copy(name: str, sha: str) -> None:
+    copies = _dataset_copies(name)
+    if copies and copies[-1] != sha:
+        raise ConfigError(
+            f"the run uses {name} at {sha}, and the newest copy here is of {copies[-1]}",
+            "unset HF_HUB_OFFLINE, so that the right one can be fetched",
+        )
