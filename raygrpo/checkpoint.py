@@ -11,7 +11,7 @@ import json
 import os
 import pickle
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import xxhash
 from raygrpo.algorithm.ledger import TokenLedger
 from raygrpo.algorithm.window import WindowState
 from raygrpo.errors import StorageError
+from raygrpo.evaluation import BestSoFar
 
 MANIFEST = "manifest.json"
 _STATE = "state.pkl"
@@ -41,10 +42,11 @@ class RunState:
     num_tokens: int
     buffered_tokens: int
     record: dict[str, float] | None = None
+    best: BestSoFar = field(default_factory=lambda: BestSoFar(metric=""))
 
 
 class Checkpoints:
-    """The ``checkpoints/`` folder of a run; ``keep`` newest stay (0 keeps all)."""
+    """The ``checkpoints/`` folder of a run; `prune` leaves the ``keep`` newest (0: all)."""
 
     def __init__(self, root: Path, keep: int = 0) -> None:
         self._root = root
@@ -85,7 +87,6 @@ class Checkpoints:
                 shutil.rmtree(final)
             directory.rename(final)
             _sync(self._root)
-            self._prune(final)
         except OSError as error:
             raise StorageError(f"cannot commit the checkpoint {final}: {error}") from error
         return final
@@ -110,14 +111,23 @@ class Checkpoints:
             return path, problems
         return None, problems
 
-    def _prune(self, newest: Path) -> None:
-        """Keeps the newest; later steps, which a damaged checkpoint may have left, do not count."""
-        if self._keep:
-            for old in [path for path in self.all() if path <= newest][: -self._keep]:
+    def prune(self, newest: Path, best_step: int) -> None:
+        """Keeps the newest and the best; later steps than ``newest``, which a damaged checkpoint
+        may have left, do not count.
+
+        Raises:
+            StorageError: an old one cannot be removed.
+        """
+        old = [path for path in self.all() if path <= newest][: -self._keep] if self._keep else []
+        for path in old:
+            if path != self.path(best_step):
                 # Renamed first: a crash in the middle must not leave half a checkpoint.
-                doomed = self._root / f".tmp-old-{old.name}"
-                old.rename(doomed)
-                shutil.rmtree(doomed)
+                doomed = self._root / f".tmp-old-{path.name}"
+                try:
+                    path.rename(doomed)
+                    shutil.rmtree(doomed)
+                except OSError as error:
+                    raise StorageError(f"cannot remove {path}: {error}") from error
 
 
 def verify(path: Path) -> dict[str, Any]:

@@ -1,90 +1,384 @@
-"""One evaluation: the same prompts with the same randomness each time, on one version."""
+"""Evaluations: the same prompts with the same randomness each time, on one version."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+import math
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
+import numpy as np
+
+from raygrpo.algorithm.correctness import judged, majority_correct, pass_at_k, pass_rate
 from raygrpo.config import RunConfig
-from raygrpo.types import GroupRequest, GroupSummary, Prompt, Version
+from raygrpo.errors import ConfigError, nearest
+from raygrpo.rewards.loading import reward_name
+from raygrpo.tracking.metrics import completion_metrics, reward_metrics
+from raygrpo.types import (
+    Completion,
+    Group,
+    GroupRequest,
+    GroupSummary,
+    Prompt,
+    Sampling,
+    Score,
+    Version,
+)
+
+MAX_CONSTANTS = 8
+Order = GroupRequest | Group
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Constant:
+    """An answer given to every prompt, and the mean reward that it earns."""
+
+    answer: str
+    value: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BestSoFar:
+    """The best evaluation so far by ``metric``; a leading ``-`` means that lower is better.
+
+    ``step`` is -1 before the first; ``num_since`` evaluations came after it. ``ended_at`` is the
+    ``train.steps`` of a run that ended early for want of a better one, else 0.
+    """
+
+    metric: str
+    step: int = -1
+    value: float = math.nan
+    num_since: int = 0
+    ended_at: int = 0
+
+    def take(self, step: int, metrics: Mapping[str, float], config: RunConfig) -> BestSoFar:
+        """After another evaluation; one without the metric is no better one."""
+        if not self.metric:
+            return self
+        value = metrics.get(self.metric.removeprefix("-"), math.nan)
+        gain = self.value - value if self.metric.startswith("-") else value - self.value
+        if math.isfinite(value) and (self.step < 0 or gain > 0):
+            return BestSoFar(metric=self.metric, step=step, value=value)
+        later = replace(self, num_since=self.num_since + 1, ended_at=config.train.steps)
+        return later if later.has_ended(config) else replace(later, ended_at=0)
+
+    def has_ended(self, config: RunConfig) -> bool:
+        """Whether a run in this state trains no further."""
+        return self.ended_at > 0 and 0 < config.eval.patience <= self.num_since
+
+    def resumed(self, config: RunConfig) -> BestSoFar:
+        """For a run that goes on: another metric starts anew, and so does the patience of a run
+        that ended early and is given more steps."""
+        if self.metric != (config.eval.best_metric or ""):
+            return BestSoFar(metric=config.eval.best_metric or "")
+        if 0 < self.ended_at < config.train.steps:
+            return replace(self, num_since=0, ended_at=0)
+        return self
+
+    def fact(self) -> dict[str, Any] | None:
+        """What run.json says of it."""
+        if self.step < 0:
+            return None
+        return {"step": self.step, "metric": self.metric, "value": self.value}
 
 
 class Evaluation:
-    """The groups of an evaluation until all have come back."""
+    """The groups of an evaluation until all have come back.
 
-    def __init__(self, prompts: Sequence[Prompt], version: Version, config: RunConfig) -> None:
+    ``constants`` (of `constant_groups`) are scored along with it.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        version: Version,
+        config: RunConfig,
+        constants: Sequence[Group] = (),
+    ) -> None:
         drawn = config.sampling.settings()
-        sizes = {True: 1, False: config.eval.num_completions}
-        self.step = version.step
+        settings = [replace(drawn, num_completions=1, temperature=0.0)]
+        if config.eval.num_completions:
+            settings.append(replace(drawn, num_completions=config.eval.num_completions))
         # Ids are even for greedy groups, odd for sampled ones: each keeps its random numbers.
-        self._requests = {
-            2 * index + (not greedy): GroupRequest(
+        self._orders: dict[int, Order] = {
+            2 * index + sampled: GroupRequest(
                 stream="eval",
-                group_id=2 * index + (not greedy),
+                group_id=2 * index + sampled,
                 attempt=0,
                 prompt=prompt,
                 seed=config.seed,
-                sampling=replace(
-                    drawn,
-                    num_completions=size,
-                    temperature=0.0 if greedy else drawn.temperature,
-                ),
+                sampling=sampling,
                 min_version=version,
             )
             for index, prompt in enumerate(prompts)
-            for greedy, size in sizes.items()
-            if size
+            for sampled, sampling in enumerate(settings)
         }
+        self._constants = {group.request.group_id: group for group in constants}
+        self._orders |= self._constants
+        self._num_completions = config.eval.num_completions
         self._finished: dict[int, GroupSummary] = {}
-        self._num_dropped = 0
+        self._dropped: set[int] = set()
 
     @property
-    def requests(self) -> list[GroupRequest]:
-        """What is to be sent."""
-        return list(self._requests.values())
+    def orders(self) -> list[Order]:
+        """What is to be sent: requests to generate, groups to score."""
+        return list(self._orders.values())
 
     @property
     def done(self) -> bool:
         """Whether every group came back or was given up."""
-        return len(self._finished) + self._num_dropped == len(self._requests)
+        return len(self._finished) + len(self._dropped) == len(self._orders)
 
     def finish(self, summary: GroupSummary) -> None:
         """Takes a finished group."""
-        self._finished[summary.group_id] = summary
+        if summary.group_id in self._orders and summary.group_id not in self._dropped:
+            self._finished[summary.group_id] = summary
 
     def drop(self, group_id: int) -> None:
         """Gives up a group; it is counted in ``eval/num_dropped``."""
-        if group_id in self._requests and group_id not in self._finished:
-            self._num_dropped += 1
+        if group_id in self._orders and group_id not in self._finished:
+            self._dropped.add(group_id)
 
-    def requeue(self, group_id: int) -> GroupRequest:
-        """The request to send again after its worker was lost."""
-        request = self._requests[group_id]
-        self._requests[group_id] = replace(request, attempt=request.attempt + 1)
-        return self._requests[group_id]
+    def requeue(self, group_id: int) -> Order:
+        """What to send again after its worker was lost."""
+        order = self._orders[group_id]
+        if isinstance(order, Group):
+            request = replace(order.request, attempt=order.request.attempt + 1)
+            self._orders[group_id] = replace(order, request=request)
+        else:
+            self._orders[group_id] = replace(order, attempt=order.attempt + 1)
+        return self._orders[group_id]
 
     def metrics(self) -> dict[str, float]:
         """Means over all scored completions; what failed is counted, not scored 0."""
-        greedy = self._metrics("eval/greedy/", [0])
-        return self._metrics("eval/", [1]) | greedy | {"eval/num_dropped": float(self._num_dropped)}
+        finished = [self._finished[i] for i in sorted(self._finished) if i >= 0]
+        greedy = [summary for summary in finished if summary.group_id % 2 == 0]
+        sampled = [summary for summary in finished if summary.group_id % 2]
+        metrics = evaluation_metrics(greedy, sampled, self._num_completions)
+        return metrics | {"eval/num_dropped": float(sum(i >= 0 for i in self._dropped))}
 
-    def _metrics(self, prefix: str, parity: list[int]) -> dict[str, float]:
-        summaries = [self._finished[i] for i in sorted(self._finished) if i % 2 in parity]
-        if not summaries:
-            return {}
-        scores = [score for summary in summaries for score in summary.scores]
-        lengths = [length for summary in summaries for length in summary.lengths]
-        metrics = {
-            f"{prefix}num_completions": float(len(scores)),
-            f"{prefix}num_errored": float(sum(score.error is not None for score in scores)),
-        }
-        if lengths:
-            metrics[f"{prefix}completions/mean_length"] = sum(lengths) / len(lengths)
-        values = [score.value for score in scores if score.value is not None]
-        if values:
-            metrics[f"{prefix}reward"] = sum(values) / len(values)
-        for name in sorted({name for score in scores for name in score.parts}):
-            parts = [part for score in scores if (part := score.parts.get(name)) is not None]
-            if parts:
-                metrics[f"{prefix}rewards/{name}/mean"] = sum(parts) / len(parts)
+    def best_constant(self) -> Constant | None:
+        """The constant answer with the highest mean reward over the prompts."""
+        summaries = [self._finished[i] for i in self._constants if i in self._finished]
+        found = []
+        answers = next(iter(self._constants.values())).completions if self._constants else ()
+        for index, completion in enumerate(answers):
+            values = [summary.scores[index].value for summary in summaries]
+            if scored := [value for value in values if value is not None]:
+                found.append(Constant(answer=completion.text, value=statistics.fmean(scored)))
+        return max(found, key=lambda constant: constant.value, default=None)
+
+
+class Evaluations:
+    """The evaluations of a run, one at a time; the best one, and the best constant answer.
+
+    Attributes:
+        best: the best evaluation so far.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        constants: Sequence[Group],
+        config: RunConfig,
+        best: BestSoFar | None = None,
+    ) -> None:
+        self._prompts, self._constants, self._config = prompts, constants, config
+        self.best = best or BestSoFar(metric=config.eval.best_metric or "")
+        self._current: Evaluation | None = None
+        self._constant: Constant | None = None
+
+    @property
+    def end_the_run(self) -> bool:
+        """Whether nothing better came for so long that the run is to end."""
+        return self.best.has_ended(self._config)
+
+    @property
+    def under_way(self) -> bool:
+        """Whether one was begun and has not been ended or cancelled."""
+        return self._current is not None
+
+    @property
+    def done(self) -> bool:
+        """Whether all groups of the one under way are back."""
+        return self._current is not None and self._current.done
+
+    def due(self, step: int) -> bool:
+        """Whether the model after ``step`` steps is to be evaluated."""
+        every = self._config.eval.eval_steps
+        if not every or not self._prompts:
+            return False
+        return step % every == 0 or step >= self._config.train.steps
+
+    def begin(self, version: Version) -> list[Order]:
+        """Starts one; returns what is to be sent. The first one also scores the constants."""
+        constants = () if self._constant else self._constants
+        self._current = Evaluation(self._prompts, version, self._config, constants)
+        return self._current.orders
+
+    def finish(self, summary: GroupSummary) -> None:
+        """Takes a finished group; a group of a cancelled evaluation is ignored, also below."""
+        if self._current is not None:
+            self._current.finish(summary)
+
+    def drop(self, group_id: int) -> None:
+        """Gives up a group."""
+        if self._current is not None:
+            self._current.drop(group_id)
+
+    def requeue(self, group_id: int) -> list[Order]:
+        """What to send again after a group's worker was lost."""
+        return [] if self._current is None else [self._current.requeue(group_id)]
+
+    def cancel(self) -> None:
+        """Forgets the one under way."""
+        self._current = None
+
+    def end(self, step: int) -> tuple[dict[str, float], list[tuple[str, dict[str, Any]]]]:
+        """Ends the one that is done, of the model after ``step`` steps; metrics and events."""
+        assert self._current is not None
+        evaluation, self._current = self._current, None
+        metrics, events = evaluation.metrics(), []
+        if found := evaluation.best_constant():
+            self._constant = found
+            events.append(("best_constant", asdict(found)))
+        if self._constant:
+            metrics["eval/best_constant"] = self._constant.value
+        self.best = self.best.take(step, metrics, self._config)
+        if self.end_the_run:
+            events.append(("early_stop", {"best_step": self.best.step}))
+        return metrics, events
+
+
+def evaluation_metrics(
+    greedy: Sequence[GroupSummary], sampled: Sequence[GroupSummary], num_completions: int
+) -> dict[str, float]:
+    """Metrics of an evaluation with ``num_completions`` sampled completions of each prompt.
+
+    Completions without a judgement are in no rate; a prompt with fewer than k judged ones is left
+    out of pass@k and counted in ``eval/pass@k/num_left_out``.
+    """
+    metrics = _means("eval/", sampled) | _means("eval/greedy/", greedy)
+    metrics |= _mean("eval/greedy/accuracy", map(pass_rate, greedy))
+    if not sampled:
         return metrics
+    metrics |= _mean(f"eval/avg@{num_completions}", map(pass_rate, sampled))
+    metrics |= _mean(f"eval/maj@{num_completions}", map(majority_correct, sampled))
+    verdicts = [judged(summary) for summary in sampled]
+    k = 1
+    while k <= num_completions:
+        rates = [pass_at_k(len(rights), sum(rights), k) for rights in verdicts]
+        metrics |= _mean(f"eval/pass@{k}", rates)
+        if left_out := rates.count(None):
+            metrics[f"eval/pass@{k}/num_left_out"] = float(left_out)
+        k *= 2
+    return metrics
+
+
+def _means(prefix: str, summaries: Sequence[GroupSummary]) -> dict[str, float]:
+    if not summaries:
+        return {}
+    scores = [score for summary in summaries for score in summary.scores]
+    metrics = {
+        "num_completions": float(len(scores)),
+        "num_errored": float(sum(score.error is not None for score in scores)),
+        **reward_metrics(summaries),
+        **completion_metrics(summaries),
+    }
+    return {prefix + name: value for name, value in metrics.items()}
+
+
+def _mean(name: str, values: Any) -> dict[str, float]:
+    known = [value for value in values if value is not None]
+    return {name: statistics.fmean(known)} if known else {}
+
+
+def check_best_metric(config: RunConfig) -> None:
+    """Refuses a ``best_metric`` that no evaluation of this configuration gives.
+
+    Raises:
+        ConfigError: an unknown metric, no evaluations, or patience without a metric.
+    """
+    section = config.eval
+    if section.best_metric is None:
+        if section.patience:
+            raise ConfigError("eval.patience needs a metric to wait for", "set eval.best_metric")
+        return
+    if not section.eval_steps:
+        raise ConfigError("eval.best_metric needs evaluations", "set eval.eval_steps")
+    known = metric_names(config)
+    name = section.best_metric.removeprefix("-")
+    if name not in known:
+        raise ConfigError(
+            f"eval.best_metric: no evaluation of this run gives {name!r}", nearest(name, known)
+        )
+
+
+def metric_names(config: RunConfig) -> set[str]:
+    """The metrics that an evaluation gives in which every completion is scored."""
+    names = [reward_name(reward) for reward in config.rewards]
+    score = Score(value=1.0, parts=dict.fromkeys(names, 1.0))
+
+    def groups(size: int) -> list[GroupSummary]:
+        summary = GroupSummary(
+            stream="eval",
+            group_id=0,
+            attempt=0,
+            prompt_id="",
+            prompt_length=1,
+            lengths=(1,) * size,
+            num_loss_tokens=(1,) * size,
+            finishes=tuple("stop" for _ in range(size)),
+            oldest=(Version(0, 0),) * size,
+            newest=(Version(0, 0),) * size,
+            scores=(score,) * size,
+            answers=("",) * size,
+        )
+        return [summary, summary] if size else []
+
+    size = config.eval.num_completions
+    return set(evaluation_metrics(groups(1), groups(size), size))
+
+
+def constant_groups(prompts: Sequence[Prompt], config: RunConfig, tokenizer: Any) -> list[Group]:
+    """The most frequent reference answers as completions of every prompt; ids are negative.
+
+    The reference is in the first reward's ``column``, else in ``answer``; without it, none.
+    """
+    column = config.rewards[0].params.get("column", "answer")
+    references = [prompt.columns.get(column) for prompt in prompts]
+    counted = Counter(str(value) for value in references if value is not None)
+    answers = [answer for answer, _ in counted.most_common(MAX_CONSTANTS)]
+    if not answers:
+        return []
+    completions = tuple(_written(answer, tokenizer) for answer in answers)
+    sampling = Sampling(num_completions=len(answers), max_tokens=config.sampling.max_tokens)
+    return [
+        Group(
+            request=GroupRequest(
+                stream="eval",
+                group_id=-1 - index,
+                attempt=0,
+                prompt=prompt,
+                seed=config.seed,
+                sampling=sampling,
+                min_version=Version(0, 0),
+            ),
+            completions=completions,
+        )
+        for index, prompt in enumerate(prompts)
+    ]
+
+
+def _written(text: str, tokenizer: Any) -> Completion:
+    ids = np.array(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+    return Completion(
+        token_ids=ids,
+        logprobs=np.zeros(ids.size, np.float32),
+        loss_mask=np.zeros(ids.size, np.bool_),
+        text=text,
+        finish="stop",
+        version_runs=((Version(0, 0), ids.size),),
+    )

@@ -50,6 +50,7 @@ class RunDir:
         self.events_path = root / "events.jsonl"
         self.curve_path = root / "curve.png"
         self.checkpoints = root / "checkpoints"
+        self.completions = root / "completions"
         self.export = root / "export"
         self.logs = root / "logs"
         self.changed: list[str] = []
@@ -63,7 +64,7 @@ class RunDir:
             ConfigError: the directory belongs to another process, another run, or something else.
             StorageError: it cannot be written.
         """
-        run_dir = cls(Path(config.run_dir).expanduser().absolute())
+        run_dir = cls.at(config)
         try:
             run_dir._check_contents(config.run_dir)
             run_dir.root.mkdir(parents=True, exist_ok=True)
@@ -76,6 +77,17 @@ class RunDir:
         except OSError as error:
             raise StorageError(f"cannot write run_dir {config.run_dir!r}: {error}") from error
         return run_dir
+
+    @classmethod
+    def at(cls, config: RunConfig) -> RunDir:
+        """The run's directory as it may be, not held."""
+        return cls(Path(config.run_dir).expanduser().absolute())
+
+    @property
+    def revisions(self) -> dict[str, str]:
+        """What a run that has checkpoints recorded of its model and data."""
+        begun = self.facts_path.is_file() and any(self.checkpoints.glob("step-*"))
+        return dict(self.facts.get("revisions") or {}) if begun else {}
 
     def release(self) -> None:
         """Lets go of the directory."""
@@ -93,6 +105,12 @@ class RunDir:
         if not isinstance(loaded, dict):
             raise StorageError(f"{self.facts_path} must hold an object")
         return loaded
+
+    @property
+    def best_step(self) -> int | None:
+        """The step of the best checkpoint; None without one."""
+        best = self.facts.get("best")
+        return None if best is None else int(best["step"])
 
     def note(self, **facts: Any) -> None:
         """Adds facts."""

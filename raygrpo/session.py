@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from raygrpo.checkpoint import Checkpoints, RunState, load_state
+from raygrpo.checkpoint import Checkpoints, RunState, load_state, verify
 from raygrpo.config import RewardSection, RunConfig
 from raygrpo.config_file import load_config
 from raygrpo.errors import ConfigError, RayGrpoError, StorageError
+from raygrpo.evaluation import BestSoFar, Evaluations, check_best_metric, constant_groups
 from raygrpo.export import export_checkpoint
 from raygrpo.run_dir import RunDir
 from raygrpo.signals import StopSignals
+from raygrpo.types import Prompt
 
 RewardCallable = Callable[..., Any]
 
@@ -114,6 +116,7 @@ class Session:
         self.check()
         self.run_dir = RunDir.claim(self.config)
         self._closers.callback(self.run_dir.release)
+        self.run_dir.note(revisions=dict(self._pinned.revisions), example=self._example())
         self._find_checkpoint()
         if self._complete:
             self._start_tracking()
@@ -123,8 +126,8 @@ class Session:
     def check(self) -> None:
         """What can be found wrong without a run directory or an actor; loads the prompts."""
         from raygrpo.actors.placement import check_run_dir
-        from raygrpo.evaluation import check_best_metric
         from raygrpo.models import anchored_model, check_model_path, load_tokenizer
+        from raygrpo.revisions import pin
         from raygrpo.rewards.loading import anchor_reward, check_reward
         from raygrpo.tracking.tensorboard import check_tensorboard
 
@@ -139,6 +142,8 @@ class Session:
         self._anchored = [anchor_reward(reward) for reward in config.rewards]
         check_best_metric(config)
         check_model_path(config.model)
+        self._pinned = pin(config, RunDir.at(config).revisions)
+        config = self._pinned.config
         self._placed = config.model_copy(update={"model": anchored_model(config.model)})
         self._tokenizer = load_tokenizer(config.model)
         self._load_data()
@@ -211,9 +216,8 @@ class Session:
     def _load_data(self) -> None:
         from raygrpo.data.prompts import PromptSource
         from raygrpo.data.sources import eval_section, load_rows
-        from raygrpo.evaluation import constant_groups
 
-        config, seed = self.config, self.config.seed
+        config, seed = self._pinned.config, self.config.seed
         rows = load_rows(config.data, seed=seed, dataset=self._dataset)
         self._prompts = PromptSource(rows, config.data, self._tokenizer, seed=seed, stream="train")
         self._sources = {"train": self._prompts}
@@ -271,6 +275,8 @@ class Session:
             self._tracker.event("checkpoint_refused", step=step, reason=problem)
         for change in self.run_dir.changed:
             self._tracker.event("config_changed", step=step, change=change)
+        for change in self._pinned.changed:
+            self._tracker.event("revision_changed", step=step, change=change)
         for stream, source in self._sources.items():
             counts = {"dropped": source.num_dropped, "truncated": source.num_truncated}
             if any(counts.values()):
@@ -310,8 +316,12 @@ class Session:
         if self._restored_from is not None:
             self._learner.load(self._restored_from).wait()
 
-    def _export(self, step: int) -> Path:
-        path = self._checkpoints.path(step)
+    def _example(self) -> str | list[dict[str, Any]]:
+        """The first prompt, for the quick start of the model's card."""
         first = self._prompts.take(1)[0]
-        example = first.text if first.text is not None else [dict(m) for m in first.messages or ()]
-        return export_checkpoint(self.run_dir, path, self.config, self._tokenizer, example)
+        return first.text if first.text is not None else [dict(m) for m in first.messages or ()]
+
+    def _export(self, step: int) -> Path:
+        best = self.run_dir.best_step
+        path = self._checkpoints.path(step if best is None else best)
+        return export_checkpoint(self.run_dir, path, self.config, self._tokenizer, self._example())

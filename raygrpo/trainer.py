@@ -10,7 +10,7 @@ driver holds references and summaries, never tokens; `RolloutPool.wait` is the o
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,12 @@ from raygrpo.checkpoint import Checkpoints, RunState
 from raygrpo.config import RunConfig
 from raygrpo.data.prompts import PromptSource
 from raygrpo.errors import DataError, RewardError
-from raygrpo.evaluation import Evaluation
+from raygrpo.evaluation import Evaluations
 from raygrpo.rewards.contract import TrainerState
+from raygrpo.run_dir import RunDir
 from raygrpo.tracking.metrics import StepFacts, step_metrics
 from raygrpo.tracking.tracker import Tracker
-from raygrpo.types import GroupRequest, GroupSummary, Prompt, StepBatch, StepResult, Version
+from raygrpo.types import GroupRequest, GroupSummary, StepBatch, StepResult, Version
 
 _TICK_S = 1.0  # how soon a signal is noticed while nothing else happens
 
@@ -43,8 +44,9 @@ class Parts:
     pool: RolloutPool
     learner: LearnerGroup
     prompts: PromptSource
-    eval_prompts: list[Prompt]
+    evaluations: Evaluations
     tracker: Tracker
+    run_dir: RunDir
     checkpoints: Checkpoints
     incarnation: int
 
@@ -66,7 +68,8 @@ class Trainer:
     def __init__(self, parts: Parts, restored: RunState | None = None) -> None:
         self._config = config = parts.config
         self._pool, self._learner, self._prompts = parts.pool, parts.learner, parts.prompts
-        self._eval_prompts, self._tracker = parts.eval_prompts, parts.tracker
+        self._evaluations, self._tracker = parts.evaluations, parts.tracker
+        self._run_dir = parts.run_dir
         self._checkpoints, self._incarnation = parts.checkpoints, parts.incarnation
         self.step = restored.step if restored else 0
         self._window = Window(
@@ -90,7 +93,6 @@ class Trainer:
         self._publish: Pending[Any] | None = None
         self._save: Pending[None] | None = None
         self._saving: tuple[Path, RunState] | None = None
-        self._evaluation: Evaluation | None = None
         self._training: tuple[StepBatch, list[FinishedGroup]] | None = None
         self._sync: dict[str, float] = {}
         self._span = Span()
@@ -125,11 +127,16 @@ class Trainer:
             self._take(self._pool.wait(self._pendings(), _TICK_S))
             blocked = self._pool.waited_s - waited
             self._driver_s += time.monotonic() - started - blocked
-        return self.step >= self._config.train.steps and self._deferred is None
+        return self._complete and self._deferred is None
+
+    @property
+    def _complete(self) -> bool:
+        """Whether nothing is left to train."""
+        return self.step >= self._config.train.steps or self._evaluations.end_the_run
 
     def _finished(self) -> bool:
         busy = self._update or self._publish or self._save or self._record is not None
-        ended = self.step >= self._config.train.steps or self._stopping
+        ended = self._complete or self._stopping
         return ended and not busy and self._saved_step == self.step
 
     def _pendings(self) -> list[Pending[Any]]:
@@ -141,7 +148,7 @@ class Trainer:
         self._pool.trainer_state = TrainerState(
             global_step=self.step, max_steps=self._config.train.steps, epoch=self._prompts.epoch
         )
-        while not self._stopping and self._window.has_room(self.step):
+        while not (self._stopping or self._complete) and self._window.has_room(self.step):
             request = GroupRequest(
                 stream="train",
                 group_id=self._window.admitted,
@@ -154,10 +161,10 @@ class Trainer:
             self._pool.submit(self._window.admit(request))
 
     def _start_update(self) -> None:
-        # An evaluation is of one version, so the next one waits for it; so does a record.
-        if self._update or self._record is not None or self._stopping:
+        # An evaluation is of one version, so the next one waits for it; so do record and save.
+        if self._update or self._record is not None or self._stopping or self._save_is_due():
             return
-        if self.step >= self._config.train.steps or not self._window.step_ready():
+        if self._complete or not self._window.step_ready():
             return
         groups = self._window.take_step()
         batch = make_step_batch(self.step, groups, self._config)
@@ -170,15 +177,21 @@ class Trainer:
         self._publish = self._learner.publish(Version(self._incarnation, self.step))
 
     def _start_save(self) -> None:
-        if self._save or self._update or self._saved_step == self.step:
-            return
-        every = self._config.checkpoint.save_steps
-        last = self.step >= self._config.train.steps or self._stopping
-        if not last and not (every and self.step and self.step % every == 0):
+        if self._save or self._update or not self._save_is_due():
             return
         directory = self._checkpoints.begin(self.step)
         self._saving = (directory, self._state())
         self._save = self._learner.save(directory)
+
+    def _save_is_due(self) -> bool:
+        """Whether this step's checkpoint is still to be begun."""
+        begun = self._saving is not None and self._saving[1].step == self.step
+        if begun or self._saved_step == self.step:
+            return False
+        every = self._config.checkpoint.save_steps
+        regular = every and self.step and self.step % every == 0
+        best = self._evaluations.best.step == self.step
+        return bool(regular or best or self._complete or self._stopping)
 
     def _state(self) -> RunState:
         return RunState(
@@ -188,6 +201,8 @@ class Trainer:
             ledger=self._ledger,
             num_tokens=self._num_tokens,
             buffered_tokens=buffered_tokens(self._window.buffered),
+            record=self._deferred,
+            best=self._evaluations.best,
         )
 
     # What has happened.
@@ -212,14 +227,13 @@ class Trainer:
     def _take_group(self, group: FinishedGroup, report: ScoreReport) -> None:
         summary = group.summary
         self._num_groups += 1
-        if self.first_group_at is None:
+        if self.first_group_at is None and summary.group_id >= 0:
             self.first_group_at = time.time() - summary.score_s
         if report.traceback and self.first_traceback is None:
             self.first_traceback = report.traceback
             self._tracker.event("reward_error", step=self.step, traceback=report.traceback)
         if summary.stream == "eval":
-            if self._evaluation is not None:
-                self._evaluation.finish(summary)
+            self._evaluations.finish(summary)
             return
         self._count_errors(summary)
         awaited = summary.group_id in {request.group_id for request in self._window.pending}
@@ -249,8 +263,8 @@ class Trainer:
 
     def _requeue(self, stream: str, group_id: int) -> None:
         if stream == "eval":
-            if self._evaluation is not None:
-                self._pool.submit(self._evaluation.requeue(group_id))
+            for order in self._evaluations.requeue(group_id):
+                self._pool.submit(order)
             return
         self._ledger = self._ledger.lose(1)
         request = self._window.requeue(group_id)
@@ -259,8 +273,7 @@ class Trainer:
 
     def _drop(self, stream: str, group_id: int) -> None:
         if stream == "eval":
-            if self._evaluation is not None:
-                self._evaluation.drop(group_id)
+            self._evaluations.drop(group_id)
             return
         self._ledger = self._ledger.drop(1)
         self._ledger = self._ledger.decide(self._window.fail(group_id))
@@ -308,38 +321,49 @@ class Trainer:
         """Closes what is complete: the evaluation, then the step's record, then its checkpoint."""
         if self._record is not None and self._publish is None:
             self._settle_record(self._record)
-        if self._save is not None and not self._save.open_refs and self._record is None:
+        if self._save is not None and not self._save.open_refs:
             assert self._saving is not None
             directory, state = self._saving
-            path = self._checkpoints.commit(directory, replace(state, record=self._deferred))
-            self._saved_step = state.step
-            self._tracker.event("checkpoint", step=state.step, path=path.name)
-            self._save = self._saving = None
+            if self._record is None or state.step < self.step:
+                self._commit(directory, state)
+                self._save = self._saving = None
+
+    def _commit(self, directory: Path, state: RunState) -> None:
+        path = self._checkpoints.commit(directory, state)
+        # Only now: what run.json names is on disk, before and after the older best one goes.
+        if state.best.metric:
+            self._run_dir.note(best=state.best.fact())
+        self._checkpoints.prune(path, state.best.step)
+        self._saved_step = state.step
+        self._tracker.event("checkpoint", step=state.step, path=path.name)
 
     def _settle_record(self, record: dict[str, float]) -> None:
-        due = self._evaluates_now()
-        if self._stopping and due and not (self._evaluation and self._evaluation.done):
-            # The checkpoint keeps the record, and the resumed run evaluates and logs it.
-            self._deferred, self._record, self._evaluation = record, None, None
-            return
-        if due and self._evaluation is None:
-            version = Version(self._incarnation, self.step)
-            self._evaluation = Evaluation(self._eval_prompts, version, self._config)
-            for request in self._evaluation.requests:
-                self._pool.submit(request)
-        if self._evaluation is not None and not self._evaluation.done:
-            return
-        if self._evaluation is not None:
-            record = record | self._evaluation.metrics()
+        evaluations = self._evaluations
+        if evaluations.due(self.step):
+            if self._stopping and not evaluations.done:
+                # The checkpoint keeps the record, and the resumed run evaluates and logs it.
+                self._deferred = record
+                evaluations.cancel()
+                self._close_record()
+                return
+            if not evaluations.under_way:
+                for order in evaluations.begin(Version(self._incarnation, self.step)):
+                    self._pool.submit(order)
+            if not evaluations.done:
+                return
+            metrics, events = evaluations.end(self.step)
+            record = record | metrics
+            for kind, fields in events:
+                self._tracker.event(kind, step=self.step, **fields)
         if record:
             self._tracker.log_step(self.step, record)
-        self._record = self._evaluation = None
+        self._close_record()
 
-    def _evaluates_now(self) -> bool:
-        every = self._config.eval.eval_steps
-        if not every or not self._eval_prompts:
-            return False
-        return self.step % every == 0 or self.step >= self._config.train.steps
+    def _close_record(self) -> None:
+        self._record = None
+        if self._saving is not None and self._saving[1].step == self.step:
+            # The save began before: the state beside it is still that of this step's boundary.
+            self._saving = (self._saving[0], self._state())
 
     def _trained(self, summary: GroupSummary) -> list[int]:
         section = self._config.advantage

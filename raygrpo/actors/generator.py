@@ -34,7 +34,10 @@ class LoadReport:
 
 
 class GeneratorActor:
-    """Serves group requests concurrently; weights land between decode steps."""
+    """Serves group requests concurrently; weights land between decode steps.
+
+    Without a ``store`` it serves the weights of ``model.path`` as version (0, 0).
+    """
 
     def __init__(self, config: RunConfig, store: Any, threads: int) -> None:
         os.environ["OMP_NUM_THREADS"] = str(threads)
@@ -60,6 +63,7 @@ class GeneratorActor:
             max_rows=config.generators.max_rows,
             deterministic=config.deterministic,
             device="cuda" if config.generators.gpus else "cpu",
+            version=Version(0, 0) if self._store is None else None,
         )
         self._loop = asyncio.get_running_loop()
         threading.Thread(target=self._run, name="engine", daemon=True).start()

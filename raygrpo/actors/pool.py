@@ -28,7 +28,7 @@ from raygrpo.algorithm.window import FinishedGroup
 from raygrpo.config import RewardSection, RunConfig
 from raygrpo.errors import InfraError
 from raygrpo.failures import MAX_DEATHS, Action, History, decide
-from raygrpo.types import GroupRequest
+from raygrpo.types import Group, GroupRequest
 
 
 class RolloutPool:
@@ -80,11 +80,17 @@ class RolloutPool:
         for worker in (*self._generators, *self._scorers):
             ray.kill(worker.actor)
 
-    def submit(self, request: GroupRequest) -> None:
-        """Queues a group; it starts when a generator is ready."""
+    def submit(self, order: GroupRequest | Group) -> None:
+        """Queues a group to generate, or one made elsewhere that is only to be scored."""
+        request = order.request if isinstance(order, Group) else order
         key = (request.stream, request.group_id)
-        self._flights[key] = Flight(request=request)
-        self._queue.append(key)
+        self._flights[key] = flight = Flight(request=request)
+        if isinstance(order, Group):
+            flight.payload = ray.put(order)
+            flight.report = GenerationReport(group_id=request.group_id)
+            self._to_score.append(key)
+        else:
+            self._queue.append(key)
         self._dispatch()
 
     def load(self) -> None:
@@ -214,7 +220,8 @@ class RolloutPool:
         self._consecutive_losses = 0
         del self._flights[key]
         payload = flight.kept or flight.payload
-        self._groups.append((FinishedGroup(summary=answer.summary, payload=payload), answer))
+        group = FinishedGroup(summary=answer.summary, payload=payload, extras=answer.extras)
+        self._groups.append((group, answer))
 
     def _fail_flight(self, key: GroupKey, flight: Flight, error: Exception) -> None:
         worker = flight.worker

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raygrpo.actors.spawn import log_to
+from raygrpo.algorithm.correctness import answers_of
 from raygrpo.config import RewardSection
 from raygrpo.types import Group, GroupSummary
 
@@ -65,5 +66,8 @@ class ScorerActor:
             score_s=time.monotonic() - started,
             reward_s=scored.reward_s,
             source=request.prompt.source,
+            answers=answers_of([completion.text for completion in completions], scored.extras)
+            if request.stream == "eval"
+            else (),
         )
         return ScoreReport(summary=summary, traceback=scored.traceback, extras=scored.extras)

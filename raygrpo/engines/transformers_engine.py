@@ -87,6 +87,7 @@ class TransformersEngine:
         max_rows: int,
         deterministic: bool,
         device: str = "cpu",
+        version: Version | None = None,
     ) -> None:
         self._device = torch.device(device)
         self._max_rows, self._deterministic = max_rows, deterministic
@@ -108,8 +109,8 @@ class TransformersEngine:
         self._is_stop[[token for token in stop_ids if token < self._is_stop.size]] = True
         self._stop_ids = torch.from_numpy(np.flatnonzero(self._is_stop)).to(self._device)
         self._stops = StopStrings(self._tokenizer)
-        self._version: Version | None = None
-        self._versions: list[Version] = []
+        self._version = version  # of the weights read from disk, where they are to be served
+        self._versions = [version] if version else []
         self._settings: list[Sampling] = []
         self._waiting: dict[Key, GroupRequest] = {}
         self._running: dict[int, Running] = {}
