@@ -182,8 +182,8 @@ class TestMath:
         extras: dict[str, list[Any]] = {}
         texts = [r"so $\boxed{\frac{2}{4}}$", "2/4", "no idea"]
         math(texts, lambda *_: None, log_extra=extras.__setitem__, answer=["0.5"] * 3)
-        assert extras["answer"][2] is None
-        assert extras["answer"][0] == extras["answer"][1]
+        # As it was parsed, not simplified: that could take for ever on what a model writes.
+        assert extras["answer"] == ["1/2", "2/4", None]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::SyntaxWarning")
