@@ -170,6 +170,7 @@ class Session:
                 prompts=self._prompts,
                 evaluations=self._evaluations,
                 tracker=self._tracker,
+                rollouts=self._rollouts,
                 run_dir=self.run_dir,
                 checkpoints=self._checkpoints,
                 incarnation=self._incarnation,
@@ -309,6 +310,7 @@ class Session:
         with placing(connection):
             starting = self._learner.start()
             self._start_tracking()  # while the actors start
+            self._open_store(where["logs"])
             self._pool.start()
             self.pids = {f"learner-{rank}": pid for rank, pid in enumerate(starting.wait())}
         self.pids |= self._pool.pids
@@ -320,6 +322,22 @@ class Session:
         """The first prompt, for the quick start of the model's card."""
         first = self._prompts.take(1)[0]
         return first.text if first.text is not None else [dict(m) for m in first.messages or ()]
+
+    def _open_store(self, logs: Path | None) -> None:
+        from raygrpo.actors.rollouts import RolloutLog
+        from raygrpo.rollouts import roll_back
+
+        directory, state = self.run_dir.completions, self._restored
+        step, window = (state.step, state.window) if state else (-1, None)
+        roll_back(directory, step, lambda i: window is not None and window.has_decided(i))
+        self._rollouts = RolloutLog(
+            self.config,
+            directory,
+            on_event=self._tracker.event,
+            on_sample=self._tracker.log_completions,
+            logs=logs,
+        )
+        self._closers.callback(self._rollouts.close)
 
     def _export(self, step: int) -> Path:
         best = self.run_dir.best_step
