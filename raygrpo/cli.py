@@ -65,12 +65,22 @@ def train(
 def export(
     run: Annotated[Path, typer.Argument(help="Directory of a run.")],
     step: Annotated[int | None, typer.Option(help="Checkpoint to take; none: the newest.")] = None,
+    push_to_hub: Annotated[str | None, typer.Option(help="Upload it too, as ORG/NAME.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="Let everybody see it.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to upload to.")] = None,
 ) -> None:
-    """Write the model of a checkpoint, with its card, to RUN/export."""
+    """Write the model of a checkpoint, with its card, to RUN/export, and to the hub if asked.
+
+    The hub's token is HF_TOKEN, or that of `hf auth login`. A new repository is private.
+    """
     from raygrpo.export import export_run
+    from raygrpo.publish import publish_run
 
     try:
-        path = export_run(run, step)
+        if push_to_hub is None:
+            path: object = export_run(run, step)
+        else:
+            path = publish_run(run, push_to_hub, step=step, public=public, branch=revision)
     except RayGrpoError as error:
         _fail(error, EXIT_BAD_INPUT if isinstance(error, _INPUT) else EXIT_FAILED)
     typer.echo(str(path))
