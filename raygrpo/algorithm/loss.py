@@ -154,7 +154,9 @@ def policy_loss(inputs: LossInputs, config: LossConfig) -> tuple[Tensor, dict[st
     losses, clipped_low, clipped_high = _clip(ratio, advantages, config)
     stats = {
         "clip_ratio/low_mean": _stat(clipped_low.float(), mask),
+        "clip_ratio/low_min": _sequence_stat(clipped_low.float(), mask, sequences),
         "clip_ratio/high_mean": _stat(clipped_high.float(), mask),
+        "clip_ratio/high_max": _sequence_stat(clipped_high.float(), mask, sequences),
         "clip_ratio/region_mean": _stat((clipped_low | clipped_high).float(), mask),
         "ratio": _stat(ratio, mask),
     }
@@ -167,7 +169,8 @@ def policy_loss(inputs: LossInputs, config: LossConfig) -> tuple[Tensor, dict[st
         if inputs.ref_logprobs is None:
             raise ValueError("beta is not 0, but ref_logprobs is missing")
         kl = _kl(logprobs, torch.where(mask, inputs.ref_logprobs, 0.0), config)
-        losses = losses + config.beta * (kl * ratio if config.kl_unbiased else kl)
+        kl = kl * ratio if config.kl_unbiased else kl
+        losses = losses + config.beta * kl
         stats["kl"] = _stat(kl, mask)
     if inputs.entropies is not None:
         stats["entropy"] = _stat(inputs.entropies, mask)
@@ -206,7 +209,7 @@ def _correction(
     with torch.no_grad():
         gap = old.detach() - sampler
         if config.correction_level == "sequence":
-            gap = _sequence_mean(gap, mask, sequences)
+            gap = _sequence_means(gap, mask, sequences)[0][sequences]
         rho = torch.exp(gap)
         if config.correction == "tis":
             factor = rho.clamp(max=config.correction_max)
@@ -215,25 +218,33 @@ def _correction(
             factor = torch.where(inside, rho, 0.0)
         else:
             factor = torch.ones_like(rho)
+        applied = rho if config.correction == "none" else factor
+        by_sequence = config.correction_level == "sequence"
         token_gap = old.detach() - sampler
         token_rho = torch.exp(token_gap)
         stats = {
-            "sampling/logprob_gap": _stat(token_gap.abs(), mask),
-            "sampling/importance_sampling_ratio": _stat(token_rho, mask),
-            "sampling/importance_sampling_ratio_squared": _stat(token_rho.square(), mask),
+            "sampling/sampling_logp_difference": _stat(token_gap.abs(), mask),
+            # As TRL's: what the correction left of the ratio, once a sequence at sequence level.
+            "sampling/importance_sampling_ratio": _sequence_stat(applied, mask, sequences)
+            if by_sequence
+            else _stat(applied, mask),
+            # Of these two `ess` is made.
+            "sampling/token_ratio": _stat(token_rho, mask),
+            "sampling/token_ratio_squared": _stat(token_rho.square(), mask),
             # E_mu[rho - 1 - log rho] = KL(mu || pi_old), never negative.
             "sampling/kl": _stat(token_rho - 1 - token_gap, mask),
         }
     return factor, stats
 
 
-def _sequence_mean(values: Tensor, mask: Tensor, sequences: Tensor) -> Tensor:
+def _sequence_means(values: Tensor, mask: Tensor, sequences: Tensor) -> tuple[Tensor, Tensor]:
+    """Means over each sequence's trained tokens [S], and their numbers [S]."""
     size = int(sequences.max()) + 1
     flat, index = (values * mask).flatten(), sequences.flatten()
     sums = torch.zeros(size, dtype=values.dtype, device=values.device).index_add_(0, index, flat)
     ones = mask.to(values.dtype).flatten()
     counts = torch.zeros_like(sums).index_add_(0, index, ones)
-    return (sums / counts.clamp(min=1))[sequences]
+    return sums / counts.clamp(min=1), counts
 
 
 def _weights(inputs: LossInputs, mask: Tensor, config: LossConfig) -> Tensor:
@@ -250,6 +261,12 @@ def _weights(inputs: LossInputs, mask: Tensor, config: LossConfig) -> Tensor:
 
 def _per_token(values: Tensor, sequences: Tensor) -> Tensor:
     return values if values.ndim == sequences.ndim else values[sequences]
+
+
+def _sequence_stat(values: Tensor, mask: Tensor, sequences: Tensor) -> Stat:
+    """A statistic of the sequences' means; sequences without trained tokens are in none."""
+    means, counts = _sequence_means(values.detach(), mask, sequences)
+    return _stat(means, counts > 0)
 
 
 def _stat(values: Tensor, mask: Tensor) -> Stat:

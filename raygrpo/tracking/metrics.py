@@ -17,10 +17,7 @@ from raygrpo.types import GroupSummary, Stat
 
 # As torch.isclose(x, 0), with which TRL decides that a group's rewards do not differ.
 _ZERO_STD = 1e-8
-_RATIO, _RATIO_SQUARED = (
-    "sampling/importance_sampling_ratio",
-    "sampling/importance_sampling_ratio_squared",
-)
+_RATIO, _RATIO_SQUARED = "sampling/token_ratio", "sampling/token_ratio_squared"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,25 +67,28 @@ def step_metrics(facts: StepFacts) -> dict[str, float]:
 def reward_metrics(groups: Sequence[GroupSummary]) -> dict[str, float]:
     """Rewards of groups. Completions without a reward (None, or an error) are in no mean.
 
-    ``reward``: mean over completions. ``reward_std``: mean over groups of the group's deviation;
-    groups with fewer than two rewards have none. ``frac_reward_zero_std``: share of those groups
-    whose rewards are all alike. ``reward/error_frac``: share of errored completions.
+    ``reward``, ``reward_std``: mean and deviation over completions. ``group_reward_std``: mean over
+    groups of the group's deviation; groups with fewer than two rewards have none.
+    ``frac_reward_zero_std``: share of all groups whose rewards are all alike.
+    ``reward/error_frac``: share of errored completions.
     """
     scores = [score for group in groups for score in group.scores]
-    metrics = _mean("reward", [s.value for s in scores if s.value is not None])
+    metrics = _mean_and_std(
+        "reward", "reward_std", [s.value for s in scores if s.value is not None]
+    )
     metrics |= _mean("reward/error_frac", [float(s.error is not None) for s in scores])
     deviations = []
     for group in groups:
         values = [score.value for score in group.scores if score.value is not None]
         if len(values) > 1:
             deviations.append(statistics.stdev(values))
-    metrics |= _mean("reward_std", deviations)
-    metrics |= _mean("frac_reward_zero_std", [float(d <= _ZERO_STD) for d in deviations])
+    metrics |= _mean("group_reward_std", deviations)
+    if groups:
+        num_alike = sum(deviation <= _ZERO_STD for deviation in deviations)
+        metrics["frac_reward_zero_std"] = num_alike / len(groups)
     for name in sorted({name for score in scores for name in score.parts}):
         parts = [p for s in scores if s.error is None and (p := s.parts.get(name)) is not None]
-        metrics |= _mean(f"rewards/{name}/mean", parts)
-        if len(parts) > 1:
-            metrics[f"rewards/{name}/std"] = statistics.stdev(parts)
+        metrics |= _mean_and_std(f"rewards/{name}/mean", f"rewards/{name}/std", parts)
     return metrics | _reported_metrics(groups)
 
 
@@ -113,19 +113,21 @@ def completion_metrics(groups: Sequence[GroupSummary]) -> dict[str, float]:
 
 
 def stat_metrics(stats: Mapping[str, Stat]) -> dict[str, float]:
-    """The learner's statistics: means by name; ``sampling/*`` with mean, min and max, as TRL's.
+    """The learner's statistics: means by name, except ``*_min`` and ``*_max``; ``sampling/*`` with
+    mean, min and max, as TRL's.
 
     ``ess`` is the effective sample size of the sampler's ratios as a share of the tokens:
     (sum w)^2 / (n sum w^2), 1 when sampler and learner agree.
     """
     metrics: dict[str, float] = {}
     for name, stat in stats.items():
-        if not stat.count or name == _RATIO_SQUARED:
+        if not stat.count or name in (_RATIO, _RATIO_SQUARED):
             continue
         if name.startswith("sampling/"):
             metrics |= {f"{name}/mean": stat.mean, f"{name}/min": stat.min, f"{name}/max": stat.max}
         else:
-            metrics[name] = stat.mean
+            kind = name.rpartition("_")[2]
+            metrics[name] = {"min": stat.min, "max": stat.max}.get(kind, stat.mean)
     ratio, squared = stats.get(_RATIO), stats.get(_RATIO_SQUARED)
     if ratio and squared and ratio.count and squared.sum > 0:
         metrics["ess"] = ratio.sum**2 / (ratio.count * squared.sum)
@@ -154,6 +156,11 @@ def _reported_metrics(groups: Sequence[GroupSummary]) -> dict[str, float]:
 
 def _mean(name: str, values: Sequence[float]) -> dict[str, float]:
     return {name: statistics.fmean(values)} if values else {}
+
+
+def _mean_and_std(mean: str, std: str, values: Sequence[float]) -> dict[str, float]:
+    metrics = _mean(mean, values)
+    return metrics | {std: statistics.stdev(values)} if len(values) > 1 else metrics
 
 
 def _prefixed(prefix: str, metrics: Mapping[str, float]) -> dict[str, float]:

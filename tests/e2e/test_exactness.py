@@ -63,7 +63,7 @@ def test_records_of_a_whole_run(undisturbed: Path) -> None:
         assert row["staleness/max"] == 0
         # Sampled in fp32 with the very weights that are trained: the gap is rounding (1e-4 by law,
         # two orders above what a 2-layer model shows).
-        assert row["sampling/logprob_gap/max"] < 1e-4
+        assert row["sampling/sampling_logp_difference/max"] < 1e-4
         assert row["ess"] == pytest.approx(1.0, abs=1e-4)
     rates = [row["learning_rate"] for row in steps]
     assert rates == pytest.approx([1e-2 * (1 - i / 5) for i in range(5)])

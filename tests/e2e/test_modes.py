@@ -70,7 +70,7 @@ def test_zero_3_with_all_that_a_step_can_do(directory: Path) -> None:
     assert steps[0]["kl"] >= 0
     assert steps[-1]["kl"] > 0, "the policy has left its reference"
     # fp32: what was gathered from the shards and published is what the ranks compute with.
-    assert max(row["sampling/logprob_gap/max"] for row in steps) < 1e-4
+    assert max(row["sampling/sampling_logp_difference/max"] for row in steps) < 1e-4
     # The first pass over a step has ratio 1; the second has not.
     assert steps[0]["ratio"] != 1.0
 

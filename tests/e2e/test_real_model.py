@@ -31,5 +31,5 @@ def test_chain_sum_starts_where_its_readme_says(tmp_path: Path) -> None:
     assert all(row["loss"] == row["loss"] for row in steps[1:])
     # bf16 cached decoding against a full forward: 0.02 to 0.04 measured; a wrong layout, mask or
     # position shows as 1 and more.
-    assert all(row["sampling/logprob_gap/mean"] < 0.1 for row in steps[1:])
+    assert all(row["sampling/sampling_logp_difference/mean"] < 0.1 for row in steps[1:])
     assert all(row["ledger/unexplained"] == 0 for row in steps[1:])

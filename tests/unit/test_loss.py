@@ -276,3 +276,46 @@ def test_missing_reference_is_named() -> None:
 def test_unknown_names_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LossConfig(**change)
+
+
+@pytest.mark.parametrize("correction", ["none", "tis", "icepop"])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_statistics_by_sequence_and_after_the_correction(correction: Any, level: Any) -> None:
+    """clip_ratio/low_min and high_max are over sequences' shares; the sampler's ratio as used."""
+    sequences = make_sequences(7)
+    inputs = make_inputs(sequences, weights_of(sequences, "token"), list(range(len(sequences))))
+    config = LossConfig(
+        clip_low=0.05,
+        clip_high=0.05,
+        correction=correction,
+        correction_level=level,
+        correction_min=0.8,
+        correction_max=1.1,
+    )
+    assert inputs.old_logprobs is not None
+    assert inputs.sampler_logprobs is not None
+    ratio = (inputs.logprobs.detach() - inputs.old_logprobs).exp()
+    gap = inputs.old_logprobs - inputs.sampler_logprobs
+    low, high, ratios = [], [], []
+    for number, advantage in enumerate(inputs.advantages.tolist()):
+        mine = inputs.loss_mask & (inputs.sequence_ids == number)
+        if not mine.any():
+            continue
+        low.append(float(((ratio[mine] < 0.95) & (advantage < 0)).double().mean()))
+        high.append(float(((ratio[mine] > 1.05) & (advantage > 0)).double().mean()))
+        ratios += (
+            [gap[mine].mean().exp().item()] if level == "sequence" else gap[mine].exp().tolist()
+        )
+    if correction == "tis":
+        ratios = [min(value, 1.1) for value in ratios]
+    if correction == "icepop":
+        ratios = [value if 0.8 <= value <= 1.1 else 0.0 for value in ratios]
+    _, stats = policy_loss(inputs, config)
+    assert max(low) > 0
+    assert max(high) > 0
+    assert stats["clip_ratio/low_min"].min == pytest.approx(min(low))
+    assert stats["clip_ratio/high_max"].max == pytest.approx(max(high))
+    reported = stats["sampling/importance_sampling_ratio"]
+    assert reported.count == len(ratios)
+    assert reported.mean == pytest.approx(sum(ratios) / len(ratios))
+    assert (reported.min, reported.max) == pytest.approx((min(ratios), max(ratios)))

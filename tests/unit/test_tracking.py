@@ -105,13 +105,16 @@ def test_rewards_are_trls_over_all_finished_groups() -> None:
     metrics = step_metrics(facts(groups, [groups[0], groups[2]]))
     everything = np.array([mixed, alike, other])
     assert metrics["reward"] == pytest.approx(everything.mean())
-    assert metrics["reward_std"] == pytest.approx(everything.std(axis=1, ddof=1).mean())
+    assert metrics["reward_std"] == pytest.approx(everything.std(ddof=1))
+    assert metrics["group_reward_std"] == pytest.approx(everything.std(axis=1, ddof=1).mean())
     assert metrics["frac_reward_zero_std"] == pytest.approx(1 / 3)
     assert metrics["rewards/exact/mean"] == pytest.approx(everything.mean())
     assert metrics["rewards/exact/std"] == pytest.approx(everything.std(ddof=1))
     trained = everything[[0, 2]]
     assert metrics["trained/reward"] == pytest.approx(trained.mean())
-    assert metrics["trained/reward_std"] == pytest.approx(trained.std(axis=1, ddof=1).mean())
+    assert metrics["trained/reward_std"] == pytest.approx(trained.std(ddof=1))
+    deviations = trained.std(axis=1, ddof=1)
+    assert metrics["trained/group_reward_std"] == pytest.approx(deviations.mean())
     assert metrics["trained/frac_reward_zero_std"] == 0.0
     assert (metrics["num_groups"], metrics["trained/num_groups"]) == (3, 2)
     assert metrics["epoch"] == 0.5
@@ -126,8 +129,11 @@ def test_none_and_errored_scores_are_in_no_mean() -> None:
     metrics = reward_metrics([scored, lonely])
     assert metrics["reward"] == pytest.approx(2 / 3)
     assert metrics["reward/error_frac"] == pytest.approx(1 / 6)
-    assert metrics["reward_std"] == pytest.approx(math.sqrt(0.5))  # the lonely group has none
+    assert metrics["reward_std"] == pytest.approx(np.std([1.0, 0.0, 1.0], ddof=1))
+    assert metrics["group_reward_std"] == pytest.approx(math.sqrt(0.5))  # the lonely one has none
     assert metrics["frac_reward_zero_std"] == 0.0
+    alike = group([2.0, 2.0, None, None], group_id=2)
+    assert reward_metrics([scored, lonely, alike])["frac_reward_zero_std"] == pytest.approx(1 / 3)
     # A part that was computed before another reward failed still belongs to an errored score.
     half = Score(value=None, parts={"exact": 9.0}, error="boom")
     fine = Score(value=1.0, parts={"exact": 1.0})
@@ -180,16 +186,21 @@ def test_learner_statistics_and_effective_sample_size(weights: list[float]) -> N
         {
             "entropy": stat(w),
             "kl": Stat(sum=0.0, count=0.0, min=math.inf, max=-math.inf),
-            "sampling/importance_sampling_ratio": stat(w),
-            "sampling/importance_sampling_ratio_squared": stat(w**2),
+            "clip_ratio/low_min": stat(w),
+            "clip_ratio/high_max": stat(w),
+            "sampling/importance_sampling_ratio": stat(w.clip(max=2.0)),
+            "sampling/token_ratio": stat(w),
+            "sampling/token_ratio_squared": stat(w**2),
         }
     )
     assert metrics["entropy"] == pytest.approx(w.mean())
     assert "kl" not in metrics
-    assert metrics["sampling/importance_sampling_ratio/mean"] == pytest.approx(w.mean())
-    assert metrics["sampling/importance_sampling_ratio/min"] == w.min()
-    assert metrics["sampling/importance_sampling_ratio/max"] == w.max()
-    assert "sampling/importance_sampling_ratio_squared/mean" not in metrics
+    capped = w.clip(max=2.0)
+    assert metrics["sampling/importance_sampling_ratio/mean"] == pytest.approx(capped.mean())
+    assert metrics["sampling/importance_sampling_ratio/min"] == capped.min()
+    assert metrics["sampling/importance_sampling_ratio/max"] == capped.max()
+    assert (metrics["clip_ratio/low_min"], metrics["clip_ratio/high_max"]) == (w.min(), w.max())
+    assert not any("token_ratio" in name for name in metrics)
     assert metrics["ess"] == pytest.approx(w.sum() ** 2 / (len(w) * (w**2).sum()))
     assert metrics["ess"] <= 1 + 1e-12
 
