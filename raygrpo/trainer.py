@@ -17,11 +17,12 @@ from typing import Any
 from raygrpo.actors.futures import Pending
 from raygrpo.actors.learner import LearnerGroup
 from raygrpo.actors.pool import RolloutPool
+from raygrpo.actors.rollouts import RolloutLog
 from raygrpo.actors.scorer import ScoreReport
 from raygrpo.actors.workers import Done
 from raygrpo.algorithm.ledger import TokenLedger, buffered_tokens
 from raygrpo.algorithm.plan import make_step_batch, num_trained_tokens
-from raygrpo.algorithm.window import FinishedGroup, Window
+from raygrpo.algorithm.window import Fate, FinishedGroup, Window
 from raygrpo.checkpoint import Checkpoints, RunState
 from raygrpo.config import RunConfig
 from raygrpo.data.prompts import PromptSource
@@ -46,6 +47,7 @@ class Parts:
     prompts: PromptSource
     evaluations: Evaluations
     tracker: Tracker
+    rollouts: RolloutLog
     run_dir: RunDir
     checkpoints: Checkpoints
     incarnation: int
@@ -71,6 +73,7 @@ class Trainer:
         self._evaluations, self._tracker = parts.evaluations, parts.tracker
         self._run_dir = parts.run_dir
         self._checkpoints, self._incarnation = parts.checkpoints, parts.incarnation
+        self._rollouts = parts.rollouts
         self.step = restored.step if restored else 0
         self._window = Window(
             steps=config.train.steps,
@@ -140,7 +143,8 @@ class Trainer:
         return ended and not busy and self._saved_step == self.step
 
     def _pendings(self) -> list[Pending[Any]]:
-        return [p for p in (self._update, self._publish, self._save) if p is not None]
+        ours = [p for p in (self._update, self._publish, self._save) if p is not None]
+        return ours + self._rollouts.pendings
 
     # What may start.
 
@@ -164,12 +168,13 @@ class Trainer:
         # An evaluation is of one version, so the next one waits for it; so do record and save.
         if self._update or self._record is not None or self._stopping or self._save_is_due():
             return
-        if self._complete or not self._window.step_ready():
+        if self._complete or not (self._window.step_ready() and self._rollouts.has_room):
             return
         groups = self._window.take_step()
         batch = make_step_batch(self.step, groups, self._config)
         for group in groups:
             self._ledger = self._ledger.take(group.summary, self._trained(group.summary))
+        self._rollouts.write_step(batch)
         self._training = (batch, groups)
         self._update = self._learner.update(batch, self._incarnation)
 
@@ -194,6 +199,8 @@ class Trainer:
         return bool(regular or best or self._complete or self._stopping)
 
     def _state(self) -> RunState:
+        # The state counts dropped groups as done: they must be on disk before it is committed.
+        self._rollouts.write_rest("step", self.step + 1)
         return RunState(
             step=self.step,
             window=self._window.state(),
@@ -223,6 +230,8 @@ class Trainer:
                 self._take_update()
             elif pending is self._publish:
                 self._take_publish()
+            else:
+                self._rollouts.confirm(pending)
 
     def _take_group(self, group: FinishedGroup, report: ScoreReport) -> None:
         summary = group.summary
@@ -234,13 +243,19 @@ class Trainer:
             self._tracker.event("reward_error", step=self.step, traceback=report.traceback)
         if summary.stream == "eval":
             self._evaluations.finish(summary)
+            if summary.group_id >= 0:  # the others are constant answers, which nothing generated
+                self._rollouts.take([(group, "eval")])
             return
         self._count_errors(summary)
         awaited = summary.group_id in {request.group_id for request in self._window.pending}
         self._ledger = self._ledger.report(summary, awaited=awaited)
         self._num_tokens += summary.prompt_length * len(summary.lengths) + sum(summary.lengths)
         self._span.finished.append(summary)
-        self._ledger = self._ledger.decide(self._window.finish(group))
+        self._decide(self._window.finish(group))
+
+    def _decide(self, decided: list[tuple[FinishedGroup, Fate]]) -> None:
+        self._ledger = self._ledger.decide(decided)
+        self._rollouts.take(decided)
 
     def _count_errors(self, summary: GroupSummary) -> None:
         """Stops the run once errored scores pass their share of a whole step's scores."""
@@ -276,7 +291,7 @@ class Trainer:
             self._evaluations.drop(group_id)
             return
         self._ledger = self._ledger.drop(1)
-        self._ledger = self._ledger.decide(self._window.fail(group_id))
+        self._decide(self._window.fail(group_id))
         self._span.dropped_groups += 1
         if self._span.dropped_groups > self._config.train.groups_per_step:
             raise DataError(
@@ -310,7 +325,8 @@ class Trainer:
             update_s=update_s,
         )
         self.step += 1
-        self._record = step_metrics(facts) | self._ledger_metrics() | self._sync
+        ours = self._ledger_metrics() | self._sync | self._rollouts.metrics()
+        self._record = step_metrics(facts) | ours
         self._start_publish()
 
     def _ledger_metrics(self) -> dict[str, float]:
@@ -324,7 +340,8 @@ class Trainer:
         if self._save is not None and not self._save.open_refs:
             assert self._saving is not None
             directory, state = self._saving
-            if self._record is None or state.step < self.step:
+            closed = self._record is None or state.step < self.step
+            if closed and self._rollouts.settled(state.step):
                 self._commit(directory, state)
                 self._save = self._saving = None
 
@@ -351,6 +368,7 @@ class Trainer:
                     self._pool.submit(order)
             if not evaluations.done:
                 return
+            self._rollouts.write_rest("eval", self.step)
             metrics, events = evaluations.end(self.step)
             record = record | metrics
             for kind, fields in events:

@@ -36,6 +36,8 @@ FLOORS = {
     "raygrpo.trainer": 4,
     "raygrpo.checkpoint": 4,
     "raygrpo.run_dir": 4,
+    "raygrpo.rollouts": 2,
+    "raygrpo.replay": 5,
     "raygrpo.tracking": 4,
     "raygrpo.model_card": 4,
     "raygrpo.model_card_papers": 4,

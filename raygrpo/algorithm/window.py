@@ -11,8 +11,8 @@ takes it is at most ``max_staleness`` after the one at which it was admitted.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from raygrpo.algorithm.advantages import has_signal
@@ -23,10 +23,14 @@ Fate = Literal["kept", "no_signal", "errored"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FinishedGroup:
-    """A finished group as the driver holds it: ``payload`` is an opaque reference to its tokens."""
+    """A finished group as the driver holds it: ``payload`` is an opaque reference to its tokens.
+
+    ``extras`` are the columns [G] that rewards gave to ``log_extra``.
+    """
 
     summary: GroupSummary
     payload: Any
+    extras: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +42,11 @@ class WindowState:
     taken: int
     refilled: int
     pending: tuple[GroupRequest, ...]
+
+    def has_decided(self, group_id: int) -> bool:
+        """Whether a group was trained or dropped before."""
+        waiting = any(request.group_id == group_id for request in self.pending)
+        return group_id < self.admitted and not waiting
 
 
 class Window:

@@ -1,0 +1,334 @@
+"""The rollout store's files: every finished group in Parquet, one row a completion.
+
+``completions/step-00000003.parquet`` holds the groups that were decided for the step whose metrics
+carry the same number: those it trained and those dropped on the way, in order of admission.
+``eval-*.parquet`` holds an evaluation's. A file is written to another name and renamed, so that one
+that is there is whole. docs/rollouts.md says what the columns mean.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import xxhash
+
+from raygrpo.errors import StorageError
+from raygrpo.types import (
+    Group,
+    GroupSummary,
+    PlannedSample,
+    Score,
+    Stream,
+)
+
+Kind = Literal["step", "eval"]
+Minibatches = tuple[tuple[PlannedSample, ...], ...]
+
+FORMAT = 1
+NUM_SAMPLED, _SHOWN_CHARACTERS = 8, 2000
+_FACTS = b"raygrpo"
+_TEMPORARY = ".tmp-"
+
+SCHEMA = pa.schema(
+    {
+        "step": pa.int64(),
+        "stream": pa.string(),
+        "group_id": pa.int64(),
+        "completion_index": pa.int32(),
+        "attempt": pa.int32(),
+        "fate": pa.string(),
+        "source": pa.string(),
+        "prompt_id": pa.string(),
+        "chat": pa.bool_(),
+        "prompt": pa.string(),
+        "completion": pa.string(),
+        "finish": pa.string(),
+        "reward": pa.float64(),
+        "rewards": pa.string(),
+        "error": pa.string(),
+        "extras": pa.string(),
+        "advantage": pa.float64(),
+        "loss_weight": pa.float64(),
+        "num_loss_tokens": pa.int32(),
+        "minibatch": pa.int32(),
+        "position": pa.int32(),
+        "prompt_token_ids": pa.list_(pa.int32()),
+        "token_ids": pa.list_(pa.int32()),
+        "loss_mask": pa.list_(pa.bool_()),
+        "sampler_logprobs": pa.list_(pa.float32()),
+        "version_incarnations": pa.list_(pa.int64()),
+        "version_steps": pa.list_(pa.int64()),
+        "version_counts": pa.list_(pa.int64()),
+        "generate_s": pa.float64(),
+        "score_s": pa.float64(),
+    }
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredGroup:
+    """A finished group as the store is given it, without its tokens.
+
+    ``fate``: ``kept`` for one that its step trains, else what the rows say (``no_signal``,
+    ``errored``, ``eval``). ``extras`` are the columns [G] that rewards gave to ``log_extra``.
+    """
+
+    summary: GroupSummary
+    fate: str
+    extras: Mapping[str, tuple[Any, ...]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileFacts:
+    """What a file says of itself. ``complete``: no finished group was left out of it.
+
+    ``num_minibatches`` is 0 while the step is open: groups dropped for it lie here because a
+    checkpoint counts them as done, and the rest comes when the step is trained.
+    """
+
+    step: int
+    complete: bool
+    num_minibatches: int = 0
+    has_signal: bool = True
+    num_groups: int = 0
+    format: int = FORMAT
+
+
+def file_path(directory: Path, kind: Kind, step: int) -> Path:
+    """Where a step's file is, or would be."""
+    return directory / f"{kind}-{step:08}.parquet"
+
+
+def files(directory: Path, kind: Kind) -> dict[int, Path]:
+    """The files of a kind by step, in order."""
+    paths = sorted(directory.glob(f"{kind}-{'[0-9]' * 8}.parquet"))
+    return {int(path.stem.removeprefix(f"{kind}-")): path for path in paths}
+
+
+def total_bytes(directory: Path) -> int:
+    """Size of all files."""
+    return sum(path.stat().st_size for path in directory.glob("*.parquet"))
+
+
+def is_drawn(stream: Stream, group_id: int, frac: float) -> bool:
+    """Whether a group is among the share that is stored: always the same answer."""
+    return xxhash.xxh3_64_intdigest(f"{stream}/{group_id}".encode()) < frac * 2**64
+
+
+def make_table(
+    step: int, stored: Sequence[StoredGroup], groups: Mapping[int, Group], minibatches: Minibatches
+) -> pa.Table:
+    """The rows of ``stored``, by group id; a group without an entry in ``groups`` has none."""
+    places = {
+        (sample.group_id, sample.completion_index): (index, position, sample)
+        for index, samples in enumerate(minibatches)
+        for position, sample in enumerate(samples)
+    }
+    rows = [
+        row
+        for item in sorted(stored, key=lambda item: item.summary.group_id)
+        if (group := groups.get(item.summary.group_id)) is not None
+        for row in _rows(step, item, group, places)
+    ]
+    return pa.Table.from_pylist(rows, schema=SCHEMA)
+
+
+def _rows(
+    step: int,
+    stored: StoredGroup,
+    group: Group,
+    places: Mapping[tuple[int, int], tuple[int, int, PlannedSample]],
+) -> Iterator[dict[str, Any]]:
+    summary, prompt = stored.summary, group.request.prompt
+    text = _json(prompt.messages) if prompt.text is None else prompt.text
+    for index, completion in enumerate(group.completions):
+        score = summary.scores[index]
+        place = places.get((summary.group_id, index))
+        minibatch, position, planned = place or (None, None, None)
+        versions = [version for version, _ in completion.version_runs]
+        extras = {name: column[index] for name, column in stored.extras.items()}
+        yield {
+            "step": step,
+            "stream": summary.stream,
+            "group_id": summary.group_id,
+            "completion_index": index,
+            "attempt": group.request.attempt,
+            "fate": _fate(stored.fate, score, planned),
+            "source": _readable(summary.source),
+            "prompt_id": _readable(summary.prompt_id),
+            "chat": prompt.text is None,
+            "prompt": _readable(text),
+            "completion": _readable(completion.text),
+            "finish": completion.finish,
+            "reward": score.value,
+            "rewards": _readable(_json(dict(score.parts))),
+            "error": None if score.error is None else _readable(score.error),
+            "extras": _readable(_json(extras)),
+            "advantage": planned.advantage if planned else None,
+            "loss_weight": planned.loss_weight if planned else None,
+            "num_loss_tokens": planned.num_loss_tokens if planned else 0,
+            "minibatch": minibatch,
+            "position": position,
+            "prompt_token_ids": prompt.token_ids,
+            "token_ids": completion.token_ids,
+            "loss_mask": completion.loss_mask,
+            "sampler_logprobs": completion.logprobs,
+            "version_incarnations": [version.incarnation for version in versions],
+            "version_steps": [version.step for version in versions],
+            "version_counts": [count for _, count in completion.version_runs],
+            "generate_s": group.generate_s,
+            "score_s": summary.score_s,
+        }
+
+
+def _fate(group_fate: str, score: Score, planned: PlannedSample | None) -> str:
+    if group_fate != "kept":
+        return group_fate
+    if planned is not None:
+        return "trained"
+    return "masked" if score.error is None else "errored"
+
+
+def _readable(text: str) -> str:
+    """Text that is valid UTF-8: a lone surrogate, which bytes cut in two leave, is spelt out."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _json(value: Any) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False, default=str)
+    except (TypeError, ValueError, RecursionError):  # keys that are no text; values in a circle
+        return json.dumps(repr(value), ensure_ascii=False)
+
+
+def write_file(path: Path, table: pa.Table, facts: FileFacts) -> None:
+    """Writes rows.
+
+    Groups that the file holds already stay in it, unless they come again: so a write may be
+    repeated, and a step's file may be begun before the step is trained.
+
+    Raises:
+        StorageError: the file cannot be written, or the one that is there cannot be read.
+    """
+    if path.is_file():
+        older, known = read_file(path)
+        others = older.filter(pc.invert(pc.is_in(older["group_id"], table["group_id"])))
+        order = [("group_id", "ascending"), ("completion_index", "ascending")]
+        table = pa.concat_tables([others, table]).sort_by(order)
+        facts = replace(facts, complete=facts.complete and known.complete)
+    _replace_file(path, table, facts)
+
+
+def _replace_file(path: Path, table: pa.Table, facts: FileFacts) -> None:
+    facts = replace(facts, num_groups=pc.count_distinct(table["group_id"]).as_py())
+    table = table.replace_schema_metadata({_FACTS: json.dumps(asdict(facts))})
+    temporary = path.with_name(f"{_TEMPORARY}{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            pq.write_table(table, file, compression="zstd", write_page_checksum=True)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _sync(path.parent)
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {path}: {error}", "free some space, or set tracking.completions_max_gb"
+        ) from error
+
+
+def _sync(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_facts(path: Path) -> FileFacts:
+    """What a file says of itself.
+
+    Raises:
+        StorageError: it cannot be read, or was written by another version of the store.
+    """
+    try:
+        return _facts(path, pq.read_schema(path))
+    except (OSError, pa.ArrowException) as error:
+        raise StorageError(f"cannot read {path}: {error}") from None
+
+
+def _facts(path: Path, schema: pa.Schema) -> FileFacts:
+    try:
+        found = json.loads((schema.metadata or {})[_FACTS])
+    except (KeyError, ValueError):
+        raise StorageError(f"{path} is no file of the rollout store") from None
+    if found.get("format") != FORMAT:
+        raise StorageError(
+            f"{path} has format {found.get('format')}; this version reads format {FORMAT}"
+        )
+    return FileFacts(**found)
+
+
+def read_file(path: Path) -> tuple[pa.Table, FileFacts]:
+    try:
+        table = pq.read_table(path, page_checksum_verification=True, partitioning=None)
+    except (OSError, pa.ArrowException) as error:
+        raise StorageError(f"cannot read {path}: {error}") from None
+    facts = _facts(path, table.schema)
+    return table.replace_schema_metadata(None), facts
+
+
+def roll_back(directory: Path, step: int, is_decided: Callable[[int], bool]) -> None:
+    """Takes the store back to a checkpoint of ``step``, from which the run does it all again.
+
+    Later files go, but for the groups in them that the checkpoint counts as done: nothing else
+    would bring these back. Leftovers of a write that was cut off go too.
+
+    Raises:
+        StorageError: a file cannot be removed, read or written.
+    """
+    try:
+        for leftover in directory.glob(f"{_TEMPORARY}*"):
+            leftover.unlink()
+        for number, path in files(directory, "eval").items():
+            if number > step:
+                path.unlink()
+        for number, path in files(directory, "step").items():
+            if number > step and not (number == step + 1 and _keep(path, is_decided)):
+                path.unlink()
+    except OSError as error:
+        raise StorageError(f"cannot roll {directory} back to step {step}: {error}") from error
+
+
+def _keep(path: Path, is_decided: Callable[[int], bool]) -> bool:
+    """Cuts a file down to decided groups; False when it has none."""
+    table, facts = read_file(path)
+    decided = pa.array(list(map(is_decided, table["group_id"].to_pylist())), pa.bool_())
+    kept = table.filter(decided)
+    if len(kept):
+        _replace_file(path, kept, replace(facts, num_minibatches=0))
+    return len(kept) > 0
+
+
+def sample_rows(table: pa.Table) -> list[dict[str, Any]]:
+    """A few rows from all over a step, as trackers show them."""
+    count = min(NUM_SAMPLED, len(table))
+    spread = [index * len(table) // count for index in range(count)]
+    columns = ("step", "prompt", "completion", "reward", "advantage", "rewards")
+    return [
+        {
+            **json.loads(row.pop("rewards")),
+            **row,
+            "prompt": row["prompt"][:_SHOWN_CHARACTERS],
+            "completion": row["completion"][:_SHOWN_CHARACTERS],
+        }
+        for row in table.select(columns).take(spread).to_pylist()
+    ]
