@@ -22,12 +22,14 @@ mean fp32 rounds, TRL's advantages are 6e-4 instead of 0; equal rewards here hav
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -338,6 +340,39 @@ def test_the_formulas_say_the_same(kind: str, num_iterations: int, models: dict[
     theirs = formulas(models[kind], steps, num_iterations=num_iterations, lr=FAST)
     assert_same_advantages(advantages, theirs.advantages)
     assert_same_updates(ours, theirs, models[kind])
+
+
+RECORDED = json.loads((Path(__file__).parent / "trl024.json").read_text())["runs"]
+
+
+@pytest.mark.parametrize("run", RECORDED, ids=lambda run: f"{run['name']}-{run['kind']}")
+def test_trl_0_24_did_the_same(run: dict[str, Any], models: dict[str, Path]) -> None:
+    """Vectors by their length and their products with random directions."""
+    steps = make_rollouts()
+    config = trl024_config(
+        models[run["kind"]],
+        optimizer={"lr": run["lr"]},
+        train={"num_iterations": run.get("num_iterations", 1)},
+    )
+    start = flat(dict(RecordingLearner(config).named_weights()))
+    assert_projections(start, run["start"], 1e-9)  # else the recording is of other weights
+    noise = make_noise(steps, 0.3) if run.get("noise") else None
+    advantages, ours = train(config, steps, noise)
+    assert_same_advantages(advantages, run["advantages"])
+    for mine, recorded in zip(ours.updates, run["updates"], strict=True):
+        assert mine.loss == pytest.approx(recorded["loss"], rel=TOLERANCE)
+        assert mine.lr == pytest.approx(recorded["lr"])
+        assert_projections(flat(mine.gradient), recorded["gradient"], TOLERANCE)
+        assert_projections(flat(mine.weights) - start, recorded["movement"], MOVEMENT_TOLERANCE)
+
+
+def assert_projections(vector: Tensor, recorded: Sequence[float], tolerance: float) -> None:
+    """A difference of relative length d has products of standard deviation d times the length."""
+    length, *products = recorded
+    assert float(vector.norm()) == pytest.approx(length, rel=tolerance)
+    random = np.random.RandomState(11)
+    found = [float(vector.numpy() @ random.standard_normal(len(vector))) for _ in products]
+    assert found == pytest.approx(products, rel=0, abs=4 * tolerance * length)
 
 
 def test_the_recipe_has_trls_settings(tmp_path: Path) -> None:
