@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -29,6 +31,9 @@ _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 def train(
     context: typer.Context,
     config: Annotated[Path, typer.Argument(help="YAML file of the run.")],
+    profile_step: Annotated[
+        int | None, typer.Option(help="Step to trace with torch's profiler, into RUN/profile/.")
+    ] = None,
 ) -> None:
     """Train, or resume, the run that CONFIG describes; then export the model.
 
@@ -39,7 +44,7 @@ def train(
     session = None
     try:
         resolved = load_config(config, context.args)
-        with Session(resolved) as session:
+        with Session(resolved, profile_step=profile_step) as session:
             session.prepare()
             outcome = session.run()
     except RayGrpoError as error:
@@ -84,6 +89,146 @@ def export(
     except RayGrpoError as error:
         _fail(error, EXIT_BAD_INPUT if isinstance(error, _INPUT) else EXIT_FAILED)
     typer.echo(str(path))
+
+
+_Target = Annotated[Path, typer.Argument(help="YAML file, or directory of a run.")]
+_Step = Annotated[
+    str | None,
+    typer.Option(help="Checkpoint of a run: a step, best or last; none: the best, else the last."),
+]
+
+
+@app.command(name="eval", context_settings=_OVERRIDES)
+def evaluate(
+    context: typer.Context,
+    target: _Target,
+    step: _Step = None,
+    out: Annotated[Path | None, typer.Option(help="Write the numbers here, as JSON.")] = None,
+) -> None:
+    """Evaluate the model of a configuration, or of a run's checkpoint, without training.
+
+    Keys are overridden by --section.key=value.
+    """
+    from raygrpo import rollout_session
+
+    with _watched() as watch:
+        found = rollout_session.evaluate(target, _step(step), context.args, watch)
+        if out is not None:
+            rollout_session.write_json(out, found)
+    greedy = f"1 greedy and {found.num_completions} sampled completions each"
+    typer.echo(f"{found.model} after {found.step} steps: {found.num_prompts} prompts, {greedy}")
+    _print_numbers(found.metrics)
+    if found.best_constant:
+        answer = found.best_constant.answer
+        typer.echo(f"best constant answer {answer!r}: {found.best_constant.value:.4g}")
+
+
+@app.command(context_settings=_OVERRIDES)
+def generate(
+    context: typer.Context,
+    target: _Target,
+    num_groups: Annotated[
+        int | None, typer.Option(min=1, help="Groups; none: train.groups_per_step.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Directory for the Parquet file.")] = Path("generated"),
+    step: _Step = None,
+) -> None:
+    """Generate and score a run's first groups without training, and write them as Parquet.
+
+    Shows what a prompt and a reward make of a model. Keys are overridden by --section.key=value.
+    """
+    from raygrpo import rollout_session
+
+    with _watched() as watch:
+        made = rollout_session.generate(
+            target,
+            num_groups=num_groups,
+            out=out,
+            step=_step(step),
+            overrides=context.args,
+            on_event=watch,
+        )
+    typer.echo(f"{made.model}: {made.num_groups} groups in {made.seconds:.1f} s")
+    _print_numbers(made.metrics)
+    typer.echo(f"completions     {made.path}")
+
+
+def _step(text: str | None) -> int | str | None:
+    if text is None or text in ("best", "last"):
+        return text
+    if not text.isdecimal():
+        raise typer.BadParameter(f"{text!r} is no step, best or last", param_hint="--step")
+    return int(text)
+
+
+class _Watch:
+    """Shows on standard error what a session without a learner does."""
+
+    def __init__(self) -> None:
+        self.started = False
+
+    def __call__(self, kind: str, fields: Mapping[str, Any]) -> None:
+        """Counts groups on a terminal; tells of everything else as a line."""
+        self.started = True
+        if kind not in ("started", "group"):
+            typer.echo(f"{kind.replace('_', ' ')}: {fields}", err=True)
+        elif kind == "group" and sys.stderr.isatty():
+            typer.echo(f"\r{fields['finished']}/{fields['of']} groups ", err=True, nl=False)
+            if fields["finished"] == fields["of"]:
+                typer.echo(err=True)
+
+
+@contextlib.contextmanager
+def _watched() -> Iterator[_Watch]:
+    """Turns failures into exit codes, as `train` does."""
+    watch = _Watch()
+    try:
+        yield watch
+    except RayGrpoError as error:
+        bad_input = isinstance(error, _INPUT) and not watch.started
+        _fail(error, EXIT_BAD_INPUT if bad_input else EXIT_FAILED)
+    except Stopped:
+        typer.echo("stopped", err=True)
+        raise typer.Exit(EXIT_STOPPED) from None
+
+
+def _print_numbers(metrics: Mapping[str, float]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("metric", "value", box=None)
+    for name, value in sorted(metrics.items()):
+        table.add_row(name, f"{value:.4g}")
+    Console().print(table)
+
+
+@app.command(context_settings=_OVERRIDES)
+def replay(
+    context: typer.Context,
+    run: Annotated[Path, typer.Argument(help="Directory of a run.")],
+    out: Annotated[Path | None, typer.Option(help="Where to write; none: RUN/replay.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps; none: all.")] = None,
+) -> None:
+    """Train again on the rollouts that RUN has stored, with the learner alone.
+
+    Keys of the run's configuration are overridden by --section.key=value.
+    """
+    from raygrpo.replay import replay
+
+    def show(step: int, metrics: Mapping[str, float]) -> None:
+        shown = {name: metrics[name] for name in ("loss", "grad_norm") if name in metrics}
+        typer.echo(f"step {step}  " + "  ".join(f"{n} {v:.6g}" for n, v in shown.items()))
+
+    try:
+        done = replay(run, out, steps=steps, overrides=context.args, on_step=show)
+    except RayGrpoError as error:
+        _fail(error, EXIT_BAD_INPUT if isinstance(error, _INPUT) else EXIT_FAILED)
+    except Stopped:
+        typer.echo("stopped; the same command starts again")
+        raise typer.Exit(EXIT_STOPPED) from None
+    for change in done.changes:
+        typer.echo(f"the run changed {change} on the way; the replay used its last configuration")
+    typer.echo(f"replayed {done.steps} steps: {done.directory}")
 
 
 @app.command(name="config", context_settings=_OVERRIDES)

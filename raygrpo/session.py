@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from raygrpo.checkpoint import Checkpoints, RunState, load_state, verify
 from raygrpo.config import RewardSection, RunConfig
@@ -93,8 +93,11 @@ class Session:
         functions: Mapping[str, bytes] | None = None,
         dataset: Any = None,
         eval_dataset: Any = None,
+        *,
+        profile_step: int | None = None,
     ) -> None:
         self.config = config
+        self._profile_step = profile_step
         self.started = False
         self._functions = dict(functions or {})
         self._dataset = dataset
@@ -103,7 +106,7 @@ class Session:
         self._signals = StopSignals()
         self._closers = contextlib.ExitStack()
 
-    def __enter__(self) -> Session:
+    def __enter__(self) -> Self:
         self._signals.install()
         self._closers.callback(self._signals.uninstall)
         return self
@@ -118,6 +121,7 @@ class Session:
         self._closers.callback(self.run_dir.release)
         self.run_dir.note(revisions=dict(self._pinned.revisions), example=self._example())
         self._find_checkpoint()
+        self._order_profile()
         if self._complete:
             self._start_tracking()
         else:
@@ -215,18 +219,18 @@ class Session:
         )
 
     def _load_data(self) -> None:
-        from raygrpo.data.prompts import PromptSource
-        from raygrpo.data.sources import eval_section, load_rows
+        from raygrpo.data.loading import make_prompts
+        from raygrpo.data.sources import eval_section
 
         config, seed = self._pinned.config, self.config.seed
-        rows = load_rows(config.data, seed=seed, dataset=self._dataset)
-        self._prompts = PromptSource(rows, config.data, self._tokenizer, seed=seed, stream="train")
+        tokenizer, given = self._tokenizer, self._dataset
+        self._prompts = make_prompts(config.data, tokenizer, seed=seed, dataset=given)
         self._sources = {"train": self._prompts}
         self._eval_prompts: list[Prompt] = []
         if config.eval.eval_steps:
             section = eval_section(config.data, config.eval, seed=seed)
-            rows = load_rows(section, seed=seed, dataset=self._eval_dataset)
-            source = PromptSource(rows, section, self._tokenizer, seed=seed, stream="eval")
+            given = self._eval_dataset
+            source = make_prompts(section, tokenizer, seed=seed, stream="eval", dataset=given)
             self._sources["eval"] = source
             self._eval_prompts = source.take(config.eval.num_prompts)
         self._constants = constant_groups(self._eval_prompts, config, self._tokenizer)
@@ -264,13 +268,25 @@ class Session:
             self.run_dir.note(best=best.fact())
         return best
 
+    def _order_profile(self) -> None:
+        from raygrpo.profiling import order_profile
+
+        self._profile = None
+        if self._profile_step is not None:
+            done = self._restored.step if self._restored else 0
+            self._profile = order_profile(
+                self.run_dir.root, self._profile_step, done=done, steps=self.config.train.steps
+            )
+
     def _start_tracking(self) -> None:
         """After all checks: it cuts off the metrics after the checkpoint."""
         from raygrpo.tracking.tracker import Tracker
 
         step = self._restored.step if self._restored else 0
         resume_step = step if self._restored else None
-        self._tracker = Tracker(self.run_dir.root, self.config, resume_step=resume_step)
+        self._tracker = Tracker(
+            self.run_dir.root, self.config, resume_step=resume_step, profile=self._profile
+        )
         self._closers.callback(self._tracker.close)
         for problem in self._refused:
             self._tracker.event("checkpoint_refused", step=step, reason=problem)
@@ -302,6 +318,7 @@ class Session:
         where: dict[str, Any] = {
             "local": connection.local,
             "logs": self.run_dir.logs if connection.local else None,
+            "profile": self._profile,
         }
         self._learner = LearnerGroup(self._placed, store, **where)
         self._pool = RolloutPool(self._placed, store, rewards, self._functions, **where)

@@ -14,6 +14,7 @@ from typing import Any
 from raygrpo.actors.spawn import log_to
 from raygrpo.config import RunConfig
 from raygrpo.engines.base import Engine
+from raygrpo.profiling import EngineTracer, ProfileRequest
 from raygrpo.types import Group, GroupRequest, Version
 
 
@@ -39,11 +40,14 @@ class GeneratorActor:
     Without a ``store`` it serves the weights of ``model.path`` as version (0, 0).
     """
 
-    def __init__(self, config: RunConfig, store: Any, threads: int) -> None:
+    def __init__(
+        self, config: RunConfig, store: Any, threads: int, profile: ProfileRequest | None = None
+    ) -> None:
         os.environ["OMP_NUM_THREADS"] = str(threads)
         self._config = config
         self._threads = threads
         self._store = store
+        self._profile = profile
         self._commands: queue.SimpleQueue[tuple[Callable[[], Any], asyncio.Future[Any]]]
         self._commands = queue.SimpleQueue()
         self._waiting: dict[tuple[str, int, int], asyncio.Future[Group]] = {}
@@ -65,6 +69,9 @@ class GeneratorActor:
             device="cuda" if config.generators.gpus else "cpu",
             version=Version(0, 0) if self._store is None else None,
         )
+        self._traced: Engine | EngineTracer = self._engine
+        if self._profile is not None:
+            self._traced = EngineTracer(self._engine, self._profile, "generator-0")
         self._loop = asyncio.get_running_loop()
         threading.Thread(target=self._run, name="engine", daemon=True).start()
         return os.getpid()
@@ -98,7 +105,7 @@ class GeneratorActor:
         key = (request.stream, request.group_id, request.attempt)
         self._waiting[key] = finished
         accepted: asyncio.Future[None] = self._loop.create_future()
-        self._enqueue(lambda: self._engine.submit(request), accepted)
+        self._enqueue(lambda: self._traced.submit(request), accepted)
         try:
             await accepted
             return await finished
@@ -114,7 +121,7 @@ class GeneratorActor:
         while True:
             self._run_commands()
             try:
-                groups = self._engine.step()
+                groups = self._traced.step()
             except Exception as error:
                 self._loop.call_soon_threadsafe(self._fail_all, error)
                 self._serve_nothing(error)

@@ -16,6 +16,7 @@ from raygrpo.actors.spawn import log_path, log_to, spawn
 from raygrpo.algorithm.packing import make_microbatch, place
 from raygrpo.config import RunConfig
 from raygrpo.errors import ConfigError
+from raygrpo.profiling import ProfileRequest, Tracer
 from raygrpo.types import (
     BucketSpec,
     Group,
@@ -33,9 +34,10 @@ _PUTS_IN_FLIGHT = 2
 class LearnerActor:
     """One DeepSpeed rank. Calls run one at a time, in the order in which the driver makes them."""
 
-    def __init__(self, config: RunConfig, rank: int) -> None:
+    def __init__(self, config: RunConfig, rank: int, profile: ProfileRequest | None = None) -> None:
         self._config = config
         self._rank = rank
+        self._profile = profile
 
     def address(self) -> tuple[str, int]:
         """This node's address and a free port on it, for the ranks to meet.
@@ -72,6 +74,12 @@ class LearnerActor:
 
     def update(self, batch: StepBatch, incarnation: int) -> StepResult:
         """Trains this rank's share of a step."""
+        if self._profile is None or batch.step + 1 != self._profile.step:
+            return self._update(batch, incarnation)
+        with Tracer(self._profile, f"learner-{self._rank}"):
+            return self._update(batch, incarnation)
+
+    def _update(self, batch: StepBatch, incarnation: int) -> StepResult:
         if batch.has_signal or not self._may_skip:
             stats = self._learner.update(self._microbatches(batch))
         else:
@@ -145,7 +153,13 @@ class LearnerGroup:
     """All ranks behind one face; each method starts a call and returns its `Pending` result."""
 
     def __init__(
-        self, config: RunConfig, store: Any, *, local: bool, logs: Path | None = None
+        self,
+        config: RunConfig,
+        store: Any,
+        *,
+        local: bool,
+        logs: Path | None = None,
+        profile: ProfileRequest | None = None,
     ) -> None:
         self._config = config
         self._logs = logs
@@ -155,7 +169,8 @@ class LearnerGroup:
         labels = labels_of(config, "learner")
         options = actor_options(local=local, threads=self._threads, gpus=gpus, labels=labels)
         self._actors = [
-            spawn(LearnerActor, config, rank, **options) for rank in range(config.learner.num_ranks)
+            spawn(LearnerActor, config, rank, profile if rank == 0 else None, **options)
+            for rank in range(config.learner.num_ranks)
         ]
         self._local = local
 

@@ -28,6 +28,7 @@ from raygrpo.algorithm.window import FinishedGroup
 from raygrpo.config import RewardSection, RunConfig
 from raygrpo.errors import InfraError
 from raygrpo.failures import MAX_DEATHS, Action, History, decide
+from raygrpo.profiling import ProfileRequest
 from raygrpo.types import Group, GroupRequest
 
 
@@ -43,6 +44,7 @@ class RolloutPool:
         *,
         local: bool,
         logs: Path | None = None,
+        profile: ProfileRequest | None = None,
     ) -> None:
         self._config = config
         self._logs = logs
@@ -50,6 +52,7 @@ class RolloutPool:
         self._rewards = rewards
         self._functions = functions
         self._local = local
+        self._profile = profile
         self._generators = [self._new_generator(i) for i in range(config.generators.count)]
         self._scorers = [self._new_scorer(i) for i in range(config.scorers.count)]
         self._flights: dict[GroupKey, Flight] = {}
@@ -164,8 +167,9 @@ class RolloutPool:
             gpus=config.generators.gpus,
             labels=labels_of(config, "generator"),
         )
+        profile = self._profile if index == 0 else None
         actor = spawn(
-            GeneratorActor, config, self._store, threads, max_concurrency=10_000, **options
+            GeneratorActor, config, self._store, threads, profile, max_concurrency=10_000, **options
         )
         return self._started(Worker("generator", f"generator-{index}", actor))
 

@@ -8,6 +8,7 @@ from typing import IO, Any
 
 from raygrpo.config import RunConfig
 from raygrpo.errors import StorageError
+from raygrpo.profiling import ProfileRequest
 from raygrpo.run_dir import RunDir
 from raygrpo.tracking.console import Console
 from raygrpo.tracking.curve import draw_curve
@@ -20,7 +21,8 @@ class Tracker:
     """Records a run in a claimed run directory.
 
     ``resume_step`` is the step of the checkpoint that the run goes on from, None for a run from the
-    start; metrics after it are cut off, since these steps are done again.
+    start; metrics after it are cut off, since these steps are done again. ``profile`` is what was
+    asked for, announced by an event ``profile`` once it is on disk.
 
     Attributes:
         last_metrics: the newest value of every metric logged by this process.
@@ -35,12 +37,14 @@ class Tracker:
         config: RunConfig,
         *,
         resume_step: int | None = None,
+        profile: ProfileRequest | None = None,
         file: IO[str] | None = None,
     ) -> None:
         self._run_dir = RunDir(root)
         self._steps = config.train.steps
         self._last_step = resume_step or 0
         self._closed = False
+        self._profile = profile
         self.last_metrics: dict[str, float] = {}
         self._metrics = MetricsFile(self._run_dir.metrics_path, resume_step=resume_step)
         self._events = EventsFile(self._run_dir.events_path)
@@ -62,6 +66,7 @@ class Tracker:
             self._tensorboard.log_step(step, metrics)
         self._wandb.log_step(step, metrics)
         self._take_events()
+        self._announce_profile()
 
     def log_completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Adds rows to wandb's table ``completions``; its columns are those of the first call.
@@ -86,6 +91,7 @@ class Tracker:
         self._closed = True
         if exit_code is None:
             exit_code = int(self._last_step < self._steps)
+        self._announce_profile(last=True)
         if self._tensorboard is not None:
             self._tensorboard.close()
         self._wandb.close(exit_code)
@@ -97,6 +103,18 @@ class Tracker:
         self._console.close()
         self._metrics.close()
         self._events.close()
+
+    def _announce_profile(self, *, last: bool = False) -> None:
+        """Says where the traces are once both are there; at the end, which ones are."""
+        profile = self._profile
+        if profile is None or self._last_step < profile.step:
+            return
+        paths = {name: profile.path(f"{name}-0") for name in ("learner", "generator")}
+        found = {name: str(path) for name, path in paths.items() if path.is_file()}
+        if last or len(found) == len(paths):
+            self._profile = None
+            missing = ", ".join(paths.keys() - found.keys())
+            self._record_event("profile", {**found, **({"missing": missing} if missing else {})})
 
     def _take_events(self) -> None:
         """Records what wandb's thread reported: this thread alone writes the files."""
