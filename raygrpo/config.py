@@ -158,11 +158,22 @@ class AdvantageSection(Section):
     )
     rewards: Literal["sum_then_normalise", "normalise_then_sum"] = key(
         "sum_then_normalise",
-        "Several rewards: summed first, or each normalised in its group first (GDPO).",
+        "Several rewards: summed first; or (GDPO) each normalised in its group, then summed, then "
+        "normalised in the step, which leaves baseline and scale no choice.",
     )
     mask_truncated: bool = key(
         False, "Overlong filter: truncated completions count in the baseline, not in the loss."
     )
+
+    @model_validator(mode="after")
+    def _one_normalisation(self) -> AdvantageSection:
+        fixed = self.baseline == "mean" and self.scale == "none"
+        if self.rewards == "normalise_then_sum" and not fixed:
+            raise ValueError(
+                "normalise_then_sum does all the normalising there is: "
+                "set advantage.baseline: mean and advantage.scale: none"
+            )
+        return self
 
 
 class LossSection(Section):

@@ -21,7 +21,7 @@ from raygrpo.actors.rollouts import RolloutLog
 from raygrpo.actors.scorer import ScoreReport
 from raygrpo.actors.workers import Done
 from raygrpo.algorithm.ledger import TokenLedger, buffered_tokens
-from raygrpo.algorithm.plan import make_step_batch, num_trained_tokens
+from raygrpo.algorithm.plan import make_step_batch, num_trained_tokens, signal_values
 from raygrpo.algorithm.window import Fate, FinishedGroup, Window
 from raygrpo.checkpoint import Checkpoints, RunState
 from raygrpo.config import RunConfig
@@ -82,6 +82,7 @@ class Trainer:
             dynamic_sampling=config.train.dynamic_sampling,
             max_refill_factor=config.train.max_refill_factor,
             trains=lambda summary, i: num_trained_tokens(summary, i, config.advantage) > 0,
+            signal=lambda summary: signal_values(summary, config),
             state=restored.window if restored else None,
         )
         self._ledger = restored.ledger if restored else TokenLedger()

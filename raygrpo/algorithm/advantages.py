@@ -7,6 +7,7 @@ mean/group_population +-1.0, mean/none +-0.5 (Dr.GRPO 2503.20783), leave_one_out
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -51,6 +52,46 @@ def group_advantages(
     centred = torch.where(usable, _centre(values, scored, baseline), 0.0)
     divisor = _divisor(values, centred, scored, usable, scale)
     return torch.where(usable, centred / divisor, 0.0).float()
+
+
+def normalised_sum(
+    parts_NGK: Tensor | Sequence[Sequence[Sequence[float]]], weights_K: Sequence[float]
+) -> Tensor:
+    """Sums [N, G] by weight of K rewards, each normalised within its group first (GDPO).
+
+    z_k = (R_k - mean_k) / (std_k + 1e-4), ddof 1. A part that is NaN adds nothing; a completion
+    without any part is NaN, and so is every completion of a group with fewer than two others.
+    Computed and returned in float64.
+
+    Raises:
+        ValueError: parts that are not [N, G, K], K weights, and finite or NaN.
+    """
+    parts = torch.as_tensor(parts_NGK, dtype=torch.float64)
+    weights = torch.as_tensor(weights_K, dtype=torch.float64)
+    if parts.ndim != 3 or weights.shape != parts.shape[2:]:
+        raise ValueError(f"parts must be [N, G, {len(weights)}], not {tuple(parts.shape)}")
+    if torch.isinf(parts).any():
+        raise ValueError("a reward is infinite")
+    there = ~torch.isnan(parts)
+    values = parts.nan_to_num(0.0)
+    mean = values.sum(1, keepdim=True) / there.sum(1, keepdim=True).clamp(min=1)
+    normalised = (values - mean) / (_deviation(values, there, dim=1, ddof=1) + _EPSILON)
+    sums = (torch.where(there, normalised, 0.0) * weights).sum(2)
+    scored = there.any(2)
+    usable = scored & (scored.sum(1, keepdim=True) >= 2)
+    return torch.where(usable, sums, math.nan)
+
+
+def batch_normalised(sums_NG: Tensor) -> Tensor:
+    """Advantages [N, G] from `normalised_sum`: (x - mean) / (std + 1e-4) over all, ddof 1.
+
+    NaN is in neither and gets 0. Returned in float32.
+    """
+    there = ~torch.isnan(sums_NG)
+    values = sums_NG.nan_to_num(0.0)
+    mean = values.sum() / there.sum().clamp(min=1)
+    deviation = _deviation(values, there, dim=None, ddof=1)
+    return torch.where(there, (values - mean) / (deviation + _EPSILON), 0.0).float()
 
 
 def has_signal(rewards: Sequence[float | None], trained: Sequence[bool]) -> bool:

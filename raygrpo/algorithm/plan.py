@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
-from raygrpo.algorithm.advantages import group_advantages, has_signal
+from raygrpo.algorithm.advantages import (
+    batch_normalised,
+    group_advantages,
+    has_signal,
+    normalised_sum,
+)
 from raygrpo.algorithm.loss import LossConfig, loss_weights_for
 from raygrpo.algorithm.window import FinishedGroup
 from raygrpo.config import AdvantageSection, RunConfig
-from raygrpo.types import GroupSummary, PlannedSample, StepBatch
+from raygrpo.rewards.loading import reward_name
+from raygrpo.types import GroupSummary, PlannedSample, Score, StepBatch
 
 
 def loss_config(config: RunConfig) -> LossConfig:
@@ -50,21 +56,53 @@ def make_step_batch(step: int, groups: Sequence[FinishedGroup], config: RunConfi
     )
 
 
+def signal_values(summary: GroupSummary, config: RunConfig) -> list[float | None]:
+    """What decides whether a group teaches anything: rewards, or (GDPO) sums of normalised parts.
+
+    Parts may differ where their sum does not, and the other way round.
+    """
+    if config.advantage.rewards == "sum_then_normalise":
+        return [score.value for score in summary.scores]
+    sums = _normalised_sums([summary], config)[0].tolist()
+    return [None if math.isnan(value) else value for value in sums]
+
+
 def _teaches(summary: GroupSummary, config: RunConfig) -> bool:
     section = config.advantage
     trained = [num_trained_tokens(summary, i, section) > 0 for i in range(len(summary.scores))]
-    return has_signal([score.value for score in summary.scores], trained)
+    return has_signal(signal_values(summary, config), trained)
 
 
 def _advantages(summaries: Sequence[GroupSummary], config: RunConfig) -> torch.Tensor:
+    section = config.advantage
+    if section.rewards == "normalise_then_sum":
+        return batch_normalised(_normalised_sums(summaries, config))
+    rewards = _table(summaries, 1, lambda score: [score.value])[:, :, 0]
+    return group_advantages(rewards, baseline=section.baseline, scale=section.scale)
+
+
+def _normalised_sums(summaries: Sequence[GroupSummary], config: RunConfig) -> torch.Tensor:
+    weights = {reward_name(reward): reward.weight for reward in config.rewards}
+    parts = _table(summaries, len(weights), lambda s: [s.parts.get(name) for name in weights])
+    return normalised_sum(parts, list(weights.values()))
+
+
+def _table(
+    summaries: Sequence[GroupSummary], num_values: int, read: Callable[[Score], list[float | None]]
+) -> torch.Tensor:
+    """What ``read`` finds in each score, [N, G, K]; NaN where that is None, or there is no score.
+
+    An errored score keeps the parts that did not fail: they do not count.
+    """
     width = max(len(summary.scores) for summary in summaries)
-    rewards = torch.full((len(summaries), width), math.nan, dtype=torch.float64)
+    shape = (len(summaries), width, num_values)
+    table = torch.full(shape, math.nan, dtype=torch.float64)
     for row, summary in enumerate(summaries):
         for column, score in enumerate(summary.scores):
             if score.value is not None:
-                rewards[row, column] = score.value
-    section = config.advantage
-    return group_advantages(rewards, baseline=section.baseline, scale=section.scale)
+                values = [math.nan if value is None else value for value in read(score)]
+                table[row, column] = torch.tensor(values, dtype=torch.float64)
+    return table
 
 
 def _minibatch(

@@ -11,7 +11,7 @@ takes it is at most ``max_staleness`` after the one at which it was admitted.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -66,9 +66,13 @@ class Window:
         dynamic_sampling: bool = False,
         max_refill_factor: float = 1.0,
         trains: Callable[[GroupSummary, int], bool] | None = None,
+        signal: Callable[[GroupSummary], Sequence[float | None]] | None = None,
         state: WindowState | None = None,
     ) -> None:
-        """``trains(summary, index)``: whether a completion carries loss (default: has tokens)."""
+        """``trains(summary, index)``: whether a completion carries loss (default: has tokens).
+
+        ``signal(summary)``: what `has_signal` compares (default: the rewards).
+        """
         self._steps = steps
         self._groups_per_step = groups_per_step
         self._max_staleness = max_staleness
@@ -76,6 +80,7 @@ class Window:
         refills = int(round((max_refill_factor - 1) * groups_per_step, 6))
         self._max_refills = refills if dynamic_sampling else 0
         self._trains = trains or (lambda summary, index: summary.num_loss_tokens[index] > 0)
+        self._signal = signal or (lambda summary: [score.value for score in summary.scores])
         state = state or WindowState(admitted=0, dropped=0, taken=0, refilled=0, pending=())
         self._admitted = state.admitted
         self._dropped = state.dropped
@@ -195,7 +200,7 @@ class Window:
         failed = any(score.error for score in summary.scores)
         if failed and sum(value is not None for value in values) < 2:
             return self._drop(group, "errored")
-        if not has_signal(values, trained) and self._refilled < self._max_refills:
+        if not has_signal(self._signal(summary), trained) and self._refilled < self._max_refills:
             self._refilled += 1
             return self._drop(group, "no_signal")
         self._kept.append(group)
