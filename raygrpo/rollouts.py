@@ -148,7 +148,9 @@ def _rows(
     places: Mapping[tuple[int, int], tuple[int, int, PlannedSample]],
 ) -> Iterator[dict[str, Any]]:
     summary, prompt = stored.summary, group.request.prompt
-    text = _json(prompt.messages) if prompt.text is None else prompt.text
+    text = prompt.text
+    if text is None:
+        text = _json([dict(message) for message in prompt.messages or ()])
     for index, completion in enumerate(group.completions):
         score = summary.scores[index]
         place = places.get((summary.group_id, index))

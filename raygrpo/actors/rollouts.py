@@ -8,7 +8,7 @@ files are still to be written.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -283,6 +283,6 @@ class RolloutLog:
         self._on_event("worker_replaced", step=write.order.facts.step, **fields)
 
 
-def put_groups(batch: StepBatch) -> dict[int, Any]:
-    """References to the groups that a stored step's payloads are."""
-    return {group_id: ray.put(group) for group_id, group in batch.payloads.items()}
+def put_groups(groups: Mapping[int, Group]) -> dict[int, Any]:
+    """References to groups, as a step's payloads are."""
+    return {group_id: ray.put(group) for group_id, group in groups.items()}
