@@ -143,12 +143,7 @@ class Evaluation:
 
     def requeue(self, group_id: int) -> Order:
         """What to send again after its worker was lost."""
-        order = self._orders[group_id]
-        if isinstance(order, Group):
-            request = replace(order.request, attempt=order.request.attempt + 1)
-            self._orders[group_id] = replace(order, request=request)
-        else:
-            self._orders[group_id] = replace(order, attempt=order.attempt + 1)
+        self._orders[group_id] = again(self._orders[group_id])
         return self._orders[group_id]
 
     def metrics(self) -> dict[str, float]:
@@ -169,6 +164,14 @@ class Evaluation:
             if scored := [value for value in values if value is not None]:
                 found.append(Constant(answer=completion.text, value=statistics.fmean(scored)))
         return max(found, key=lambda constant: constant.value, default=None)
+
+
+def again(order: Order) -> Order:
+    """The same order as another attempt."""
+    if isinstance(order, Group):
+        request = replace(order.request, attempt=order.request.attempt + 1)
+        return replace(order, request=request)
+    return replace(order, attempt=order.attempt + 1)
 
 
 class Evaluations:

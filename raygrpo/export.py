@@ -55,7 +55,7 @@ def export_checkpoint(
 
 
 def export_run(root: Path, step: int | None = None, hub_id: str | None = None) -> Path:
-    """Exports a checkpoint of a run on disk: the one of ``step``, else the newest that verifies.
+    """Exports a checkpoint of a run on disk: the one of ``step``, else the best or the newest.
 
     Raises:
         ConfigError: no run or no such checkpoint.
@@ -85,19 +85,25 @@ def open_run(root: Path) -> RunDir:
     return run_dir
 
 
-def find_checkpoint(run_dir: RunDir, step: int | None) -> Path:
-    """The checkpoint of ``step``, else the newest that verifies.
+def find_checkpoint(run_dir: RunDir, step: int | str | None) -> Path:
+    """The checkpoint of a step, the ``best`` or the ``last`` one (the newest that verifies).
+
+    None: the best if there is one, else the last.
 
     Raises:
         ConfigError: there is none.
     """
     checkpoints = Checkpoints(run_dir.checkpoints)
-    if step is None:
+    if step in (None, "best"):
+        if run_dir.best_step is None and step == "best":
+            raise ConfigError(f"{run_dir.root} has no best checkpoint", "set eval.best_metric")
+        step = "last" if run_dir.best_step is None else run_dir.best_step
+    if not isinstance(step, int):
         path, problems = checkpoints.newest_valid()
         reason = "; ".join(problems) or "it was stopped before its first one"
     else:
         path = checkpoints.path(step) if checkpoints.path(step).is_dir() else None
         reason = f"it has {', '.join(p.name for p in checkpoints.all()) or 'none'}"
     if path is None:
-        raise ConfigError(f"{run_dir.root} has no checkpoint to export: {reason}")
+        raise ConfigError(f"{run_dir.root} has no such checkpoint: {reason}")
     return path
