@@ -25,7 +25,7 @@ from raygrpo.algorithm.plan import make_step_batch, num_trained_tokens, signal_v
 from raygrpo.algorithm.window import Fate, FinishedGroup, Window
 from raygrpo.checkpoint import Checkpoints, RunState
 from raygrpo.config import RunConfig
-from raygrpo.data.prompts import PromptSource
+from raygrpo.data.prompts import PromptStream
 from raygrpo.errors import DataError, RewardError
 from raygrpo.evaluation import Evaluations
 from raygrpo.rewards.contract import TrainerState
@@ -44,7 +44,7 @@ class Parts:
     config: RunConfig
     pool: RolloutPool
     learner: LearnerGroup
-    prompts: PromptSource
+    prompts: PromptStream
     evaluations: Evaluations
     tracker: Tracker
     rollouts: RolloutLog
@@ -172,6 +172,7 @@ class Trainer:
         if self._complete or not (self._window.step_ready() and self._rollouts.has_room):
             return
         groups = self._window.take_step()
+        self._prompts.settle(groups[-1].summary.group_id)
         batch = make_step_batch(self.step, groups, self._config)
         for group in groups:
             self._ledger = self._ledger.take(group.summary, self._trained(group.summary))
@@ -257,6 +258,7 @@ class Trainer:
     def _decide(self, decided: list[tuple[FinishedGroup, Fate]]) -> None:
         self._ledger = self._ledger.decide(decided)
         self._rollouts.take(decided)
+        self._prompts.observe([group.summary for group, _ in decided])
 
     def _count_errors(self, summary: GroupSummary) -> None:
         """Stops the run once errored scores pass their share of a whole step's scores."""
@@ -327,8 +329,14 @@ class Trainer:
         )
         self.step += 1
         ours = self._ledger_metrics() | self._sync | self._rollouts.metrics()
-        self._record = step_metrics(facts) | ours
+        self._record = step_metrics(facts) | ours | self._prompt_metrics()
         self._start_publish()
+
+    def _prompt_metrics(self) -> dict[str, float]:
+        metrics = self._prompts.metrics()
+        if back := metrics.get("data/num_restored"):
+            self._tracker.event("prompts_restored", step=self.step, num_prompts=int(back))
+        return metrics
 
     def _ledger_metrics(self) -> dict[str, float]:
         buffered = buffered_tokens(self._window.buffered)

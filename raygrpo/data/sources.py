@@ -7,7 +7,7 @@ import inspect
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 from pydantic import ValidationError
@@ -21,8 +21,7 @@ GYM_SIZE = 1000
 # Row i of a reasoning-gym task is drawn from seed + i: seeds closer together share rows.
 _EVAL_SEED_OFFSET = 1_000_000_007
 _TUPLE = "__tuple__"
-# Arguments of datasets.load_dataset that a file's path decides.
-_FIXED = {"path", "name", "data_files", "data_dir", "split", "config_kwargs"}
+S = TypeVar("S", bound=DataSection)
 
 
 def load_rows(
@@ -76,7 +75,7 @@ def eval_section(data: DataSection, evaluation: EvalSection, *, seed: int) -> Da
     if same and data.source.startswith(GYM) and "seed" not in named:
         moved = eval_seed(data.params.get("seed", seed))
         data = data.model_copy(update={"params": {**data.params, "seed": moved}})
-    return changed_section(data, own, "eval.data")
+    return changed_section(data, own, "eval.data", DataSection)
 
 
 def eval_seed(seed: int) -> int:
@@ -84,17 +83,17 @@ def eval_seed(seed: int) -> int:
     return seed + _EVAL_SEED_OFFSET
 
 
-def changed_section(data: DataSection, changes: Mapping[str, Any], where: str) -> DataSection:
-    """``data`` with keys changed that the configuration has at ``where``.
+def changed_section(data: DataSection, changes: Mapping[str, Any], where: str, kind: type[S]) -> S:
+    """``data`` as a ``kind`` of section, with keys changed that the configuration has at ``where``.
 
     ``params`` are added to those of ``data`` for the same source; another source starts with none.
 
     Raises:
         ConfigError: an unknown key, or a value that does not fit it.
     """
-    if unknown := [name for name in changes if name not in DataSection.model_fields]:
+    if unknown := [name for name in changes if name not in kind.model_fields]:
         raise ConfigError(
-            f"unknown key {where}.{unknown[0]}", nearest(unknown[0], DataSection.model_fields)
+            f"unknown key {where}.{unknown[0]}", nearest(unknown[0], kind.model_fields)
         )
     inherited = data.model_dump()
     if changes.get("source", data.source) != data.source:
@@ -102,7 +101,7 @@ def changed_section(data: DataSection, changes: Mapping[str, Any], where: str) -
     elif isinstance(changes.get("params"), Mapping):
         changes = {**changes, "params": {**data.params, **changes["params"]}}
     try:
-        return DataSection.model_validate({**inherited, **changes})
+        return kind.model_validate({**inherited, **changes})
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
@@ -128,13 +127,9 @@ def _load_file(section: DataSection) -> Any:
     try:
         return _quietly(load, section.source)
     except TypeError as error:
-        config = datasets.load_dataset_builder(builder, data_files=files).config
-        known = {*inspect.signature(datasets.load_dataset).parameters, *vars(config)} - _FIXED
-        unknown = next((name for name in section.params if name not in known), None)
-        if unknown is None:
-            raise ConfigError(f"data.params of {section.source!r}: {error}") from error
         raise ConfigError(
-            f"data.params: a {builder} file has no argument {unknown!r}", nearest(unknown, known)
+            f"data.params of {section.source!r}: {error}",
+            f"give arguments of datasets.load_dataset({builder!r}, ...)",
         ) from error
     except ValueError as error:
         raise DataError(

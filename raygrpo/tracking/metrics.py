@@ -49,6 +49,7 @@ def step_metrics(facts: StepFacts) -> dict[str, float]:
         **_prefixed("trained/", {**reward_metrics(trained), **completion_metrics(trained)}),
         **stat_metrics(facts.stats),
         **staleness_metrics(facts.step, trained),
+        **source_metrics(finished),
         "epoch": facts.epoch,
         "num_tokens": float(facts.num_tokens),
         "num_groups": float(len(finished)),
@@ -90,6 +91,18 @@ def reward_metrics(groups: Sequence[GroupSummary]) -> dict[str, float]:
         parts = [p for s in scores if s.error is None and (p := s.parts.get(name)) is not None]
         metrics |= _mean_and_std(f"rewards/{name}/mean", f"rewards/{name}/std", parts)
     return metrics | _reported_metrics(groups)
+
+
+def source_metrics(groups: Sequence[GroupSummary]) -> dict[str, float]:
+    """Each part of a mixture alone: its groups, ``reward`` and ``frac_reward_zero_std``."""
+    metrics: dict[str, float] = {}
+    for source in sorted({group.source for group in groups if group.source}):
+        own = [group for group in groups if group.source == source]
+        rewards = reward_metrics(own)
+        metrics[f"sources/{source}/num_groups"] = float(len(own))
+        for name in {"reward", "frac_reward_zero_std"} & rewards.keys():
+            metrics[f"sources/{source}/{name}"] = rewards[name]
+    return metrics
 
 
 def completion_metrics(groups: Sequence[GroupSummary]) -> dict[str, float]:

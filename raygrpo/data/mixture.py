@@ -1,0 +1,178 @@
+"""Several sources in one stream, by weight."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raygrpo.config import DataSection, key
+from raygrpo.data.prompts import STREAM_KEYS, PromptStream
+from raygrpo.data.sources import BUILDERS, changed_section
+from raygrpo.errors import ConfigError, DataError, RayGrpoError
+from raygrpo.types import GroupSummary, Prompt, Stream
+
+# 2**64 over the golden ratio: its multiples fall evenly on the circle of 2**64 numbers, and over
+# any run of n of them an arc's share is met within O(log n) draws.
+_CIRCLE, _STRIDE = 2**64, 0x9E3779B97F4A7C15
+
+
+class PartSection(DataSection):
+    """A part of a mixture."""
+
+    name: str = key("", "Name in ids and metrics; none takes the last part of the source's.")
+    weight: float = key(1.0, "Draws relative to the other parts'.", gt=0, allow_inf_nan=False)
+
+
+def mixture_parts(section: DataSection) -> list[PartSection]:
+    """The parts of a section: itself with weight 1, then those of ``section.mixture``.
+
+    Raises:
+        ConfigError: an unknown key, a value that does not fit it, or two parts of one name.
+    """
+    alone = section.model_copy(update={"mixture": []})
+    parts: list[PartSection] = []
+    for index, entry in enumerate([{}, *section.mixture], start=-1):
+        where = f"data.mixture[{index}]"
+        if "mixture" in entry:
+            raise ConfigError(f"{where}.mixture: a part has no parts", "list them side by side")
+        part = changed_section(alone, entry, where, PartSection)
+        part = part.model_copy(update={"name": part.name or _short_name(part.source)})
+        if part.name in [other.name for other in parts]:
+            raise ConfigError(
+                f"{where}.name: another part is called {part.name!r}", "give it a name of its own"
+            )
+        parts.append(part)
+    return parts
+
+
+def _short_name(source: str) -> str:
+    if Path(source).suffix in BUILDERS:
+        return Path(source).stem
+    return source.rpartition("/")[2].rpartition(":")[2]
+
+
+class Mixture:
+    """Draws from each part with the probability of its weight; each part has its own epochs.
+
+    Draw k takes the part that holds point ``phase + k * stride`` of a circle on which each part has
+    an arc; the phase comes from (seed, stream). So the order is a function of these and k, every
+    single draw has the parts' probabilities, and the shares in a run of n draws stay within
+    O(log n) draws of the weights, closer than independent draws would be. ``source`` and the
+    beginning of ``id`` of a prompt name its part.
+    """
+
+    def __init__(
+        self,
+        parts: Mapping[str, PromptStream],
+        weights: Sequence[float],
+        *,
+        seed: int,
+        stream: Stream = "train",
+    ) -> None:
+        self._parts, self._names = dict(parts), list(parts)
+        total = math.fsum(weights)
+        # The last arc ends with the circle.
+        self._ends = [round(end / total * _CIRCLE) for end in accumulate(weights)][:-1]
+        generator = np.random.default_rng((seed, STREAM_KEYS[stream]))
+        self._phase = int(generator.integers(_CIRCLE, dtype=np.uint64, endpoint=False))
+        self._position = 0
+
+    @property
+    def num_dropped(self) -> int:
+        """Rows of all parts left out because their prompt is too long."""
+        return sum(prompts.num_dropped for prompts in self._parts.values())
+
+    @property
+    def num_truncated(self) -> int:
+        """Rows of all parts whose prompt was too long and is cut on the left."""
+        return sum(prompts.num_truncated for prompts in self._parts.values())
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the first part so far."""
+        return self._parts[self._names[0]].epoch
+
+    def next(self) -> Prompt:
+        """The next prompt."""
+        name = self._name_at(self._position)
+        with naming(name):
+            prompt = self._parts[name].next()
+        self._position += 1
+        return _named(prompt, name)
+
+    def take(self, num_prompts: int) -> list[Prompt]:
+        """The first prompts of each part, in the order in which a mixture draws parts."""
+        left = {name: prompts.take(num_prompts)[::-1] for name, prompts in self._parts.items()}
+        taken: list[Prompt] = []
+        position = 0
+        while len(taken) < num_prompts and any(left.values()):
+            name = self._name_at(position)
+            position += 1
+            if left[name]:
+                taken.append(_named(left[name].pop(), name))
+        return taken
+
+    def observe(self, summaries: Sequence[GroupSummary]) -> None:
+        """Each part takes its own groups."""
+        for summary in summaries:
+            self._parts[summary.source].observe([summary])
+
+    def settle(self, last_group_id: int) -> None:
+        """What was observed up to this group counts."""
+        for prompts in self._parts.values():
+            prompts.settle(last_group_id)
+
+    def metrics(self) -> dict[str, float]:
+        """Sums over the parts, and each part's epoch."""
+        sums: Counter[str] = Counter()
+        for prompts in self._parts.values():
+            sums.update(prompts.metrics())
+        epochs = {f"sources/{name}/epoch": part.epoch for name, part in self._parts.items()}
+        return {**sums, **epochs}
+
+    def state(self) -> dict[str, Any]:
+        """The cursors of all parts, to be given to `restore`."""
+        parts = {name: prompts.state() for name, prompts in self._parts.items()}
+        return {"position": self._position, "parts": parts}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continues where `state` was taken.
+
+        Raises:
+            DataError: other parts, or rows of one, than those that the state was taken over.
+        """
+        if list(state.get("parts", [])) != self._names:
+            raise DataError(
+                f"the parts of data.mixture changed since the checkpoint; now {self._names}",
+                "restore them to resume, or start again in another run_dir",
+            )
+        for name, prompts in self._parts.items():
+            with naming(name):
+                prompts.restore(state["parts"][name])
+        self._position = state["position"]
+
+    def _name_at(self, position: int) -> str:
+        point = (self._phase + position * _STRIDE) % _CIRCLE
+        return self._names[bisect_right(self._ends, point)]
+
+
+@contextlib.contextmanager
+def naming(part: str) -> Iterator[None]:
+    """Errors say which part they come from."""
+    try:
+        yield
+    except RayGrpoError as error:
+        raise type(error)(f"part {part!r} of the mixture: {error.message}", error.fix) from error
+
+
+def _named(prompt: Prompt, part: str) -> Prompt:
+    return replace(prompt, id=f"{part}/{prompt.id}", source=part)
