@@ -37,6 +37,9 @@ _FRAMEWORKS = {
 }
 _BADGE = "https://raw.githubusercontent.com/wandb/assets/main/wandb-github-badge-28.svg"
 # Where and how fast a run ran says nothing about the model, and may name machines.
+_RESULT = re.compile(
+    r"eval/(greedy/)?(reward|accuracy|rewards/.+/mean)|eval/(avg|pass|maj)@\d+|eval/best_constant"
+)
 _NOT_SHOWN = ("run_dir", "ray", "tracking", "generators", "scorers", "checkpoint")
 
 
@@ -46,7 +49,8 @@ class CardFacts:
 
     ``base_model``: hub id, or the directory's name. ``datasets``: names, and whether the hub has
     them. ``results``: (what, before, after) of the evaluation's metrics; ``evaluated``: those of
-    the exported step, by name. ``example``: a prompt for the quick start, text or messages.
+    the exported step, by name. ``best_metric``: what that step was chosen by, if it was the best.
+    ``example``: a prompt for the quick start, text or messages.
     ``hub_id``: where the model is published. ``revisions``: what was trained on what, exactly.
     """
 
@@ -59,6 +63,7 @@ class CardFacts:
     recipe: str
     config_yaml: str
     steps: int
+    best_metric: str | None
     max_new_tokens: int
     stop: tuple[str, ...]
     example: Example
@@ -88,6 +93,7 @@ def card_facts(
     """
     run_dir = RunDir(root)
     facts = run_dir.facts
+    best = facts.get("best")
     if example is None:
         example = _made_up_example(config, tokenizer)
     about_base = _read_front_matter(config.model.path)
@@ -105,6 +111,7 @@ def card_facts(
         recipe=config.recipe,
         config_yaml=_shown_config(config),
         steps=step,
+        best_metric=best["metric"] if best and best["step"] == step else None,
         max_new_tokens=config.sampling.max_tokens,
         stop=tuple(config.sampling.stop),
         example=example,
@@ -230,11 +237,12 @@ def _procedure(facts: CardFacts) -> str:
         more = "; ".join(f"{paper.name}, {paper.link}" for paper in papers[1:])
         method += f" This run also uses ideas of {more}."
     badge = f"[![Weights & Biases]({_BADGE})]({facts.wandb_url})\n\n" if facts.wandb_url else ""
+    best = f", the best checkpoint by `{facts.best_metric}`" if facts.best_metric else ""
     return f"""## Training procedure
 
 {badge}{method}
 
-The recipe was `{facts.recipe}`, for {facts.steps} steps.{_revisions(facts)}
+The recipe was `{facts.recipe}`, for {facts.steps} steps{best}.{_revisions(facts)}
 What decided the result:
 
 <details><summary>configuration</summary>
@@ -348,11 +356,11 @@ def _read_front_matter(path: str) -> dict[str, Any]:
 
 
 def _results(metrics_path: Path, step: int) -> tuple[tuple[str, float, float], ...]:
-    """First and last value of the evaluation's rewards up to ``step``, where both were measured."""
+    """First and last value of the evaluation's results up to ``step``, if both were measured."""
     if not metrics_path.is_file():
         return ()
     rows = [row for row in read_metrics(metrics_path) if row["step"] <= step]
-    names = sorted({name for row in rows for name in row if re.match(r"eval/rewards?(/|$)", name)})
+    names = sorted({name for row in rows for name in row if _RESULT.fullmatch(name)})
     results = []
     for name in names:
         series = points(rows, name)

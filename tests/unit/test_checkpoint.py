@@ -74,11 +74,31 @@ def test_damage_is_seen(tmp_path: Path, damage: str) -> None:
         verify(path)
 
 
-def test_keep_prunes_the_oldest(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path, keep=2)
-    for step in (1, 2, 3):
+@pytest.mark.parametrize(
+    ("keep", "best", "left"),
+    [
+        (2, -1, [4, 5]),
+        (2, 2, [2, 4, 5]),
+        (2, 4, [4, 5]),
+        (1, 5, [5]),
+        (0, -1, [1, 2, 3, 4, 5]),
+    ],
+)
+def test_the_newest_and_the_best_are_kept(
+    tmp_path: Path, keep: int, best: int, left: list[int]
+) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=keep)
+    for step in (1, 2, 3, 4, 5):
+        checkpoints.prune(save(checkpoints, step), best)
+    assert checkpoints.all() == [checkpoints.path(step) for step in left]
+
+
+def test_steps_after_the_saved_one_do_not_count_as_newest(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    for step in (2, 6, 8):
         save(checkpoints, step)
-    assert [p.name for p in checkpoints.all()] == ["step-00000002", "step-00000003"]
+    checkpoints.prune(save(checkpoints, 4), -1)
+    assert checkpoints.all() == [checkpoints.path(step) for step in (4, 6, 8)]
 
 
 def test_what_a_crash_leaves_is_no_checkpoint(tmp_path: Path) -> None:
