@@ -8,7 +8,7 @@ from typing import Literal
 
 from raygrpo.errors import DataError, InfraError
 
-Role = Literal["generator", "scorer", "learner", "store"]
+Role = Literal["generator", "scorer", "reward_model", "learner", "store"]
 
 MAX_ATTEMPTS = 3
 MAX_DEATHS = 4

@@ -10,6 +10,7 @@ from typing import Any
 
 from raygrpo.config import RunConfig
 from raygrpo.errors import ConfigError
+from raygrpo.rewards.loading import reward_models
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,13 +25,16 @@ class Demand:
 def demand_of(config: RunConfig) -> Demand:
     """The run's processes (store included) and GPUs."""
     learner, generators = config.learner, config.generators
+    parts = [
+        ("learner ranks", learner.num_ranks, learner.gpus_per_rank),
+        ("generators", generators.count, generators.gpus),
+    ]
+    models = reward_models(config.rewards)
+    parts += [(f"reward models ({n})", model.count, model.gpus) for n, model in models.items()]
     return Demand(
-        num_processes=learner.num_ranks + generators.count + config.scorers.count + 1,
-        num_gpus=learner.num_ranks * learner.gpus_per_rank + generators.count * generators.gpus,
-        gpu_text=(
-            f"{learner.num_ranks} learner ranks x {learner.gpus_per_rank:g} + "
-            f"{generators.count} generators x {generators.gpus:g}"
-        ),
+        num_processes=sum(count for _, count, _ in parts) + config.scorers.count + 1,
+        num_gpus=sum(count * gpus for _, count, gpus in parts),
+        gpu_text=" + ".join(f"{count} {what} x {gpus:g}" for what, count, gpus in parts),
     )
 
 

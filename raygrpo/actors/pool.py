@@ -21,14 +21,16 @@ import ray
 from raygrpo.actors.futures import DependencyDied, Pending, WorkerDied, resolve
 from raygrpo.actors.generator import GenerationReport, GeneratorActor, LoadReport
 from raygrpo.actors.placement import actor_options, generator_threads, labels_of
-from raygrpo.actors.scorer import ScorerActor, ScoreReport
+from raygrpo.actors.reward_model import RewardModelActor
+from raygrpo.actors.scorer import ModelLost, ScorerActor, ScoreReport
 from raygrpo.actors.spawn import log_path, spawn
-from raygrpo.actors.workers import Done, Flight, GroupKey, Worker, least_loaded
+from raygrpo.actors.workers import Done, Flight, GroupKey, Worker, choose_models, least_loaded
 from raygrpo.algorithm.window import FinishedGroup
 from raygrpo.config import RewardSection, RunConfig
 from raygrpo.errors import InfraError
 from raygrpo.failures import MAX_DEATHS, Action, History, decide
 from raygrpo.profiling import ProfileRequest
+from raygrpo.rewards.loading import reward_models
 from raygrpo.types import Group, GroupRequest
 
 
@@ -55,6 +57,9 @@ class RolloutPool:
         self._profile = profile
         self._generators = [self._new_generator(i) for i in range(config.generators.count)]
         self._scorers = [self._new_scorer(i) for i in range(config.scorers.count)]
+        models = reward_models(rewards)
+        self._model_specs = [item for item in models.items() for _ in range(item[1].count)]
+        self._models = [self._new_model(i) for i in range(len(self._model_specs))]
         self._flights: dict[GroupKey, Flight] = {}
         self._queue: deque[GroupKey] = deque()
         self._to_score: deque[GroupKey] = deque()
@@ -65,13 +70,17 @@ class RolloutPool:
         self.waited_s = 0.0
 
     @property
+    def _workers(self) -> tuple[Worker, ...]:
+        return (*self._generators, *self._scorers, *self._models)
+
+    @property
     def pids(self) -> dict[str, int]:
         """Process ids of the workers that have started, by name."""
-        return {worker.name: worker.pid for worker in (*self._generators, *self._scorers)}
+        return {worker.name: worker.pid for worker in self._workers}
 
     def start(self) -> None:
         """Waits until every worker has started; raises what the first failing one raised."""
-        for worker in (*self._generators, *self._scorers):
+        for worker in self._workers:
             pending = Pending(
                 worker.name, [worker.starting], self._config.ray.start_timeout_s, lambda v: v[0]
             )
@@ -80,7 +89,7 @@ class RolloutPool:
 
     def close(self) -> None:
         """Ends all workers."""
-        for worker in (*self._generators, *self._scorers):
+        for worker in self._workers:
             ray.kill(worker.actor)
 
     def submit(self, order: GroupRequest | Group) -> None:
@@ -112,7 +121,7 @@ class RolloutPool:
         refs = self._refs() + [ref for pending in pendings for ref in pending.open_refs]
         ready = self._wait_for(refs, timeout_s)
         completed = tuple(pending for pending in pendings if pending.collect(ready))
-        for worker in (*self._generators, *self._scorers):
+        for worker in self._workers:
             self._collect_worker(worker, ready)
         for key, flight in list(self._flights.items()):
             if flight.ref is not None and flight.ref in ready:
@@ -152,8 +161,8 @@ class RolloutPool:
     def _refs(self) -> list[Any]:
         workers = [
             ref
-            for worker in (*self._generators, *self._scorers)
-            for ref in (worker.starting, worker.loading)
+            for worker in self._workers
+            for ref in (worker.starting, worker.loading, worker.living)
             if ref is not None
         ]
         return workers + [f.ref for f in self._flights.values() if f.ref is not None]
@@ -179,6 +188,14 @@ class RolloutPool:
         actor = spawn(ScorerActor, self._rewards, self._functions, **options)
         return self._started(Worker("scorer", f"scorer-{index}", actor))
 
+    def _new_model(self, index: int) -> Worker:
+        reward, params = self._model_specs[index]
+        options = actor_options(local=self._local, threads=params.threads, gpus=params.gpus)
+        actor = spawn(RewardModelActor, params, **options)
+        worker = Worker("reward_model", f"reward-model-{index}", actor, reward=reward)
+        worker.living = actor.live.remote()
+        return self._started(worker)
+
     def _started(self, worker: Worker) -> Worker:
         worker.starting = worker.actor.start.remote(log_path(self._logs, worker.name))
         worker.deadline = time.monotonic() + self._config.ray.start_timeout_s
@@ -198,6 +215,8 @@ class RolloutPool:
             elif worker.loading is not None and worker.loading in ready:
                 ref, worker.loading = worker.loading, None
                 self._loads.append(resolve(ref, worker.name))
+            elif worker.living is not None and worker.living in ready:
+                resolve(worker.living, worker.name)
         except DependencyDied:
             raise
         except InfraError as error:
@@ -221,8 +240,15 @@ class RolloutPool:
             flight.report = answer
             self._to_score.append(key)
             return
+        if isinstance(answer, ModelLost):
+            self._lose_worker(flight.models[answer.reward], InfraError(answer.error))
+            self._give_back(key)
+            return
         self._consecutive_losses = 0
         del self._flights[key]
+        for reward in answer.late:
+            late = InfraError(f"no answer within the timeout_s of reward {reward}")
+            self._lose_worker(flight.models[reward], late)
         payload = flight.kept or flight.payload
         group = FinishedGroup(summary=answer.summary, payload=payload, extras=answer.extras)
         self._groups.append((group, answer))
@@ -252,7 +278,11 @@ class RolloutPool:
 
     def _lose_worker(self, worker: Worker, error: Exception) -> None:
         """Replaces a worker and gives its groups back: generation is lost, a payload is not."""
-        pool = self._generators if worker.role == "generator" else self._scorers
+        pool, make = {
+            "generator": (self._generators, self._new_generator),
+            "scorer": (self._scorers, self._new_scorer),
+            "reward_model": (self._models, self._new_model),
+        }[worker.role]
         if worker not in pool:
             return
         history = History(consecutive_losses=self._consecutive_losses)
@@ -275,7 +305,6 @@ class RolloutPool:
             )
         )
         index = pool.index(worker)
-        make = self._new_generator if worker.role == "generator" else self._new_scorer
         pool[index] = make(index)
 
     def _give_back(self, key: GroupKey) -> None:
@@ -300,7 +329,7 @@ class RolloutPool:
     def _check_deadlines(self) -> None:
         now = time.monotonic()
         late: dict[str, tuple[Worker, str]] = {}
-        for worker in (*self._generators, *self._scorers):
+        for worker in self._workers:
             busy = worker.starting is not None or worker.loading is not None
             if busy and now > worker.deadline:
                 late[worker.name] = (worker, "start or load")
@@ -321,9 +350,14 @@ class RolloutPool:
             )
             self._assign(key, flight, worker)
         while self._to_score and (worker := least_loaded(self._scorers)):
+            models = choose_models(self._models, turn=self._to_score[0][1])
+            if models is None:
+                return
             key = self._to_score.popleft()
             flight = self._flights[key]
-            arguments = (flight.payload, self.trainer_state)
+            flight.models = models
+            actors = {reward: model.actor for reward, model in models.items()}
+            arguments = (flight.payload, self.trainer_state, actors)
             if self._local:
                 flight.ref = worker.actor.score.remote(*arguments)
             else:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from raygrpo.actors.reward_model import ModelDied, RemoteReward
 from raygrpo.actors.spawn import log_to
 from raygrpo.algorithm.correctness import answers_of
 from raygrpo.config import RewardSection
@@ -18,12 +19,22 @@ from raygrpo.types import Group, GroupSummary
 class ScoreReport:
     """A scored group without its tokens, and the first traceback when a reward failed.
 
-    ``extras`` are the columns [G] that rewards gave to ``log_extra``.
+    ``extras`` are the columns [G] that rewards gave to ``log_extra``; ``late`` names the rewards
+    whose model missed its deadline.
     """
 
     summary: GroupSummary
     traceback: str | None
     extras: Mapping[str, tuple[Any, ...]]
+    late: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelLost:
+    """In place of a report: the model of ``reward`` died, so the group is to be scored again."""
+
+    reward: str
+    error: str
 
 
 class ScorerActor:
@@ -31,8 +42,11 @@ class ScorerActor:
 
     def __init__(self, rewards: Sequence[RewardSection], functions: Mapping[str, bytes]) -> None:
         from raygrpo.rewards.host import RewardHost
+        from raygrpo.rewards.loading import reward_models, reward_name
 
-        self._host = RewardHost(rewards, functions)
+        timeouts = {reward_name(reward): reward.timeout_s for reward in rewards}
+        self._models = {name: RemoteReward(name, timeouts[name]) for name in reward_models(rewards)}
+        self._host = RewardHost(rewards, functions, backends=self._models)
 
     def start(self, log: str | None) -> int:
         """Starts and warms the children; returns this process's id."""
@@ -40,14 +54,26 @@ class ScorerActor:
         self._host.start()
         return os.getpid()
 
-    def score_and_keep(self, group: Group, trainer_state: Any) -> tuple[ScoreReport, Group]:
+    def score_and_keep(
+        self, group: Group, trainer_state: Any, models: Mapping[str, Any]
+    ) -> tuple[ScoreReport | ModelLost, Group]:
         """Scores a group and gives it back, as an object on this node; with ``num_returns=2``."""
-        return self.score(group, trainer_state), group
+        return self.score(group, trainer_state, models), group
 
-    def score(self, group: Group, trainer_state: Any) -> ScoreReport:
-        """Scores a group; a failing reward is an errored score, never an exception."""
+    def score(
+        self, group: Group, trainer_state: Any, models: Mapping[str, Any]
+    ) -> ScoreReport | ModelLost:
+        """Scores a group; a failing reward is an errored score, never an exception.
+
+        ``models`` are the actors to ask, by the names of the rewards that are models.
+        """
         started = time.monotonic()
-        scored = self._host.score(group, trainer_state)
+        for name, actor in models.items():
+            self._models[name].use(actor)
+        try:
+            scored = self._host.score(group, trainer_state)
+        except ModelDied as died:
+            return ModelLost(reward=died.reward, error=died.error)
         request, completions = group.request, group.completions
         summary = GroupSummary(
             stream=request.stream,
@@ -70,4 +96,9 @@ class ScorerActor:
             if request.stream == "eval"
             else (),
         )
-        return ScoreReport(summary=summary, traceback=scored.traceback, extras=scored.extras)
+        return ScoreReport(
+            summary=summary,
+            traceback=scored.traceback,
+            extras=scored.extras,
+            late=tuple(name for name, model in self._models.items() if model.is_late),
+        )

@@ -18,15 +18,20 @@ GroupKey = tuple[Stream, int]
 
 @dataclass(eq=False, slots=True)
 class Worker:
-    """A generator or scorer. ``starting`` is its call under way until it may get work."""
+    """A process of the pool. ``starting`` is its call under way until it may get work.
+
+    A reward model's ``living`` is a call that never returns: what resolves it is a death.
+    """
 
     role: Role
     name: str
     actor: Any
     starting: Any = None
     loading: Any = None
+    living: Any = None
     deadline: float = 0.0
     pid: int = 0
+    reward: str = ""
     groups: set[GroupKey] = field(default_factory=set)
 
 
@@ -41,6 +46,7 @@ class Flight:
     kept: Any = None
     report: GenerationReport | None = None
     deadline: float = 0.0
+    models: dict[str, Worker] = field(default_factory=dict)
     scorer_deaths: int = 0
 
 
@@ -62,3 +68,14 @@ def least_loaded(workers: Sequence[Worker]) -> Worker | None:
     # and the engine itself holds a request until it has the version that the request asks for.
     ready = [worker for worker in workers if worker.starting is None]
     return min(ready, key=lambda worker: len(worker.groups), default=None)
+
+
+def choose_models(models: Sequence[Worker], turn: int) -> dict[str, Worker] | None:
+    """A started reward model for each reward, in turn; None while a reward has none."""
+    chosen = {}
+    for reward in {model.reward for model in models}:
+        ready = [m for m in models if m.reward == reward and m.starting is None]
+        if not ready:
+            return None
+        chosen[reward] = ready[turn % len(ready)]
+    return chosen

@@ -111,14 +111,13 @@ def check_reward(
         _check_module(place, directory)
 
 
-def reward_models(
-    rewards: Sequence[RewardSection], passed: Collection[str] = ()
-) -> dict[str, RewardModelParams]:
+def reward_models(rewards: Sequence[RewardSection]) -> dict[str, RewardModelParams]:
     """By reward name, the parameters of the rewards that are models in actors of their own."""
+    # A function of that name, passed in Python, has no parameters; a reward model has its path.
     return {
-        name: read_params(RewardModelParams, reward)
+        reward_name(reward): read_params(RewardModelParams, reward)
         for reward in rewards
-        if reward.func == REWARD_MODEL and (name := reward_name(reward)) not in passed
+        if reward.func == REWARD_MODEL and reward.params
     }
 
 

@@ -60,6 +60,7 @@ def step_metrics(facts: StepFacts) -> dict[str, float]:
     for name in ("generate_s", "score_s"):
         times = [getattr(group, name) for group in finished]
         metrics |= _mean(f"timing/{name}", times)
+    metrics |= reward_times(finished)
     if facts.step_s > 0:
         metrics["timing/tokens_per_s"] = num_completion_tokens / facts.step_s
     return metrics
@@ -102,6 +103,15 @@ def source_metrics(groups: Sequence[GroupSummary]) -> dict[str, float]:
         metrics[f"sources/{source}/num_groups"] = float(len(own))
         for name in {"reward", "frac_reward_zero_std"} & rewards.keys():
             metrics[f"sources/{source}/{name}"] = rewards[name]
+    return metrics
+
+
+def reward_times(groups: Sequence[GroupSummary]) -> dict[str, float]:
+    """``timing/rewards/{name}_s``: seconds that a reward takes for one group, mean over groups."""
+    metrics: dict[str, float] = {}
+    for name in sorted({name for group in groups for name in group.reward_s}):
+        times = [group.reward_s[name] for group in groups if name in group.reward_s]
+        metrics |= _mean(f"timing/rewards/{name}_s", times)
     return metrics
 
 
