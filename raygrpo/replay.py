@@ -115,8 +115,11 @@ def _start_learner(config: RunConfig, logs: Path, closers: contextlib.ExitStack)
     signals = StopSignals()
     closers.callback(signals.uninstall)
     signals.install()
-    generators = config.generators.model_copy(update={"gpus": 0})
-    alone = config.model_copy(update={"generators": generators})
+    # What a cluster must have room for is the learner alone; the ranks' threads stay the run's.
+    generators = config.generators.model_copy(update={"gpus": 0, "threads": 1})
+    labels = {role: wanted for role, wanted in config.ray.labels.items() if role == "learner"}
+    ray = config.ray.model_copy(update={"labels": labels})
+    alone = config.model_copy(update={"generators": generators, "ray": ray})
     connection = connect(alone, demand_of(alone))
     closers.callback(disconnect, connection)
     signals.install()  # Ray has put handlers of its own in their place

@@ -33,44 +33,21 @@ Kind = Literal["step", "eval"]
 Minibatches = tuple[tuple[PlannedSample, ...], ...]
 
 FORMAT = 1
-NUM_SAMPLED, _SHOWN_CHARACTERS = 8, 2000
+_NUM_SAMPLED, _SHOWN_CHARACTERS = 8, 2000
 _FACTS = b"raygrpo"
 _TEMPORARY = ".tmp-"
 
-SCHEMA = pa.schema(
-    {
-        "step": pa.int64(),
-        "stream": pa.string(),
-        "group_id": pa.int64(),
-        "completion_index": pa.int32(),
-        "attempt": pa.int32(),
-        "fate": pa.string(),
-        "source": pa.string(),
-        "prompt_id": pa.string(),
-        "chat": pa.bool_(),
-        "prompt": pa.string(),
-        "completion": pa.string(),
-        "finish": pa.string(),
-        "reward": pa.float64(),
-        "rewards": pa.string(),
-        "error": pa.string(),
-        "extras": pa.string(),
-        "advantage": pa.float64(),
-        "loss_weight": pa.float64(),
-        "num_loss_tokens": pa.int32(),
-        "minibatch": pa.int32(),
-        "position": pa.int32(),
-        "prompt_token_ids": pa.list_(pa.int32()),
-        "token_ids": pa.list_(pa.int32()),
-        "loss_mask": pa.list_(pa.bool_()),
-        "sampler_logprobs": pa.list_(pa.float32()),
-        "version_incarnations": pa.list_(pa.int64()),
-        "version_steps": pa.list_(pa.int64()),
-        "version_counts": pa.list_(pa.int64()),
-        "generate_s": pa.float64(),
-        "score_s": pa.float64(),
-    }
+_COLUMNS = (
+    (pa.int64(), "step group_id completion_index attempt minibatch position num_loss_tokens"),
+    (pa.string(), "stream fate source prompt_id prompt completion finish error rewards extras"),
+    (pa.float64(), "reward advantage loss_weight generate_s score_s"),
+    (pa.bool_(), "chat"),
+    (pa.list_(pa.int32()), "prompt_token_ids token_ids"),
+    (pa.list_(pa.bool_()), "loss_mask"),
+    (pa.list_(pa.float32()), "sampler_logprobs"),
+    (pa.list_(pa.int64()), "version_incarnations version_steps version_counts"),
 )
+SCHEMA = pa.schema([(name, kind) for kind, names in _COLUMNS for name in names.split()])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,12 +105,18 @@ def make_table(
 ) -> pa.Table:
     """The rows of ``stored``, by group id; a group without an entry in ``groups`` has none."""
     places = {
-        (sample.group_id, sample.completion_index): (index, position, sample)
+        (sample.group_id, sample.completion_index): {
+            "minibatch": index,
+            "position": position,
+            "advantage": sample.advantage,
+            "loss_weight": sample.loss_weight,
+            "num_loss_tokens": sample.num_loss_tokens,
+        }
         for index, samples in enumerate(minibatches)
         for position, sample in enumerate(samples)
     }
     rows = [
-        row
+        {name: _readable(value) if isinstance(value, str) else value for name, value in row.items()}
         for item in sorted(stored, key=lambda item: item.summary.group_id)
         if (group := groups.get(item.summary.group_id)) is not None
         for row in _rows(step, item, group, places)
@@ -142,61 +125,47 @@ def make_table(
 
 
 def _rows(
-    step: int,
-    stored: StoredGroup,
-    group: Group,
-    places: Mapping[tuple[int, int], tuple[int, int, PlannedSample]],
+    step: int, stored: StoredGroup, group: Group, places: Mapping[tuple[int, int], dict[str, Any]]
 ) -> Iterator[dict[str, Any]]:
     summary, prompt = stored.summary, group.request.prompt
-    text = prompt.text
-    if text is None:
-        text = _json([dict(message) for message in prompt.messages or ()])
+    messages = [dict(message) for message in prompt.messages or ()]
     for index, completion in enumerate(group.completions):
-        score = summary.scores[index]
-        place = places.get((summary.group_id, index))
-        minibatch, position, planned = place or (None, None, None)
+        score, place = summary.scores[index], places.get((summary.group_id, index))
         versions = [version for version, _ in completion.version_runs]
-        extras = {name: column[index] for name, column in stored.extras.items()}
         yield {
             "step": step,
-            "stream": summary.stream,
             "group_id": summary.group_id,
             "completion_index": index,
             "attempt": group.request.attempt,
-            "fate": _fate(stored.fate, score, planned),
-            "source": _readable(summary.source),
-            "prompt_id": _readable(summary.prompt_id),
+            "stream": summary.stream,
+            "fate": _fate(stored.fate, score, trained=place is not None),
+            "source": summary.source,
+            "prompt_id": summary.prompt_id,
             "chat": prompt.text is None,
-            "prompt": _readable(text),
-            "completion": _readable(completion.text),
-            "finish": completion.finish,
-            "reward": score.value,
-            "rewards": _readable(_json(dict(score.parts))),
-            "error": None if score.error is None else _readable(score.error),
-            "extras": _readable(_json(extras)),
-            "advantage": planned.advantage if planned else None,
-            "loss_weight": planned.loss_weight if planned else None,
-            "num_loss_tokens": planned.num_loss_tokens if planned else 0,
-            "minibatch": minibatch,
-            "position": position,
+            "prompt": _json(messages) if prompt.text is None else prompt.text,
             "prompt_token_ids": prompt.token_ids,
+            "completion": completion.text,
             "token_ids": completion.token_ids,
             "loss_mask": completion.loss_mask,
             "sampler_logprobs": completion.logprobs,
+            "finish": completion.finish,
             "version_incarnations": [version.incarnation for version in versions],
             "version_steps": [version.step for version in versions],
             "version_counts": [count for _, count in completion.version_runs],
+            "reward": score.value,
+            "rewards": _json(dict(score.parts)),
+            "error": score.error,
+            "extras": _json({name: column[index] for name, column in stored.extras.items()}),
             "generate_s": group.generate_s,
             "score_s": summary.score_s,
+            **(place or {}),
         }
 
 
-def _fate(group_fate: str, score: Score, planned: PlannedSample | None) -> str:
+def _fate(group_fate: str, score: Score, *, trained: bool) -> str:
     if group_fate != "kept":
         return group_fate
-    if planned is not None:
-        return "trained"
-    return "masked" if score.error is None else "errored"
+    return "trained" if trained else "masked" if score.error is None else "errored"
 
 
 def _readable(text: str) -> str:
@@ -240,52 +209,35 @@ def _replace_file(path: Path, table: pa.Table, facts: FileFacts) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        _sync(path.parent)
+        directory = os.open(path.parent, os.O_RDONLY)
+        os.fsync(directory)
+        os.close(directory)
     except OSError as error:
-        raise StorageError(
-            f"cannot write {path}: {error}", "free some space, or set tracking.completions_max_gb"
-        ) from error
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        fix = "free some space, or lower tracking.completions_max_gb"
+        raise StorageError(f"cannot write {path}: {error}", fix) from error
 
 
 def read_facts(path: Path) -> FileFacts:
-    """What a file says of itself.
+    """What a file says of itself; raises as `read_file`."""
+    return read_file(path, columns=[])[1]
+
+
+def read_file(path: Path, columns: list[str] | None = None) -> tuple[pa.Table, FileFacts]:
+    """A file's rows, all columns unless named, and what it says of itself.
 
     Raises:
-        StorageError: it cannot be read, or was written by another version of the store.
+        StorageError: it cannot be read, or was written in another format.
     """
     try:
-        return _facts(path, pq.read_schema(path))
-    except (OSError, pa.ArrowException) as error:
-        raise StorageError(f"cannot read {path}: {error}") from None
-
-
-def _facts(path: Path, schema: pa.Schema) -> FileFacts:
-    try:
-        found = json.loads((schema.metadata or {})[_FACTS])
-    except (KeyError, ValueError):
-        raise StorageError(f"{path} is no file of the rollout store") from None
-    if found.get("format") != FORMAT:
-        raise StorageError(
-            f"{path} has format {found.get('format')}; this version reads format {FORMAT}"
+        table = pq.read_table(
+            path, columns=columns, page_checksum_verification=True, partitioning=None
         )
-    return FileFacts(**found)
-
-
-def read_file(path: Path) -> tuple[pa.Table, FileFacts]:
-    try:
-        table = pq.read_table(path, page_checksum_verification=True, partitioning=None)
-    except (OSError, pa.ArrowException) as error:
-        raise StorageError(f"cannot read {path}: {error}") from None
-    facts = _facts(path, table.schema)
-    return table.replace_schema_metadata(None), facts
+        facts = json.loads((table.schema.metadata or {})[_FACTS])
+    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
+        raise StorageError(f"{path} is no readable file of the store: {error}") from None
+    if facts.get("format") != FORMAT:
+        raise StorageError(f"{path} has format {facts.get('format')}, not {FORMAT}")
+    return table.replace_schema_metadata(None), FileFacts(**facts)
 
 
 def roll_back(directory: Path, step: int, is_decided: Callable[[int], bool]) -> None:
@@ -321,16 +273,11 @@ def _keep(path: Path, is_decided: Callable[[int], bool]) -> bool:
 
 
 def sample_rows(table: pa.Table) -> list[dict[str, Any]]:
-    """A few rows from all over a step, as trackers show them."""
-    count = min(NUM_SAMPLED, len(table))
+    """A few rows from all over a step, as trackers show them: each reward in its own column."""
+    count = min(_NUM_SAMPLED, len(table))
     spread = [index * len(table) // count for index in range(count)]
-    columns = ("step", "prompt", "completion", "reward", "advantage", "rewards")
-    return [
-        {
-            **json.loads(row.pop("rewards")),
-            **row,
-            "prompt": row["prompt"][:_SHOWN_CHARACTERS],
-            "completion": row["completion"][:_SHOWN_CHARACTERS],
-        }
-        for row in table.select(columns).take(spread).to_pylist()
-    ]
+    columns = ["rewards", "step", "prompt", "completion", "reward", "advantage"]
+    rows = table.select(columns).take(pa.array(spread, pa.int64())).to_pylist()
+    for row in rows:
+        row |= {name: row[name][:_SHOWN_CHARACTERS] for name in ("prompt", "completion")}
+    return [{**json.loads(row.pop("rewards")), **row} for row in rows]
