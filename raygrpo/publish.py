@@ -74,7 +74,9 @@ def push(
         api.create_repo(hub_id, private=not public, exist_ok=True)
         if not (api.model_info(hub_id).private or public):
             raise ConfigError(
-                f"{hub_id} exists and is public", "pass --public, or make it private on the hub"
+                f"{hub_id} exists and is public",
+                "if it is yours, pass --public or make it private on the hub; otherwise "
+                "choose another name",
             )
         if branch is not None:
             api.create_branch(hub_id, branch=branch, exist_ok=True)
@@ -154,7 +156,8 @@ def machine_paths(text: str) -> Iterator[str]:
 def _explained(error: Any, hub_id: str) -> RayGrpoError:
     """What the hub's answer means for the user."""
     status = next((code for e in _causes(error) if (code := _status(e)) is not None), None)
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    first = list(_causes(error))[-1]
+    reason = str(first).strip().partition("\n")[0] or type(first).__name__
     if any(isinstance(e, OfflineModeIsEnabled) for e in _causes(error)):
         return ConfigError("HF_HUB_OFFLINE is set: nothing can be published", "unset it")
     if status == 401:
