@@ -187,11 +187,12 @@ class Evaluations:
         constants: Sequence[Group],
         config: RunConfig,
         best: BestSoFar | None = None,
+        constant: Constant | None = None,
     ) -> None:
         self._prompts, self._constants, self._config = prompts, constants, config
         self.best = best or BestSoFar(metric=config.eval.best_metric or "")
         self._current: Evaluation | None = None
-        self._constant: Constant | None = None
+        self._constant = constant
 
     @property
     def end_the_run(self) -> bool:

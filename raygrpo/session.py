@@ -13,7 +13,13 @@ from raygrpo.checkpoint import Checkpoints, RunState, load_state, verify
 from raygrpo.config import RewardSection, RunConfig
 from raygrpo.config_file import load_config
 from raygrpo.errors import ConfigError, RayGrpoError, StorageError
-from raygrpo.evaluation import BestSoFar, Evaluations, check_best_metric, constant_groups
+from raygrpo.evaluation import (
+    BestSoFar,
+    Constant,
+    Evaluations,
+    check_best_metric,
+    constant_groups,
+)
 from raygrpo.export import export_checkpoint
 from raygrpo.run_dir import RunDir
 from raygrpo.signals import StopSignals
@@ -250,7 +256,9 @@ class Session:
         if self._restored:
             self._restored = replace(self._restored, best=best)
             self._prompts.restore(self._restored.prompts)
-        self._evaluations = Evaluations(self._eval_prompts, self._constants, self.config, best)
+        self._evaluations = Evaluations(
+            self._eval_prompts, self._constants, self.config, best, self._known_constant()
+        )
         self._incarnation = self.run_dir.next_incarnation()
 
     def _find_best(self) -> BestSoFar:
@@ -258,7 +266,7 @@ class Session:
         best = BestSoFar(metric=self.config.eval.best_metric or "")
         if self._restored:
             best = self._restored.best.resumed(self.config)
-        if best.step >= 0:
+        if best.step >= 0 and self._checkpoints.path(best.step) != self._restored_from:
             try:
                 verify(self._checkpoints.path(best.step))
             except StorageError as error:
@@ -267,6 +275,16 @@ class Session:
         if best.metric or "best" in self.run_dir.facts:
             self.run_dir.note(best=best.fact())
         return best
+
+    def _known_constant(self) -> Constant | None:
+        """The best constant answer as found before, while the same prompts are evaluated."""
+        found = self.run_dir.facts.get("best_constant")
+        if found is None:
+            return None
+        if any(change.startswith("eval.") for change in self.run_dir.changed) or not self._restored:
+            self.run_dir.note(best_constant=None)
+            return None
+        return Constant(**found)
 
     def _order_profile(self) -> None:
         from raygrpo.profiling import order_profile

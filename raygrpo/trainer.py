@@ -382,6 +382,8 @@ class Trainer:
             record = record | metrics
             for kind, fields in events:
                 self._tracker.event(kind, step=self.step, **fields)
+                if kind == "best_constant":
+                    self._run_dir.note(best_constant=fields)
         if record:
             self._tracker.log_step(self.step, record)
         self._close_record()
