@@ -55,7 +55,9 @@ class DataSection(Section):
         "datasets.load_dataset (name, revision, streaming, ...).",
     )
     mixture: list[dict[str, Any]] = key(
-        [], "More sources: each a mapping of data keys that differ, with name and weight."
+        [],
+        "Parts beside this section, whose weight is 1: data keys that differ, with name (none: the "
+        "source's last part) and weight (1.0).",
     )
     columns: dict[str, str] = key(
         {}, "Renames columns, new: old; the prompt is column prompt (text, or chat messages)."
