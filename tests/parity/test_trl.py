@@ -331,15 +331,18 @@ def adam(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("num_iterations", [1, 2])
-def test_the_formulas_say_the_same(kind: str, num_iterations: int, models: dict[str, Path]) -> None:
+def test_the_formulas_say_the_same(num_iterations: int, kind: str, models: dict[str, Path]) -> None:
     steps = make_rollouts(seed=3)
+    lr = FAST if num_iterations == 1 else 10 * FAST  # the second pass leaves the clip's range
     config = trl024_config(
-        models[kind], optimizer={"lr": FAST}, train={"num_iterations": num_iterations}
+        models[kind], optimizer={"lr": lr}, train={"num_iterations": num_iterations}
     )
     advantages, ours = train(config, steps)
-    theirs = formulas(models[kind], steps, num_iterations=num_iterations, lr=FAST)
+    theirs = formulas(models[kind], steps, num_iterations=num_iterations, lr=lr)
     assert_same_advantages(advantages, theirs.advantages)
     assert_same_updates(ours, theirs, models[kind])
+    clipped = sum(stats["clip_ratio/region_mean"].sum for stats in ours.statistics)
+    assert (clipped > 10) == (num_iterations > 1)
 
 
 RECORDED = json.loads((Path(__file__).parent / "trl024.json").read_text())["runs"]

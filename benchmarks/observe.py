@@ -1,0 +1,212 @@
+"""Watches one run from outside: when each step ended, and how much memory its processes held."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import statistics
+import subprocess
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+POLL_S, MEMORY_EVERY_S = 0.05, 1.0
+MARK = "VS_TRL_RUN"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What a side says of one of its steps; None for what follows from the step's seconds."""
+
+    number: int
+    reward: float
+    other_s: float
+    num_completion_tokens: int
+    generate_s: float | None = None
+    train_s: float | None = None
+
+
+@dataclass(kw_only=True)
+class Run:
+    """A run as it was seen; times in seconds since the process started.
+
+    ``ended_s`` is when each step had ended, ``ready_s`` when the first one could start.
+    """
+
+    side: str
+    steps: list[Step] = field(default_factory=list)
+    ended_s: list[float] = field(default_factory=list)
+    ready_s: float = 0.0
+    peak_bytes: int = 0
+
+    @property
+    def step_seconds(self) -> list[float]:
+        """Each step's seconds, from the end of the one before."""
+        starts = [self.ready_s, *self.ended_s]
+        return [end - start for start, end in zip(starts, self.ended_s, strict=False)]
+
+    def split(self) -> list[tuple[float, float, float]]:
+        """Seconds of generation, training and other of each step; the missing one is the rest."""
+        parts = []
+        for step, seconds in zip(self.steps, self.step_seconds, strict=True):
+            known = (step.generate_s or 0.0) + (step.train_s or 0.0) + step.other_s
+            rest = max(0.0, seconds - known)
+            generate = rest if step.generate_s is None else step.generate_s
+            train = rest if step.train_s is None else step.train_s
+            parts.append((generate, train, step.other_s))
+        return parts
+
+
+def reached(steps: Sequence[Step], target: float, window: int) -> int | None:
+    """The index of the step at which the mean reward over ``window`` steps reached ``target``."""
+    rewards = [step.reward for step in steps]
+    for end in range(window, len(rewards) + 1):
+        if statistics.fmean(rewards[end - window : end]) >= target:
+            return end - 1
+    return None
+
+
+class NewRows:
+    """The rows appended to a JSON-lines file since the last look; a torn last line waits."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._read = path, 0
+
+    def __call__(self) -> list[dict[str, Any]]:
+        if not self._path.is_file() or self._path.stat().st_size == self._read:
+            return []
+        with self._path.open("rb") as file:
+            file.seek(self._read)
+            whole = file.read().rpartition(b"\n")[0]
+        if not whole:
+            return []
+        self._read += len(whole) + 1
+        return [json.loads(line) for line in whole.splitlines()]
+
+
+def memory_bytes(mark: str, known: dict[int, bool]) -> int:
+    """The proportional set size of all processes whose environment has ``mark``.
+
+    The environment is inherited, whoever the parent is now; ``known`` remembers the answers.
+    """
+    total = 0
+    for entry in os.scandir("/proc"):
+        if not entry.name.isdigit():
+            continue
+        pid = int(entry.name)
+        try:
+            if pid not in known:
+                environment = Path(f"/proc/{pid}/environ").read_bytes()
+                if not environment:
+                    continue  # between fork and exec, or a kernel thread
+                known[pid] = mark.encode() in environment
+            if known[pid]:
+                total += _pss_bytes(Path(f"/proc/{pid}/smaps_rollup").read_text())
+        except OSError:  # it has ended
+            continue
+    return total
+
+
+def _pss_bytes(rollup: str) -> int:
+    for line in rollup.splitlines():
+        if line.startswith("Pss:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def observe(
+    side: str,
+    command: Sequence[str],
+    *,
+    environment: Mapping[str, str],
+    rows: Path,
+    parse: Callable[[dict[str, Any]], Step | None],
+    log: Path,
+    stop: Callable[[Sequence[Step]], bool],
+    timeout_s: float,
+) -> Run:
+    """Runs ``command`` to its end, or until ``stop`` says that the steps so far are enough.
+
+    Raises:
+        RuntimeError: the command failed, or took longer than ``timeout_s``.
+    """
+    run, mark = Run(side=side), f"{MARK}={uuid.uuid4().hex}"
+    environment = {**environment, MARK: mark.partition("=")[2]}
+    start = time.monotonic()
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            cwd=_root(),
+        )
+    watch = _Watch(run=run, rows=NewRows(rows), parse=parse, start=start, mark=mark)
+    while process.poll() is None:
+        watch.look(rows.with_name("events.jsonl"))
+        if stop(run.steps):
+            break
+        if time.monotonic() - start > timeout_s:
+            end(process)
+            raise RuntimeError(f"{side} took longer than {timeout_s:.0f} s; see {log}")
+        time.sleep(POLL_S)
+    stopped = process.poll() is None
+    end(process)
+    if not stopped:
+        watch.look(rows.with_name("events.jsonl"))
+        if process.returncode:
+            raise RuntimeError(f"{side} ended with {process.returncode}:\n{_tail(log)}")
+    if not run.steps:
+        raise RuntimeError(f"{side} reported no step:\n{_tail(log)}")
+    return run
+
+
+@dataclass(kw_only=True)
+class _Watch:
+    run: Run
+    rows: NewRows
+    parse: Callable[[dict[str, Any]], Step | None]
+    start: float
+    mark: str
+    known: dict[int, bool] = field(default_factory=dict)
+    sampled: float = 0.0
+
+    def look(self, events: Path) -> None:
+        """Takes the rows that have come, and now and then the memory."""
+        now = time.monotonic() - self.start
+        for row in self.rows():
+            step = self.parse(row)
+            if step is not None:
+                self.run.steps.append(step)
+                self.run.ended_s.append(now)
+            elif not self.run.ready_s:
+                self.run.ready_s = now
+        if not self.run.ready_s and events.is_file() and '"started"' in events.read_text():
+            self.run.ready_s = now
+        if now - self.sampled > MEMORY_EVERY_S:
+            self.sampled = now
+            self.run.peak_bytes = max(self.run.peak_bytes, memory_bytes(self.mark, self.known))
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Ends a run that is going on: first asked, then made to."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(timeout=120)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _root() -> Path:
+    return Path(__file__).parents[1]
+
+
+def _tail(log: Path) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-30:])
