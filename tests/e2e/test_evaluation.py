@@ -1,0 +1,224 @@
+"""A run that keeps its best checkpoint and ends early, killed on the way; evaluations alone.
+
+The reward's level is scripted by the step, so that it is known which evaluation is the best: the
+model after step 1. A completion is correct where it has a digit and the level allows it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from raygrpo.checkpoint import Checkpoints, verify
+from tests import runs
+
+LEVELS = (0.25, 0.75, 0.5, 0.5, 2.0)
+STEPS, LAST, BEST, SAMPLES = 4, 3, 1, 4
+REWARD = f"""
+def leveled(completions, trainer_state, log_extra, **_):
+    digits = [next((c for c in text if c.isdigit()), None) for text in completions]
+    log_extra("answer", digits)
+    level = {LEVELS}[trainer_state.global_step]
+    return [level + 0.5 * (digit is not None) for digit in digits]
+"""
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("evaluation")
+
+
+@pytest.fixture(scope="module")
+def killed(directory: Path) -> Iterator[tuple[Path, dict[str, Any] | None, list[str]]]:
+    """A run killed right after the best evaluation was logged; what it left of the best one."""
+    (directory / "leveled.py").write_text(REWARD)
+    config = runs.write_run(
+        directory,
+        "early",
+        rewards=[{"func": f"{directory / 'leveled.py'}:leveled"}],
+        train={"steps": STEPS},
+        sampling={"num_completions": 4, "max_tokens": 6},
+        checkpoint={"keep": 1},
+        eval={
+            "eval_steps": 1,
+            "data": {"source": str(directory / "rows.jsonl")},
+            "num_prompts": 6,
+            "num_completions": SAMPLES,
+            "best_metric": "eval/reward",
+            "patience": LAST - BEST,
+        },
+    )
+    process = runs.start(config)
+    runs.wait_for(process, lambda: any(r["step"] == BEST for r in runs.metrics(config)), "step 1")
+    process.kill()
+    process.wait(timeout=runs.DEADLINE_S)
+    best = json.loads((runs.run_dir(config) / "run.json").read_text())["best"]
+    there = [path.name for path in Checkpoints(runs.run_dir(config) / "checkpoints").all()]
+    yield config, best, there
+
+
+@pytest.fixture(scope="module")
+def finished(killed: tuple[Path, dict[str, Any] | None, list[str]]) -> Path:
+    """The same run, resumed until it ended by itself."""
+    config = killed[0]
+    runs.run(config)
+    return config
+
+
+def test_a_killed_run_names_a_best_checkpoint_that_is_there(
+    killed: tuple[Path, dict[str, Any] | None, list[str]],
+) -> None:
+    config, best, there = killed
+    assert best is not None, "step 0 was evaluated and saved long before"
+    assert f"step-{best['step']:08}" in there
+    assert best["value"] == runs.metrics(config)[best["step"]]["eval/reward"]
+
+
+def test_it_ends_early_with_the_best_model(finished: Path) -> None:
+    root = runs.run_dir(finished)
+    rows = runs.metrics(finished)
+    assert [row["step"] for row in rows] == list(range(LAST + 1))
+    values = [row["eval/reward"] for row in rows]
+    assert max(values) == values[BEST]
+    facts = json.loads((root / "run.json").read_text())
+    assert facts["best"] == {"step": BEST, "metric": "eval/reward", "value": values[BEST]}
+    (event,) = runs.events(finished, "early_stop")
+    assert (event["step"], event["best_step"]) == (LAST, BEST)
+    checkpoints = Checkpoints(root / "checkpoints")
+    assert checkpoints.all() == [checkpoints.path(BEST), checkpoints.path(LAST)]
+    for path in checkpoints.all():
+        verify(path)
+    best, last = (
+        load_file(checkpoints.path(step) / "model" / "model.safetensors") for step in (BEST, LAST)
+    )
+    runs.assert_same_weights(runs.weights(finished), best)
+    assert any(not torch.equal(best[name], last[name]) for name in best)
+    card = (root / "export" / "README.md").read_text()
+    assert f"for {BEST} steps, the best checkpoint by `eval/reward`" in card
+    assert f"| `eval/pass@2`, step 0 and {BEST} |" in card
+    assert "| `eval/best_constant`, step 0 and" in card
+
+
+def test_the_same_command_trains_no_further(finished: Path) -> None:
+    before = runs.metrics(finished)
+    assert "exported model" in runs.run(finished)
+    assert runs.metrics(finished) == before
+    assert len(runs.events(finished, "started")) == 2, "the killed start and the resumed one"
+
+
+def eval_rows(config: Path, step: int) -> dict[int, list[dict[str, Any]]]:
+    """An evaluation's stored completions by group."""
+    path = runs.run_dir(config) / "completions" / f"eval-{step:08}.parquet"
+    groups = defaultdict(list)
+    for row in pq.read_table(path).to_pylist():
+        groups[row["group_id"]].append(row)
+    return groups
+
+
+def test_numbers_equal_hand_counts(finished: Path) -> None:
+    for step, found in enumerate(runs.metrics(finished)):
+        groups = eval_rows(finished, step)
+        greedy = [rows for group_id, rows in groups.items() if group_id % 2 == 0]
+        sampled = [rows for group_id, rows in groups.items() if group_id % 2]
+        assert [len(rows) for rows in greedy] == [1] * 6
+        assert [len(rows) for rows in sampled] == [SAMPLES] * 6
+        expected = {
+            "eval/greedy/accuracy": mean(right(rows)[0] for rows in greedy),
+            "eval/greedy/reward": mean(rows[0]["reward"] for rows in greedy),
+            "eval/reward": mean(row["reward"] for rows in sampled for row in rows),
+            f"eval/avg@{SAMPLES}": mean(mean(right(rows)) for rows in sampled),
+            f"eval/maj@{SAMPLES}": mean(map(majority, sampled)),
+            "eval/best_constant": LEVELS[0] + 0.5,
+        }
+        for k in (1, 2, 4):
+            draws = [[any(d) for d in itertools.combinations(right(rows), k)] for rows in sampled]
+            expected[f"eval/pass@{k}"] = mean(map(mean, draws))
+        assert {name: found[name] for name in expected} == pytest.approx(expected)
+    levels = [row[f"eval/avg@{SAMPLES}"] for row in runs.metrics(finished)]
+    assert levels[0] == 0 < levels[BEST], "the counts above were not all of nothing"
+
+
+def mean(values: Any) -> float:
+    return statistics.fmean(map(float, values))
+
+
+def right(rows: Sequence[dict[str, Any]]) -> list[bool]:
+    return [row["reward"] >= 1 for row in rows]
+
+
+def majority(rows: Sequence[dict[str, Any]]) -> float:
+    answers = [json.loads(row["extras"])["answer"] for row in rows]
+    counts = Counter(answer for answer in answers if answer is not None) or Counter(answers)
+    winners = [answer for answer in counts if counts[answer] == max(counts.values())]
+    voices = [(answer, ok) for answer, ok in zip(answers, right(rows), strict=True)]
+    return mean(mean(ok for said, ok in voices if said == answer) for answer in winners)
+
+
+@pytest.mark.parametrize(("of_the_run", "step"), [(False, 0), (True, LAST)])
+def test_an_evaluation_alone_equals_the_runs(finished: Path, of_the_run: bool, step: int) -> None:
+    """Of the configuration: that before the first step; of the run's last checkpoint: its last."""
+    out = finished.with_name(f"eval-{step}.json")
+    target = str(runs.run_dir(finished) if of_the_run else finished)
+    options = ["--step", "last"] if of_the_run else []
+    text = command("eval", target, *options, "--out", str(out))
+    found = json.loads(out.read_text())
+    expected = {n: v for n, v in runs.metrics(finished)[step].items() if n.startswith("eval/")}
+    # Alone, it scores the constants itself, at the level of its own step.
+    expected["eval/best_constant"] = LEVELS[step] + 0.5
+    assert found["metrics"] == expected
+    assert found["step"] == step
+    assert found["best_constant"]["value"] == LEVELS[step] + 0.5
+    assert f"after {step} steps: 6 prompts" in text
+    assert f"eval/maj@{SAMPLES}" in text
+
+
+def test_generate_makes_the_groups_that_training_starts_with(finished: Path) -> None:
+    out = finished.with_name("generated")
+    text = command("generate", str(finished), "--num-groups", "3", "--out", str(out))
+    (path,) = out.glob("*.parquet")
+    made = pq.read_table(path).to_pylist()
+    assert [row["group_id"] for row in made] == [i for i in range(3) for _ in range(4)]
+    first = runs.run_dir(finished) / "completions" / "step-00000001.parquet"
+    trained = pq.read_table(first).to_pylist()
+    assert pq.read_schema(path).equals(pq.read_schema(first))
+    same = ("prompt", "completion", "token_ids", "sampler_logprobs", "reward", "extras")
+    chosen = [row for row in trained if row["group_id"] < 3]
+    for ours, theirs in zip(made, chosen, strict=True):
+        assert {name: ours[name] for name in same} == {name: theirs[name] for name in same}
+    assert "frac_groups_with_signal" in text
+    assert "tokens_per_s" in text
+    refused = start_command("generate", str(finished), "--out", str(out))
+    assert refused.returncode == 2, refused.stderr
+    assert "name another --out" in refused.stderr
+
+
+def command(*arguments: str) -> str:
+    done = start_command(*arguments)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def start_command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    return subprocess.run(
+        [sys.executable, "-m", "raygrpo", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=runs.DEADLINE_S,
+        env={**environment, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        cwd=Path(__file__).parents[2],
+        check=False,
+    )
