@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -37,10 +37,15 @@ class Pinned:
     changed: tuple[str, ...] = ()
 
 
-def pin(config: RunConfig, recorded: Mapping[str, str] | None = None) -> Pinned:
+def pin(
+    config: RunConfig,
+    recorded: Mapping[str, str] | None = None,
+    passed: Collection[str] = (),
+) -> Pinned:
     """Fills in the revisions: those that a run recorded, else those that the hub has now.
 
-    Without a hub that answers, the one in the local cache is taken.
+    Without a hub that answers, the one in the local cache is taken. ``passed`` names the roles
+    (data, eval) whose data set was passed in Python.
 
     Raises:
         ConfigError: the hub has no such revision, or (offline) the cache holds another one than
@@ -52,10 +57,11 @@ def pin(config: RunConfig, recorded: Mapping[str, str] | None = None) -> Pinned:
         pins.found["model"] = fingerprint(model)
     elif sha := pins.commit("model", "model", model.path, model.revision):
         model = model.model_copy(update={"revision": sha})
-    data = _pinned_data(pins, "data", config.data.model_dump(), config.data.source)
-    section = config.data.model_validate(data)
-    evaluation = config.eval
-    if evaluation.eval_steps:
+    section, evaluation = config.data, config.eval
+    if "data" not in passed:
+        data = _pinned_data(pins, "data", section.model_dump(), section.source)
+        section = section.model_validate(data)
+    if evaluation.eval_steps and "eval" not in passed:
         own = _pinned_data(pins, "eval", dict(evaluation.data), section.source)
         evaluation = evaluation.model_copy(update={"data": own})
         used = eval_section(section, evaluation, seed=config.seed)

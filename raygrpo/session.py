@@ -152,7 +152,9 @@ class Session:
         self._anchored = [anchor_reward(reward) for reward in config.rewards]
         check_best_metric(config)
         check_model_path(config.model)
-        self._pinned = pin(config, RunDir.at(config).revisions)
+        given = {"data": self._dataset, "eval": self._eval_dataset}
+        passed = [role for role, dataset in given.items() if dataset is not None]
+        self._pinned = pin(config, RunDir.at(config).revisions, passed)
         config = self._pinned.config
         self._placed = config.model_copy(update={"model": anchored_model(config.model)})
         self._tokenizer = load_tokenizer(config.model)
