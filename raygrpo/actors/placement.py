@@ -128,22 +128,18 @@ def unplaceable(config: RunConfig, nodes: Nodes) -> str:
     )
     for role, count, cpus, gpus in demands:
         labels = labels_of(config, role)
-        where = ", ".join(f"{key}={value}" for key, value in labels.items())
+        where = ", ".join(f"{key}={value}" for key, value in labels.items()) or "without labels"
         fitting = nodes_with(nodes, labels)
         if not fitting:
             return f"no node has the labels of ray.labels.{role} ({where})"
         asked = {"CPU": cpus, "GPU": gpus}
         room = sum(min(_has(n, r) // a for r, a in asked.items() if a) for n in fitting)
         if room < count:
-            have = "; ".join(f"{_has(n, 'CPU'):g} CPUs, {_has(n, 'GPU'):g} GPUs" for n in fitting)
-            return (
-                f"the {role} asks for {count} x ({cpus} CPUs, {gpus:g} GPUs), which its nodes "
-                f"{f'({where}) ' if where else ''}cannot hold: {have}"
-            )
-    reserved = sum(count * cpus for _, count, cpus, _ in demands)
+            each = f"{cpus} CPUs and {gpus:g} GPUs"
+            return f"{len(fitting)} nodes ({where}) cannot hold {count} {role}s of {each} each"
+    reserved, text = sum(d[1] * d[2] for d in demands), "CPUs for learner, generators and scorers"
     present = sum(_has(node, "CPU") for node in nodes)
-    text = " + ".join(f"{count} {role} x {cpus}" for role, count, cpus, _ in demands)
-    return f"the run reserves {reserved} CPUs ({text}) of {present:g}" * (reserved > present)
+    return f"the run reserves {reserved} {text}; {present:g} are there" * (reserved > present)
 
 
 def _has(node: Mapping[str, Any], resource: str) -> float:

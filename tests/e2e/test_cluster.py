@@ -1,0 +1,170 @@
+"""Runs over several raylets: roles go where their labels say, and a lost node is no lost run."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests import runs
+
+STEPS = 12
+# The eleventh group's score waits: by then groups of its step are scored, and not yet trained.
+HELD = """
+import pathlib, time
+
+calls = 0
+
+
+def digits(completions, gate, **_):
+    global calls
+    calls += 1
+    if calls == 11:
+        pathlib.Path(gate, "reached").touch()
+        while not pathlib.Path(gate, "go").exists():
+            time.sleep(0.01)
+    return [sum(c.isdigit() for c in text) / max(len(text), 1) for text in completions]
+"""
+LABELS = {
+    "learner": {"role": "steady"},
+    "scorer": {"role": "in(steady,cpu)"},
+    "generator": {"role": "spot"},
+}
+SPOT = {"num_cpus": 2, "labels": {"role": "spot"}}
+
+
+class Raylets:
+    """The cluster's process, which alone may touch its nodes."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            ["timeout", "-k", "10", "600", sys.executable, "-m", "tests.e2e.raylets"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        self.head = self._answer()
+        self.address: str = self.head["address"]
+
+    def add(self, name: str, **arguments: Any) -> int:
+        """Starts a node; its raylet's process id."""
+        self._say("add", name, arguments)
+        pid: int = self._answer()["pid"]
+        return pid
+
+    def remove(self, name: str) -> None:
+        """Kills a node's processes."""
+        self._say("remove", name)
+        self._answer()
+
+    def end(self) -> None:
+        """Ends the cluster."""
+        self._process.communicate(timeout=60)
+
+    def _say(self, *command: Any) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(command) + "\n")
+        self._process.stdin.flush()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        # Ray writes to stdout, too.
+        for line in self._process.stdout:
+            if line.startswith('{"address"'):
+                answer: dict[str, Any] = json.loads(line)
+                return answer
+        raise AssertionError("the cluster's process ended")
+
+
+@pytest.fixture(scope="module")
+def raylets() -> Iterator[Raylets]:
+    with pytest.MonkeyPatch.context() as patch:
+        # Both sides say how they authenticate: a file in the home directory must not matter.
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        # Groups of tests are small; real ones live in the object store of the node they are on.
+        patch.setenv("RAY_max_direct_call_object_size", "64")
+        raylets = Raylets()
+        yield raylets
+        raylets.end()
+
+
+@pytest.fixture(scope="module")
+def steady(raylets: Raylets) -> int:
+    return raylets.add("steady", num_cpus=2, labels={"role": "steady"})
+
+
+def roles_on(raylet: int) -> Counter[str]:
+    """How many actors of each class live on a node: its raylet's children, by process title."""
+    titles = [child.name() for child in psutil.Process(raylet).children()]
+    return Counter(t.removeprefix("ray::").partition(".")[0] for t in titles if "Actor" in t)
+
+
+def config_for(directory: Path, address: str, name: str, **ray: Any) -> Path:
+    (directory / "held.py").write_text(HELD)
+    held = {"func": f"{directory / 'held.py'}:digits", "params": {"gate": str(directory)}}
+    return runs.write_run(
+        directory,
+        name,
+        rewards=[{**held, "timeout_s": 170.0}],
+        train={"steps": STEPS, "groups_per_step": 4},
+        generators={"count": 2, "threads": 1},
+        ray={"address": address, "labels": LABELS, **ray},
+    )
+
+
+def test_what_no_node_can_hold_is_said_before_the_start(
+    raylets: Raylets, steady: int, tmp_path: Path
+) -> None:
+    output = runs.run(config_for(tmp_path, raylets.address, "unlabelled"), expected=2)
+    assert "no node has the labels of ray.labels.generator (role=spot)" in output
+    assert "fix: start nodes that have them" in output
+
+
+def test_a_cluster_that_grows_is_waited_for(raylets: Raylets, steady: int, tmp_path: Path) -> None:
+    # An autoscaler's nodes carry their type as this label.
+    raylets.add("managed", num_cpus=0, labels={"ray.io/node-group": "head"})
+    config = config_for(tmp_path, raylets.address, "waiting", start_timeout_s=20.0)
+    output = runs.run(config, expected=4)
+    # Which of the starts is late first depends on how busy the machine is.
+    assert "took longer than 20 s: no node has the labels of ray.labels.generator" in output
+
+
+def test_a_run_over_two_nodes_outlives_one_of_them(
+    raylets: Raylets, steady: int, tmp_path: Path
+) -> None:
+    spot = raylets.add("spot", **SPOT)
+    config = config_for(tmp_path, raylets.address, "run")
+    process = runs.start(config)
+    runs.wait_for(process, (tmp_path / "reached").exists, "the group whose score is held")
+
+    assert roles_on(steady) == {"LearnerActor": 1, "WeightStoreActor": 1, "ScorerActor": 1}
+    assert roles_on(spot) == {"GeneratorActor": 2}
+    assert roles_on(raylets.head["pid"]) == {}
+
+    raylets.remove("spot")
+    (tmp_path / "go").touch()
+    runs.wait_for(process, lambda: len(runs.events(config, "worker_replaced")) > 1, "the loss")
+    spot = raylets.add("spot again", **SPOT)
+    lost_at = len(runs.metrics(config))
+    runs.wait_for(process, lambda: len(runs.metrics(config)) > lost_at + 1, "steps after the loss")
+    assert roles_on(spot) == {"GeneratorActor": 2}
+    runs.finish(process, config)
+
+    rows = runs.metrics(config)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    # The tiny model learns to write digits within six steps at this rate.
+    assert rows[-1]["reward"] > rows[0]["reward"] + 0.3
+    assert {event["worker"] for event in runs.events(config, "worker_replaced")} == {
+        "generator-0",
+        "generator-1",
+    }
