@@ -34,17 +34,30 @@ def train(
     profile_step: Annotated[
         int | None, typer.Option(help="Step to trace with torch's profiler, into RUN/profile/.")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the plan, start nothing.")
+    ] = False,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="Two steps on a tiny model of the same architecture.")
+    ] = False,
 ) -> None:
     """Train, or resume, the run that CONFIG describes; then export the model.
 
     Keys are overridden by --section.key=value.
     """
     from raygrpo.session import Session
+    from raygrpo.smoke import smoke_run
 
     session = None
     try:
         resolved = load_config(config, context.args)
-        with Session(resolved, profile_step=profile_step) as session:
+        if dry_run:
+            from raygrpo.preflight import print_plan
+
+            print_plan(resolved)
+            return
+        small = smoke_run(resolved, typer.echo) if smoke else contextlib.nullcontext(resolved)
+        with small as chosen, Session(chosen, profile_step=profile_step) as session:
             session.prepare()
             outcome = session.run()
     except RayGrpoError as error:
@@ -56,6 +69,9 @@ def train(
     if not outcome.finished:
         typer.echo(f"stopped, all committed; run the same command to resume ({outcome.run_dir})")
         raise typer.Exit(EXIT_STOPPED)
+    if smoke:
+        typer.echo("smoke run passed; its directory is removed")
+        return
     if outcome.first_group_s:
         typer.echo(
             f"driver {outcome.driver_ms_per_group:.1f} ms a group; "

@@ -44,6 +44,8 @@ FLOORS = {
     "raygrpo.model_card_papers": 4,
     "raygrpo.export": 5,
     "raygrpo.publish": 5,
+    "raygrpo.preflight": 5,
+    "raygrpo.smoke": 5,
     "raygrpo.session": 5,
     "raygrpo.rollout_session": 5,
     "raygrpo.signals": 5,
