@@ -27,6 +27,7 @@ from raygrpo.config import RunConfig
 from raygrpo.config_file import load_config
 from raygrpo.errors import ConfigError, StorageError
 from raygrpo.run_dir import RunDir
+from raygrpo.session import Session
 from raygrpo.tracking import wandb_logger
 from raygrpo.tracking.console import Console
 from raygrpo.tracking.curve import draw_curve
@@ -641,6 +642,7 @@ import io, os, signal, sys, time
 import psutil
 from raygrpo.config_file import load_config
 from raygrpo.run_dir import RunDir
+from raygrpo.session import Session
 from raygrpo.tracking import wandb_logger
 from raygrpo.tracking.tracker import Tracker
 wandb_logger._FINISH_TIMEOUT_S = 3.0
@@ -814,5 +816,6 @@ def test_a_missing_tensorboard_is_found_at_the_check(
         monkeypatch.delitem(sys.modules, name)
     check_tensorboard(run_config(tmp_path))
     with pytest.raises(ConfigError) as raised:
-        check_tensorboard(run_config(tmp_path, tensorboard=True))
+        Session(run_config(tmp_path, tensorboard=True)).check()
+    assert not (tmp_path / "run").exists()
     assert "pip install raygrpo[tensorboard]" in raised.value.fix
