@@ -59,7 +59,7 @@ def make_step_batch(step: int, groups: Sequence[FinishedGroup], config: RunConfi
 def signal_values(summary: GroupSummary, config: RunConfig) -> list[float | None]:
     """What decides whether a group teaches anything: rewards, or (GDPO) sums of normalised parts.
 
-    Parts may differ where their sum does not, and the other way round.
+    Normalised parts may differ where the sum of the rewards does not.
     """
     if config.advantage.rewards == "sum_then_normalise":
         return [score.value for score in summary.scores]

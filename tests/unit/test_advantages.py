@@ -1,14 +1,28 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from trl.trainer.utils import nanstd
 
-from raygrpo.algorithm.advantages import group_advantages, has_signal
+from raygrpo.algorithm.advantages import (
+    batch_normalised,
+    group_advantages,
+    has_signal,
+    normalised_sum,
+)
+from raygrpo.algorithm.plan import make_step_batch, signal_values
+from raygrpo.algorithm.window import FinishedGroup, Window
+from raygrpo.config import RunConfig
+from raygrpo.config_file import load_config
+from raygrpo.errors import ConfigError
+from raygrpo.types import Score
 from tests import oracle
+from tests.builders import request, summary
 
 REWARD = st.one_of(st.none(), st.floats(-5, 5, allow_nan=False, width=32))
 
@@ -87,3 +101,179 @@ def test_signal() -> None:
     assert not has_signal([1.0, 0.0, 0.5], [False, False, True])
     assert has_signal([1.0, 0.0, 0.5], [False, True, True])
     assert not has_signal([1.0, 1.0 + 1e-9], [True, True])
+
+
+def trl_normalise_then_sum(parts: torch.Tensor, weights: list[float]) -> torch.Tensor:
+    """TRL's GRPOTrainer with ``multi_objective_aggregation="normalize_then_sum"``, parts [N, G, K].
+
+    The lines of `_generate_and_score_completions` on its own `nanstd`, rows flattened as there.
+    """
+    flat = parts.reshape(-1, parts.shape[2])
+    unscorable = torch.isnan(flat).all(dim=1)
+    mean_k = torch.nanmean(parts, dim=1, keepdim=True)
+    std_k = nanstd(parts, dim=1, keepdim=True)
+    reward_k = ((parts - mean_k) / (std_k + 1e-4)).view(-1, parts.shape[2])
+    rewards = (reward_k * torch.tensor(weights, dtype=parts.dtype)).nansum(dim=1)
+    rewards[unscorable] = torch.nan
+    advantages = (rewards - torch.nanmean(rewards)) / (nanstd(rewards).expand_as(rewards) + 1e-4)
+    return torch.nan_to_num(advantages, nan=0.0).view(parts.shape[:2])
+
+
+def test_normalise_then_sum_by_hand() -> None:
+    # Reward a of the first group: mean 1/2, squares 4 * 1/4, ddof 1: deviation sqrt(1/3).
+    # Reward b: 0 and 10 in turn: mean 5, squares 4 * 25, deviation sqrt(100/3).
+    parts = [[[1.0, 0.0], [0.0, 10.0], [0.0, 0.0], [1.0, 10.0]], [[1.0, 5.0]] * 4]
+    a = 0.5 / (math.sqrt(1 / 3) + 1e-4)
+    b = 5.0 / (math.sqrt(100 / 3) + 1e-4)
+    sums = normalised_sum(parts, [1.0, 0.5])
+    first = [a - b / 2, -a + b / 2, -a - b / 2, a + b / 2]
+    assert sums[0].tolist() == pytest.approx(first, rel=1e-12)
+    assert sums[1].tolist() == [0.0] * 4
+    # The step: eight values, four of them 0; their mean is 0.
+    deviation = math.sqrt(sum(x * x for x in first) / 7)
+    got = batch_normalised(sums)
+    # float32 results.
+    assert got[0].tolist() == pytest.approx([x / (deviation + 1e-4) for x in first], rel=1e-6)
+    assert got[1].tolist() == [0.0] * 4
+
+
+PARTS = st.integers(1, 3).flatmap(
+    lambda k: st.lists(
+        st.lists(st.lists(REWARD, min_size=k, max_size=k), min_size=4, max_size=4),
+        min_size=1,
+        max_size=3,
+    )
+)
+
+
+def as_tensor(parts: list[list[list[float | None]]]) -> torch.Tensor:
+    return torch.tensor(
+        [[[math.nan if p is None else p for p in row] for row in group] for group in parts],
+        dtype=torch.float64,
+    )
+
+
+@settings(deadline=None)  # the clock of a busy machine decides nothing
+@given(PARTS)
+def test_normalise_then_sum_is_trls(parts: list[list[list[float | None]]]) -> None:
+    tensor = as_tensor(parts)
+    weights = [1.0, -0.5, 2.0][: tensor.shape[2]]
+    scored = (~torch.isnan(tensor)).any(2)
+    # TRL gives a completion that is alone with a score the sum 0; here it is in no mean.
+    assume(bool((scored.sum(1) != 1).all()))
+    got = batch_normalised(normalised_sum(tensor, weights)).double()
+    expected = trl_normalise_then_sum(tensor, weights)
+    # Both in float64, then float32 here; the two divisions by 1e-4 amplify the rounding of means
+    # that should cancel (1e-16 * 5) to 5e-8 at most.
+    assert torch.allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@settings(deadline=None)
+@given(PARTS, st.integers(-40, 40))
+def test_normalise_then_sum_laws(parts: list[list[list[float | None]]], shift: int) -> None:
+    tensor = as_tensor(parts)
+    weights = [1.0, 0.5, 2.0][: tensor.shape[2]]
+    sums = normalised_sum(tensor, weights)
+    # Each z is at most (G - 1) / sqrt(G) = 1.5; sums over a group cancel, None parts or not.
+    scored = ~torch.isnan(sums)
+    assert float(sums.nan_to_num().sum(1).abs().max()) < 1e-9
+    assert bool((scored == ((~torch.isnan(tensor)).any(2) & (scored.any(1, keepdim=True)))).all())
+    # A reward may be shifted; another group does not matter before the step's normalisation.
+    moved = normalised_sum(tensor + shift, weights)
+    assert torch.allclose(sums.nan_to_num(), moved.nan_to_num(), atol=1e-6)
+    assert torch.equal(normalised_sum(tensor[:1], weights).nan_to_num(), sums[:1].nan_to_num())
+
+
+def test_normalise_then_sum_refuses_what_does_not_fit() -> None:
+    with pytest.raises(ValueError, match="must be"):
+        normalised_sum([[[1.0], [2.0]]], [1.0, 1.0])
+    with pytest.raises(ValueError, match="infinite"):
+        normalised_sum([[[math.inf], [2.0]]], [1.0])
+    alone = normalised_sum([[[1.0], [math.nan]], [[1.0], [0.0]]], [1.0])
+    assert torch.isnan(alone[0]).all() and not torch.isnan(alone[1]).any()
+
+
+def several(group_id: int, parts: list[dict[str, float | None] | str]) -> FinishedGroup:
+    """A group of several rewards with weights 1; text is an error."""
+    plain = summary(group_id, [0.0] * len(parts))
+    scores = tuple(
+        Score(value=None, parts={"a": 9.0, "b": None}, error=part)
+        if isinstance(part, str)
+        else Score(value=sum(p for p in part.values() if p is not None), parts=part)
+        for part in parts
+    )
+    return FinishedGroup(summary=replace(plain, scores=scores), payload=f"ref-{group_id}")
+
+
+def gdpo_config(weight_a: float, groups: int = 1) -> RunConfig:
+    return load_config(
+        {
+            "model": {"path": "m"},
+            "data": {"source": "d"},
+            "rewards": [
+                {"func": "exact", "name": "a", "weight": weight_a},
+                {"func": "number", "name": "b"},
+            ],
+            "advantage": {"rewards": "normalise_then_sum"},
+            "train": {"groups_per_step": groups},
+        }
+    )
+
+
+def test_the_plan_normalises_each_reward() -> None:
+    config = gdpo_config(2.0, groups=2)
+    groups = [
+        several(0, [{"a": 1.0, "b": 0.0}, {"a": 0.0, "b": 4.0}, {"a": 0.0, "b": None}, "failed"]),
+        several(1, [{"a": 0.0, "b": 1.0}, {"a": 0.0, "b": 3.0}, {"a": 0.0, "b": 2.0}, "failed"]),
+    ]
+    batch = make_step_batch(0, groups, config)
+    (samples,) = batch.minibatches
+    nan = math.nan
+    # The errored completion's other part (9.0) counts nowhere.
+    parts = torch.tensor(
+        [
+            [[1.0, 0.0], [0.0, 4.0], [0.0, nan], [nan, nan]],
+            [[0.0, 1.0], [0.0, 3.0], [0.0, 2.0], [nan, nan]],
+        ],
+        dtype=torch.float64,
+    )
+    expected = trl_normalise_then_sum(parts, [2.0, 1.0])[:, :3].flatten().tolist()
+    assert [s.completion_index for s in samples] == [0, 1, 2, 0, 1, 2]
+    assert [s.advantage for s in samples] == pytest.approx(expected, rel=1e-6, abs=1e-6)
+    assert batch.has_signal
+
+
+@pytest.mark.parametrize(
+    ("weight_a", "parts", "signal"),
+    [
+        # 3 * a + b is 3 for all, but normalised, a weighs three times b.
+        (3.0, [{"a": 1.0, "b": 0.0}, {"a": 0.0, "b": 3.0}], True),
+        # a + b is 1 for all, and normalised the two cancel as well.
+        (1.0, [{"a": 1.0, "b": 0.0}, {"a": 0.0, "b": 1.0}], False),
+    ],
+)
+def test_window_and_plan_agree_on_signal(
+    weight_a: float, parts: list[dict[str, float | None] | str], signal: bool
+) -> None:
+    config = gdpo_config(weight_a)
+    group = several(0, parts)
+    weighted = [weight_a * s.parts["a"] + s.parts["b"] for s in group.summary.scores]  # type: ignore[operator]
+    assert max(weighted) == min(weighted), "the plain sum teaches nothing"
+    assert make_step_batch(0, [group], config).has_signal is signal
+    window = Window(
+        steps=1,
+        groups_per_step=1,
+        dynamic_sampling=True,
+        max_refill_factor=3.0,
+        signal=lambda summary: signal_values(summary, config),
+    )
+    window.admit(request(0))
+    ((_, fate),) = window.finish(group)
+    assert fate == ("kept" if signal else "no_signal")
+
+
+def test_other_normalisations_beside_it_are_refused() -> None:
+    base = {"model": {"path": "m"}, "data": {"source": "d"}}
+    for other in ({"scale": "group"}, {"baseline": "leave_one_out"}):
+        with pytest.raises(ConfigError, match="normalise_then_sum does all the normalising"):
+            load_config({**base, "advantage": {"rewards": "normalise_then_sum", **other}})
