@@ -4,30 +4,21 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from raygrpo.algorithm.correctness import judged, majority_correct, pass_at_k, pass_rate
 from raygrpo.config import RunConfig
-from raygrpo.errors import ConfigError, nearest
-from raygrpo.rewards.loading import reward_name
 from raygrpo.tracking.metrics import completion_metrics, reward_metrics
 from raygrpo.types import (
-    Completion,
     Group,
     GroupRequest,
     GroupSummary,
     Prompt,
-    Sampling,
-    Score,
     Version,
 )
 
-MAX_CONSTANTS = 8
 Order = GroupRequest | Group
 
 
@@ -87,7 +78,7 @@ class BestSoFar:
 class Evaluation:
     """The groups of an evaluation until all have come back.
 
-    ``constants`` (of `constant_groups`) are scored along with it.
+    ``constants`` are answers given to every prompt, under negative ids, and scored along with it.
     """
 
     def __init__(
@@ -297,92 +288,3 @@ def _means(prefix: str, summaries: Sequence[GroupSummary]) -> dict[str, float]:
 def _mean(name: str, values: Any) -> dict[str, float]:
     known = [value for value in values if value is not None]
     return {name: statistics.fmean(known)} if known else {}
-
-
-def check_best_metric(config: RunConfig) -> None:
-    """Refuses a ``best_metric`` that no evaluation of this configuration gives.
-
-    Raises:
-        ConfigError: an unknown metric, no evaluations, or patience without a metric.
-    """
-    section = config.eval
-    if section.best_metric is None:
-        if section.patience:
-            raise ConfigError("eval.patience needs a metric to wait for", "set eval.best_metric")
-        return
-    if not section.eval_steps:
-        raise ConfigError("eval.best_metric needs evaluations", "set eval.eval_steps")
-    known = metric_names(config)
-    name = section.best_metric.removeprefix("-")
-    if name not in known:
-        raise ConfigError(
-            f"eval.best_metric: no evaluation of this run gives {name!r}", nearest(name, known)
-        )
-
-
-def metric_names(config: RunConfig) -> set[str]:
-    """The metrics that an evaluation gives in which every completion is scored."""
-    names = [reward_name(reward) for reward in config.rewards]
-    score = Score(value=1.0, parts=dict.fromkeys(names, 1.0))
-
-    def groups(size: int) -> list[GroupSummary]:
-        summary = GroupSummary(
-            stream="eval",
-            group_id=0,
-            attempt=0,
-            prompt_id="",
-            prompt_length=1,
-            lengths=(1,) * size,
-            num_loss_tokens=(1,) * size,
-            finishes=tuple("stop" for _ in range(size)),
-            oldest=(Version(0, 0),) * size,
-            newest=(Version(0, 0),) * size,
-            scores=(score,) * size,
-            answers=("",) * size,
-        )
-        return [summary, summary] if size else []
-
-    size = config.eval.num_completions
-    return set(evaluation_metrics(groups(1), groups(size), size))
-
-
-def constant_groups(prompts: Sequence[Prompt], config: RunConfig, tokenizer: Any) -> list[Group]:
-    """The most frequent reference answers as completions of every prompt; ids are negative.
-
-    The reference is in the first reward's ``column``, else in ``answer``; without it, none.
-    """
-    column = config.rewards[0].params.get("column", "answer")
-    references = [prompt.columns.get(column) for prompt in prompts]
-    counted = Counter(str(value) for value in references if value is not None)
-    answers = [answer for answer, _ in counted.most_common(MAX_CONSTANTS)]
-    if not answers:
-        return []
-    completions = tuple(_written(answer, tokenizer) for answer in answers)
-    sampling = Sampling(num_completions=len(answers), max_tokens=config.sampling.max_tokens)
-    return [
-        Group(
-            request=GroupRequest(
-                stream="eval",
-                group_id=-1 - index,
-                attempt=0,
-                prompt=prompt,
-                seed=config.seed,
-                sampling=sampling,
-                min_version=Version(0, 0),
-            ),
-            completions=completions,
-        )
-        for index, prompt in enumerate(prompts)
-    ]
-
-
-def _written(text: str, tokenizer: Any) -> Completion:
-    ids = np.array(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
-    return Completion(
-        token_ids=ids,
-        logprobs=np.zeros(ids.size, np.float32),
-        loss_mask=np.zeros(ids.size, np.bool_),
-        text=text,
-        finish="stop",
-        version_runs=((Version(0, 0), ids.size),),
-    )

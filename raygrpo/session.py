@@ -13,13 +13,8 @@ from raygrpo.checkpoint import Checkpoints, RunState, load_state, verify
 from raygrpo.config import RewardSection, RunConfig
 from raygrpo.config_file import load_config
 from raygrpo.errors import ConfigError, RayGrpoError, StorageError
-from raygrpo.evaluation import (
-    BestSoFar,
-    Constant,
-    Evaluations,
-    check_best_metric,
-    constant_groups,
-)
+from raygrpo.eval_setup import check_best_metric, constant_groups
+from raygrpo.evaluation import BestSoFar, Constant, Evaluations
 from raygrpo.export import export_checkpoint
 from raygrpo.run_dir import RunDir
 from raygrpo.signals import StopSignals

@@ -48,6 +48,7 @@ FLOORS = {
     "raygrpo.smoke": 5,
     "raygrpo.session": 5,
     "raygrpo.rollout_session": 5,
+    "raygrpo.eval_setup": 5,
     "raygrpo.signals": 5,
     "raygrpo.cli": 5,
     "raygrpo.__main__": 5,

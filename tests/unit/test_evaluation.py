@@ -13,14 +13,8 @@ import pytest
 from raygrpo.config import RunConfig
 from raygrpo.config_file import load_config
 from raygrpo.errors import ConfigError
-from raygrpo.evaluation import (
-    BestSoFar,
-    Evaluation,
-    Evaluations,
-    check_best_metric,
-    constant_groups,
-    metric_names,
-)
+from raygrpo.eval_setup import check_best_metric, constant_groups, metric_names
+from raygrpo.evaluation import BestSoFar, Evaluation, Evaluations
 from raygrpo.types import Group, GroupRequest, GroupSummary, Prompt, Score, Version
 from tests.builders import summary
 
