@@ -21,9 +21,9 @@ if [ $# -eq 0 ]; then
 fi
 
 nodes="$SLURM_JOB_NUM_NODES"
-head="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 # The address by which the other nodes reach the first one: its name may mean loopback to itself.
-host="$(srun --nodes=1 --ntasks=1 --nodelist="$head" hostname -I | cut -d ' ' -f 1)"
+read -r host _ < <(srun --nodes=1 --ntasks=1 --nodelist="${hosts[0]}" hostname -I)
 export RAYGRPO_ADDRESS="$host:$((20000 + SLURM_JOB_ID % 20000))"
 export RAYGRPO_PID_FILE="${TMPDIR:-/tmp}/raygrpo-$SLURM_JOB_ID.pid"
 export LEARNER_NODES="${LEARNER_NODES:-1}"
