@@ -149,8 +149,8 @@ def test_a_run_over_two_nodes_outlives_one_of_them(
 
     assert roles_on(steady) == {"LearnerActor": 1, "WeightStoreActor": 1, "ScorerActor": 1}
     assert roles_on(spot) == {"GeneratorActor": 2}
-    # It alone surely sees the driver's run directory.
-    assert roles_on(raylets.head["pid"]) == {"RolloutWriterActor": 1}
+    # The driver's node alone surely sees its run directory; nothing else runs without task slots.
+    assert set(roles_on(raylets.head["pid"])) <= {"RolloutWriterActor"}
 
     raylets.remove("spot")
     (tmp_path / "go").touch()

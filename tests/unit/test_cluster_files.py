@@ -375,7 +375,7 @@ def test_slurm_commands(tmp_path: Path) -> None:
         assert command == "symmetric-run"
         assert own[:4] == ["--address", "10.0.0.7:24711", "--min-nodes", "3"]
         # The options that are left are Ray's, and none that symmetric-run refuses.
-        for_start = curate_and_validate_ray_start_args(own)
+        for_start = curate_and_validate_ray_start_args(list(own))
         assert for_start == own[4:]
         assert {option.partition("=")[0] for option in for_start} <= known
         assert f"--labels=role={'learner' if node == 0 else 'generator'}" in for_start
