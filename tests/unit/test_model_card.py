@@ -149,6 +149,26 @@ def test_results_are_measured_ones_up_to_the_exported_step(tmp_path: Path) -> No
     assert "## Evaluation" not in card_of(tmp_path, replace(facts_of(config), results=()))
 
 
+def test_rates_and_the_best_constant_are_results_and_spreads_are_not(tmp_path: Path) -> None:
+    config = run_config(tmp_path, "a/b")
+    shown = ("eval/greedy/accuracy", "eval/avg@4", "eval/pass@16", "eval/maj@4",
+             "eval/best_constant", "eval/greedy/rewards/good/mean")  # fmt: skip
+    left_out = ("eval/reward_std", "eval/pass@4/num_left_out", "eval/num_dropped",
+                "eval/reward/error_frac", "eval/completions/mean_length")  # fmt: skip
+    run_dir = RunDir.claim(config)
+    rows = [{"step": step, **dict.fromkeys(shown + left_out, step / 4)} for step in (0, 2)]
+    run_dir.metrics_path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_dir.note(best={"step": 2, "metric": "eval/maj@4", "value": 0.5})
+    run_dir.release()
+    card = card_of(tmp_path, facts_of(config, step=2))
+    table = card.split("## Evaluation")[1].split("\n#")[0]
+    for name in shown:
+        assert f"| `{name}`, step 0 and 2 | 0.000 | 0.500 |" in table
+    assert not [name for name in left_out if f"`{name}`" in table]
+    assert "for 2 steps, the best checkpoint by `eval/maj@4`." in card
+    assert "best checkpoint" not in card_of(tmp_path, facts_of(config, step=1))
+
+
 def test_the_shown_configuration_is_the_runs(tmp_path: Path) -> None:
     config = run_config(tmp_path, "a/b", recipe="dapo", optimizer={"lr": 3e-5})
     card = card_of(tmp_path, facts_of(config))
