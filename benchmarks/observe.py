@@ -147,20 +147,19 @@ def observe(
             cwd=_root(),
         )
     watch = _Watch(run=run, rows=NewRows(rows), parse=parse, start=start, mark=mark)
-    while process.poll() is None:
-        watch.look(rows.with_name("events.jsonl"))
-        if stop(run.steps):
-            break
-        if time.monotonic() - start > timeout_s:
-            end(process)
-            raise RuntimeError(f"{side} took longer than {timeout_s:.0f} s; see {log}")
-        time.sleep(POLL_S)
-    stopped = process.poll() is None
-    end(process)
-    if not stopped:
-        watch.look(rows.with_name("events.jsonl"))
-        if process.returncode:
-            raise RuntimeError(f"{side} ended with {process.returncode}:\n{_tail(log)}")
+    events = rows.with_name("events.jsonl")
+    try:
+        while process.poll() is None and not stop(run.steps):
+            watch.look(events)
+            if time.monotonic() - start > timeout_s:
+                raise RuntimeError(f"{side} took longer than {timeout_s:.0f} s; see {log}")
+            time.sleep(POLL_S)
+        if process.poll() is not None:
+            watch.look(events)
+            if process.returncode:
+                raise RuntimeError(f"{side} ended with {process.returncode}:\n{_tail(log)}")
+    finally:
+        end(process)
     if not run.steps:
         raise RuntimeError(f"{side} reported no step:\n{_tail(log)}")
     return run

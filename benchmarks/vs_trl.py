@@ -27,6 +27,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import statistics
 import sys
 from dataclasses import asdict
@@ -223,6 +224,8 @@ def trl_step(row: dict[str, Any]) -> Step | None:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    # So that a run that is watched ends with this program.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     options = parse_arguments(arguments)
     work: Path = options.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
