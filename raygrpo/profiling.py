@@ -39,7 +39,7 @@ def order_profile(root: Path, step: int, *, done: int, steps: int) -> ProfileReq
     if not done < step <= steps:
         raise ConfigError(
             f"no step {step} to profile: this run has {steps} steps, {done} of them trained",
-            f"name one of the steps from {done + 1} to {steps}",
+            f"name one of the steps from {done + 1} to {steps}" if done < steps else "",
         )
     directory = root / "profile" / f"step-{step}"
     directory.mkdir(parents=True, exist_ok=True)
