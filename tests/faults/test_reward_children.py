@@ -261,18 +261,25 @@ class TestContract:
     def test_trl_rewards_run_unchanged(self, tmp_path: Path) -> None:
         from trl.rewards import (  # the oracle, called directly
             accuracy_reward,
+            get_cosine_scaled_reward,
+            get_repetition_penalty_reward,
             get_soft_overlong_punishment,
+            reasoning_accuracy_reward,
             think_format_reward,
         )
 
         (tmp_path / "mine.py").write_text(
+            "from trl.rewards import get_cosine_scaled_reward, get_repetition_penalty_reward\n"
             "from trl.rewards import get_soft_overlong_punishment\n"
             "overlong = get_soft_overlong_punishment(40, 20)\n"
+            "cosine = get_cosine_scaled_reward(max_len=50)\n"
+            "repetition = get_repetition_penalty_reward(ngram_size=2)\n"
         )
         sections = [
             RewardSection(func="trl.rewards:accuracy_reward"),
             RewardSection(func="trl.rewards:think_format_reward"),
-            RewardSection(func="mine.py:overlong"),
+            RewardSection(func="trl.rewards:reasoning_accuracy_reward"),
+            *(RewardSection(func=f"mine.py:{f}") for f in ("overlong", "cosine", "repetition")),
         ]
         texts = [r"<think>so</think> $\boxed{\frac{1}{2}}$", r"$\boxed{3}$", "none " * 7]
         group = make_group(texts, {"solution": "$0.5$"}, chat=True)
@@ -280,8 +287,11 @@ class TestContract:
             scored = host.score(group, STATE)
         assert scored.traceback is None
         completions = [[{"role": "assistant", "content": text}] for text in texts]
-        ids = [[0] * len(text) for text in texts]
+        ids = [list(range(len(text))) for text in texts]
         expected = {
+            "reasoning_accuracy_reward": reasoning_accuracy_reward(completions, ["$0.5$"] * 3),
+            "cosine": get_cosine_scaled_reward(max_len=50)(completions, ["$0.5$"] * 3, ids),
+            "repetition": get_repetition_penalty_reward(ngram_size=2)(ids),
             "accuracy_reward": accuracy_reward(completions, ["$0.5$"] * 3),
             "think_format_reward": think_format_reward(completions),
             "overlong": get_soft_overlong_punishment(40, 20)(ids),
