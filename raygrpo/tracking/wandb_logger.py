@@ -26,6 +26,7 @@ _LOGIN_TIMEOUT_S = 30
 # Without one, a lost network keeps the end of a run waiting for ever; what is left lies on disk.
 _FINISH_TIMEOUT_S = 120.0
 _MAX_QUEUED = 256
+_COLUMNS = ("step", "prompt", "completion", "reward", "advantage")  # then the rewards
 _SECRET = re.compile(
     r"(^|[_-])((api|access|private|secret)[_-]?key|secret|passw(or)?d|passphrase|credentials?|auth"
     r"|bearer|(?<!eos_)(?<!bos_)(?<!pad_)(?<!unk_)token)$",
@@ -194,8 +195,9 @@ class _Worker:
         import wandb
 
         if self._table is None:
-            columns = dict.fromkeys(name for row in item.rows for name in row)
-            self._table = wandb.Table(columns=list(columns), log_mode="INCREMENTAL")
+            rewards = (name for row in item.rows for name in row)
+            columns = list(dict.fromkeys((*_COLUMNS, *rewards)))
+            self._table = wandb.Table(columns=columns, log_mode="INCREMENTAL")
         for row in item.rows:
             self._table.add_data(*(_cell(row.get(name)) for name in self._table.columns))
         # wandb sends the rows added since the last call, and no more.

@@ -679,12 +679,12 @@ print("closed", flush=True)
 def completion_rows(step: int, count: int = 2) -> list[dict[str, Any]]:
     return [
         {
+            "exact": index / 2,
             "step": step,
             "prompt": [{"role": "user", "content": "2+2="}] if index else "1+1=",
             "completion": f"{step}-{index} \u00e9",
             "reward": None if index else step / 2,
             "advantage": 0.25 - index,
-            "exact": index / 2,
         }
         for index in range(count)
     ]
