@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import trl
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from raygrpo.config import DataSection
 from raygrpo.data.columns import renamed
+from raygrpo.data.mixture import mixture_parts
 from raygrpo.errors import ConfigError, DataError
 from tests.unit.data_cases import chat_tokenizer, ids_of, source_of
 
@@ -110,3 +115,15 @@ def test_a_prompt_is_what_trl_makes_of_it(name: str) -> None:
     conversational = trl.data_utils.is_conversational(row)
     assert (prompt.messages is not None) == conversational
     assert (list(prompt.messages or ()) if conversational else prompt.text) == row["prompt"]
+
+
+def test_the_documents_sections_are_valid() -> None:
+    text = (Path(__file__).parents[2] / "docs/data.md").read_text()
+    blocks = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    sections = [DataSection.model_validate(yaml.safe_load(block)["data"]) for block in blocks]
+    names = [[(part.name, part.weight) for part in mixture_parts(section)] for section in sections]
+    assert names == [
+        [("gsm8k", 1.0)],
+        [("sums", 1.0), ("words", 0.5), ("hard", 1.0)],
+        [("sums", 1.0)],
+    ]

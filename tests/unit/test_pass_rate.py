@@ -79,6 +79,16 @@ def test_only_what_a_step_has_settled_counts() -> None:
     assert epoch(prompts) == {f"row-{i}" for i in range(SIZE)} - {"row-3", "row-4"}
 
 
+def test_what_no_step_has_settled_yet_is_in_the_state() -> None:
+    """Dropped groups of a step that a stop cuts short are not generated again."""
+    first, second = source(), source()
+    first.observe([judged(3, "row-3", [1.0, 1.0])])
+    second.restore(json.loads(json.dumps(first.state())))
+    second.settle(8)
+    epoch(second)
+    assert epoch(second) == {f"row-{i}" for i in range(SIZE)} - {"row-3"}
+
+
 def test_without_a_limit_nothing_is_remembered() -> None:
     prompts = source(limit=None)
     solve(prompts, *range(SIZE))
