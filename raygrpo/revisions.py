@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -156,16 +156,19 @@ def _hub_commit(kind: str, name: str, asked: str | None) -> str | None:
 
 
 def _cached_commit(kind: str, name: str, asked: str | None) -> str | None:
-    if kind == "dataset" and (copies := _dataset_copies(name)):
-        return copies[-1]
+    if kind == "dataset" and (copy := _newest(_dataset_copies(name))):
+        return copy
     folder = Path(constants.HF_HUB_CACHE) / f"{kind}s--{name.replace('/', '--')}"
     reference = folder / "refs" / (asked or "main")
-    sha = reference.read_text().strip() if reference.is_file() else ""
-    return sha if (folder / "snapshots" / sha).is_dir() and _SHA.fullmatch(sha) else None
+    if reference.is_file():
+        sha = reference.read_text().strip()
+        return sha if (folder / "snapshots" / sha).is_dir() and _SHA.fullmatch(sha) else None
+    # Files fetched by their commit, as pinned ones are, leave no reference behind.
+    return _newest(folder.glob("snapshots/*")) if asked is None else None
 
 
-def _dataset_copies(name: str) -> list[str]:
-    """Commits of a data set that `datasets` has prepared here, oldest first.
+def _dataset_copies(name: str) -> Iterable[Path]:
+    """Where `datasets` has prepared commits of a data set.
 
     It keeps them by commit and, without a hub, takes the newest, whatever revision is asked for.
     """
@@ -174,16 +177,19 @@ def _dataset_copies(name: str) -> list[str]:
 
     owner, _, own = name.rpartition("/")
     folder = "___".join(filter(None, [owner, camelcase_to_snakecase(own)]))
-    copies = [p for p in Path(config.HF_DATASETS_CACHE).glob(f"{folder}/*/*/*") if p.is_dir()]
-    return [
-        p.name for p in sorted(copies, key=lambda p: p.stat().st_mtime) if _SHA.fullmatch(p.name)
-    ]
+    return Path(config.HF_DATASETS_CACHE).glob(f"{folder}/*/*/*")
+
+
+def _newest(copies: Iterable[Path]) -> str | None:
+    """The commit of the newest of these folders, which are named by theirs."""
+    named = [path for path in copies if path.is_dir() and _SHA.fullmatch(path.name)]
+    return max(named, key=lambda path: path.stat().st_mtime).name if named else None
 
 
 def _refuse_other_copy(name: str, sha: str) -> None:
-    copies = _dataset_copies(name)
-    if copies and copies[-1] != sha:
+    newest = _newest(_dataset_copies(name))
+    if newest not in (None, sha):
         raise ConfigError(
-            f"the run uses {name} at {sha}, and the newest copy here is of {copies[-1]}",
+            f"the run uses {name} at {sha}, and the newest copy here is of {newest}",
             "unset HF_HUB_OFFLINE, so that the right one can be fetched",
         )

@@ -38,7 +38,7 @@ def smoke_run(config: RunConfig, say: Callable[[str], Any]) -> Iterator[RunConfi
     with tempfile.TemporaryDirectory(prefix="raygrpo-smoke-", dir=parent) as directory:
         model = save_tiny_twin(config.model, Path(directory) / "model")
         changes = smoke_changes(config)
-        say("smoke run; changed:")
+        say(f"smoke run in {directory}; changed:")
         for line in _lines(changes):
             say(f"  {line}")
         say(f"  model: {model}, random weights, the real tokenizer and vocabulary")
