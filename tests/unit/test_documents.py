@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from raygrpo.cli import app
 from raygrpo.config_file import load_config
+from raygrpo.rewards.loading import check_reward
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,8 +23,11 @@ def test_the_readmes_run_is_valid() -> None:
     (text,) = blocks("README.md", "yaml")
     config = load_config(yaml.safe_load(text))
     assert config.rewards[0].func == "my_rewards.py:right"
-    (rewards,) = blocks("docs/rewards.md", "yaml")
-    assert load_config({**yaml.safe_load(text), **yaml.safe_load(rewards)}).rewards[1].weight == 0.2
+    first, *services = blocks("docs/rewards.md", "yaml")
+    assert load_config({**yaml.safe_load(text), **yaml.safe_load(first)}).rewards[1].weight == 0.2
+    for block in services:
+        for reward in load_config({**yaml.safe_load(text), **yaml.safe_load(block)}).rewards:
+            check_reward(reward)
 
 
 def test_the_readmes_reward_is_right() -> None:
