@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from huggingface_hub import ModelCard
 
 from raygrpo.config import RunConfig
 from raygrpo.config_file import load_config
+from raygrpo.data.rendering import Renderer
 from raygrpo.model_card import CardFacts, card_facts, quick_start_snippet, write_model_card
 from raygrpo.run_dir import RunDir
 from tests.tiny import save_tiny_model, tiny_tokenizer
@@ -220,3 +223,87 @@ def test_an_example_can_be_given(tmp_path: Path) -> None:
 def test_a_card_without_a_quick_start_is_refused() -> None:
     with pytest.raises(ValueError, match="quick start"):
         quick_start_snippet("# a card\n```python\n1\n```\n")
+
+
+def test_the_structure_is_that_of_trls_card(tmp_path: Path) -> None:
+    spec = find_spec("trl")  # found, not imported: that takes long
+    assert spec is not None and spec.origin is not None
+    template = (Path(spec.origin).parent / "templates" / "lm_model_card.md").read_text()
+    card = card_of(tmp_path, facts_of(run_config(tmp_path, "a/b")))
+    headings = re.findall(r"^##+ .*$", template, re.M)
+    assert headings == [line for line in card.splitlines() if line in headings]
+    assert len(headings) >= 4
+    assert re.search(r"^# Model Card for my-run$", card, re.M)
+    assert "is a fine-tuned version of [a/b](https://huggingface.co/a/b)" in card
+    names = re.findall(r"^- (\w+): {{", template, re.M)
+    assert {"Transformers", "Pytorch", "Datasets", "Tokenizers"} <= set(names)
+    for name in names:
+        assert name == "TRL" or re.search(rf"^- {name}: \d", card, re.M)
+    assert "Cite GRPO as:" in card
+
+
+def test_all_data_sets_of_the_hub_are_listed(tmp_path: Path) -> None:
+    parts = [{"source": "me/more", "weight": 2}, {"source": "x.jsonl"}, {"split": "test"}]
+    data = {"source": "openai/gsm8k", "mixture": parts}
+    card = card_of(tmp_path, facts_of(run_config(tmp_path, "a/b", data=data)))
+    assert ModelCard(card).data.to_dict()["datasets"] == ["openai/gsm8k", "me/more"]
+    passed = facts_of(run_config(tmp_path, "a/b", data={"source": "python"}, run_dir="r2"))
+    assert "datasets" not in ModelCard(card_of(tmp_path, passed)).data.to_dict()
+
+
+def test_results_of_the_exported_step_reach_the_hubs_table(tmp_path: Path) -> None:
+    config = run_config(
+        tmp_path,
+        "a/b",
+        data={"source": "openai/gsm8k", "params": {"name": "main"}},
+        eval={"eval_steps": 20, "data": {"split": "held_out"}},
+    )
+    measured = {"eval/reward": 0.75, "eval/pass@4": 0.9, "eval/completions/mean_length": 3.0}
+    rows = [
+        {"step": 20, **measured, "eval/num_completions": 8.0},
+        {"step": 40, "eval/reward": 0.99},
+    ]
+    run_dir = RunDir.claim(config)
+    run_dir.metrics_path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_dir.release()
+    revisions = {"model": f"a/b@{'1' * 40}", "eval": f"openai/gsm8k@{'2' * 40}"}
+    card = card_of(tmp_path, facts_of(config, step=20, revisions=revisions))
+    results = ModelCard(card).data.eval_results or []
+    assert {r.metric_type: r.metric_value for r in results} == {"reward": 0.75, "pass@4": 0.9}
+    for result in results:
+        assert (result.dataset_type, result.dataset_config) == ("openai/gsm8k", "main")
+        assert (result.dataset_split, result.dataset_revision) == ("held_out", "2" * 40)
+    assert f"model `a/b@{'1' * 40}`" in card
+    # Of step 30 nothing was measured: what was measured of another step is not its result.
+    unmeasured = ModelCard(card_of(tmp_path, facts_of(config, step=30)))
+    assert not unmeasured.data.eval_results
+
+
+def test_the_quick_start_talks_as_the_run_did(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("<assistant>", "{{ mark }}")
+    export = save_tiny_model(tmp_path / "export")
+    tokenizer.save_pretrained(export)
+    data = {"source": "a/b", "system": "Be brief.", "chat_template_kwargs": {"mark": "<me>"}}
+    config = run_config(tmp_path, "a/b", data=data)
+    snippet = quick_start_snippet(card_of(export, facts_of(config, tokenizer=tokenizer)))
+    assert "'role': 'system', 'content': 'Be brief.'" in snippet
+    assert "tokenizer_encode_kwargs={'mark': '<me>'}" in snippet
+    # What the pipeline hands to the model is what the run's own renderer makes.
+    namespace: dict[str, Any] = {}
+    exec(snippet.replace('model="."', f"model={str(export)!r}"), namespace)
+    section = config.data
+    renderer = Renderer(section, ["prompt"], tokenizer)
+    (first, asked) = namespace["messages"]
+    ours = renderer.render({"prompt": [asked]}, "row 0")
+    assert ours.messages == (first, asked)
+    chat = tokenizer.apply_chat_template(
+        namespace["messages"], tokenize=False, add_generation_prompt=True, mark="<me>"
+    )
+    assert ours.string == chat
+    assert chat.endswith("<me>")
+    text = facts_of(run_config(tmp_path, "a/b", data={**data, "template": "{q}"}, run_dir="r3"),
+                    tokenizer=tokenizer)  # fmt: skip
+    plain = quick_start_snippet(card_of(tmp_path, text))
+    assert "prompt = " in plain
+    assert "tokenizer_encode_kwargs" not in plain
