@@ -107,7 +107,9 @@ def export(
     typer.echo(str(path))
 
 
-_Target = Annotated[Path, typer.Argument(help="YAML file, or directory of a run.")]
+_Target = Annotated[
+    Path, typer.Argument(metavar="CONFIG|RUN", help="YAML file, or directory of a run.")
+]
 _Step = Annotated[
     str | None,
     typer.Option(help="Checkpoint of a run: a step, best or last; none: the best, else the last."),

@@ -21,6 +21,7 @@ from raygrpo.export import find_checkpoint, open_run
 from raygrpo.rewards.contract import TrainerState
 from raygrpo.run_dir import write_atomically
 from raygrpo.session import Session
+from raygrpo.signals import Stopped
 from raygrpo.tracking.metrics import completion_metrics, reward_metrics
 from raygrpo.types import Group, GroupRequest, GroupSummary, Version
 
@@ -86,6 +87,10 @@ class RolloutSession(Session):
         super().__init__(config)
         self._trained_steps = trained_steps
         self._on_event = on_event
+        self._stopping = False
+
+    def _stop(self) -> None:
+        self._stopping = True
 
     def start(self) -> None:
         """Checks everything, then starts generators and scorers."""
@@ -186,7 +191,11 @@ class RolloutSession(Session):
         for order in orders:
             self._pool.submit(order)
         while waiting:
-            done = self._pool.wait([], _TICK_S)
+            # Noticed between two waits: an exception in the middle of Ray's own is none of ours.
+            with self._signals.during(self._stop):
+                done = self._pool.wait([], _TICK_S)
+            if self._stopping:
+                raise Stopped("stopped by a signal")
             for kind, fields in done.events:
                 self._on_event(kind, fields)
             for _, group_id in done.lost:
