@@ -2,10 +2,9 @@
 
 A group goes generate -> score. The driver owns both halves of a generator's answer, so the death
 of a generator's or scorer's process costs only what was in flight: those groups are reported as
-lost, and a fresh worker is started, which loads the newest weights before it serves. On a cluster
-a group's payload moves to the node of its scorer, so a generator's node, which may be preempted,
-holds nothing that is needed once a group is scored. (Losing a scorer's node is another matter: the
-update that needs a payload from there fails with AnswerLost.)
+lost, and a fresh worker is started, which loads the newest weights before it serves. Scoring
+leaves a copy of the payload on the scorer's node, which Ray falls back on when the generator's node
+is preempted. (Losing both is another matter: the update that needs it fails with AnswerLost.)
 """
 
 from __future__ import annotations
@@ -249,7 +248,6 @@ class RolloutPool:
         for reward in answer.late:
             late = InfraError(f"no answer within the timeout_s of reward {reward}")
             self._lose_worker(flight.models[reward], late)
-        payload = flight.kept or flight.payload
         group = FinishedGroup(summary=answer.summary, payload=payload, extras=answer.extras)
         self._groups.append((group, answer))
 
@@ -357,12 +355,7 @@ class RolloutPool:
             flight = self._flights[key]
             flight.models = models
             actors = {reward: model.actor for reward, model in models.items()}
-            arguments = (flight.payload, self.trainer_state, actors)
-            if self._local:
-                flight.ref = worker.actor.score.remote(*arguments)
-            else:
-                keep = worker.actor.score_and_keep.options(num_returns=2)
-                flight.ref, flight.kept = keep.remote(*arguments)
+            flight.ref = worker.actor.score.remote(flight.payload, self.trainer_state, actors)
             self._assign(key, flight, worker)
 
     def _assign(self, key: GroupKey, flight: Flight, worker: Worker) -> None:

@@ -54,12 +54,6 @@ class ScorerActor:
         self._host.start()
         return os.getpid()
 
-    def score_and_keep(
-        self, group: Group, trainer_state: Any, models: Mapping[str, Any]
-    ) -> tuple[ScoreReport | ModelLost, Group]:
-        """Scores a group and gives it back, as an object on this node; with ``num_returns=2``."""
-        return self.score(group, trainer_state, models), group
-
     def score(
         self, group: Group, trainer_state: Any, models: Mapping[str, Any]
     ) -> ScoreReport | ModelLost:

@@ -43,7 +43,6 @@ class Flight:
     worker: Worker | None = None
     ref: Any = None
     payload: Any = None
-    kept: Any = None
     report: GenerationReport | None = None
     deadline: float = 0.0
     models: dict[str, Worker] = field(default_factory=dict)
