@@ -248,7 +248,7 @@ class RolloutPool:
         for reward in answer.late:
             late = InfraError(f"no answer within the timeout_s of reward {reward}")
             self._lose_worker(flight.models[reward], late)
-        group = FinishedGroup(summary=answer.summary, payload=payload, extras=answer.extras)
+        group = FinishedGroup(summary=answer.summary, payload=flight.payload, extras=answer.extras)
         self._groups.append((group, answer))
 
     def _fail_flight(self, key: GroupKey, flight: Flight, error: Exception) -> None:
