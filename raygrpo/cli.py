@@ -85,7 +85,9 @@ def train(
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="Directory of a run.")],
-    step: Annotated[int | None, typer.Option(help="Checkpoint; none: the best, else the last.")] = None,
+    step: Annotated[
+        int | None, typer.Option(help="Checkpoint; none: the best, else the last.")
+    ] = None,
     push_to_hub: Annotated[str | None, typer.Option(help="Upload it too, as ORG/NAME.")] = None,
     public: Annotated[bool, typer.Option("--public", help="Let everybody see it.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to upload to.")] = None,

@@ -15,10 +15,9 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 
 from raygrpo.config import RunConfig
-from raygrpo.data.sources import BUILDERS, GYM, eval_section
+from raygrpo.data.sources import BUILDERS, GYM, eval_section, is_on_hub
 from raygrpo.errors import StorageError
 from raygrpo.model_card_papers import papers_of
-from raygrpo.revisions import is_on_hub
 from raygrpo.run_dir import RunDir
 from raygrpo.tracking.curve import points
 from raygrpo.tracking.files import read_metrics

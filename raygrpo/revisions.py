@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import xxhash
@@ -13,7 +13,7 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 from raygrpo.config import ModelSection, RunConfig
-from raygrpo.data.sources import BUILDERS, GYM, eval_section
+from raygrpo.data.sources import eval_section, is_on_hub
 from raygrpo.errors import ConfigError
 
 _SHA = re.compile(r"[0-9a-f]{40}")
@@ -77,16 +77,6 @@ def pin(
             if pins.recorded[role] != pins.found[role]
         ),
     )
-
-
-def is_on_hub(source: str) -> bool:
-    """Whether a ``data.source`` is taken from the hub."""
-    elsewhere = source.startswith(GYM) or PurePath(source).suffix in BUILDERS
-    named = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) and source not in _NO_NAMES
-    return bool(named) and not elsewhere and not Path(source).exists()
-
-
-_NO_NAMES = {"python", *BUILDERS.values()}
 
 
 def fingerprint(model: ModelSection) -> str:

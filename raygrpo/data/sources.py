@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -76,6 +77,13 @@ def eval_section(data: DataSection, evaluation: EvalSection, *, seed: int) -> Da
         moved = eval_seed(data.params.get("seed", seed))
         data = data.model_copy(update={"params": {**data.params, "seed": moved}})
     return changed_section(data, own, "eval.data", DataSection)
+
+
+def is_on_hub(source: str) -> bool:
+    """Whether a source is a data set of the hub, as far as its name tells."""
+    elsewhere = source.startswith(GYM) or Path(source).suffix in BUILDERS or Path(source).exists()
+    named = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source)
+    return named is not None and not elsewhere and source not in ("python", *BUILDERS.values())
 
 
 def eval_seed(seed: int) -> int:

@@ -16,8 +16,9 @@ import pytest
 
 from raygrpo.config import RunConfig
 from raygrpo.config_file import load_config
+from raygrpo.data.sources import is_on_hub
 from raygrpo.errors import ConfigError
-from raygrpo.revisions import fingerprint, is_on_hub, pin
+from raygrpo.revisions import fingerprint, pin
 from raygrpo.run_dir import RunDir
 from tests.fake_hub import FakeHub, fake_hub
 from tests.tiny import save_tiny_model
