@@ -64,7 +64,10 @@ def test_an_epoch_has_every_row_once_and_the_next_another_order(path: Path) -> N
     for epoch in (first, second):
         assert sorted(epoch) == sorted((f"row-{i}", f"{i}=", str(i)) for i in range(SIZE))
     assert first != second
-    assert [int(row[4:]) // 20 for row, _, _ in first] == [i // 20 for i in range(SIZE)]
+    numbers = [int(row[4:]) for row, _, _ in first]
+    assert [number // 20 for number in numbers] == [i // 20 for i in range(SIZE)]
+    blocks = [[number % 20 for number in numbers[start : start + 20]] for start in (0, 20)]
+    assert blocks[0] != blocks[1], "blocks are not shuffled alike"
 
 
 def test_without_shuffling_the_rows_come_in_order(path: Path) -> None:
