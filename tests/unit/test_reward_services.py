@@ -283,6 +283,26 @@ class TestRewardModel:
         assert rewards == pytest.approx(expected, rel=1e-4, abs=1e-5)
         assert len({round(reward, 3) for reward in rewards}) == 5 and num_cut == 0
 
+    def test_an_encoder_does_not_read_its_padding(self, tmp_path: Path) -> None:
+        from transformers import BertConfig, BertForSequenceClassification
+
+        from tests.tiny import tiny_tokenizer
+
+        tokenizer = tiny_tokenizer()
+        shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+        config = BertConfig(
+            **shape, vocab_size=len(tokenizer), num_attention_heads=4, num_labels=1, pad_token_id=0
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            BertForSequenceClassification(config).save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+        model = RewardModel(RewardModelParams(path=str(tmp_path)))
+        answers = ["4", "so it is 12, I think"]
+        rewards = model.score(model.encode("2+2=", answers)[0])
+        expected = [plain_reference(tmp_path, "2+2=" + answer) for answer in answers]
+        assert rewards == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
     def test_chat_and_plain(self, tmp_path: Path) -> None:
         path = save_tiny_reward_model(tmp_path / "m")
         message = [{"role": "user", "content": "2+2="}]
