@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from raygrpo.errors import ConfigError, StorageError
 from raygrpo.replay import read_step, stored_steps
 from raygrpo.rollouts import (
+    SCHEMA,
     FileFacts,
     StoredGroup,
     file_path,
@@ -368,3 +369,11 @@ def test_rows_are_in_order_however_groups_come() -> None:
     random.Random(0).shuffle(ids)
     table = make_table(1, [stored(i) for i in ids], {i: group(i) for i in ids}, ())
     assert table["group_id"].to_pylist() == sorted(ids * 2)
+
+
+def test_the_documents_name_every_column() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "rollouts.md").read_text()
+    tables = {
+        name for line in text.splitlines() if line.startswith("| `") for name in line.split("`")
+    }
+    assert set(SCHEMA.names) <= tables
