@@ -247,7 +247,9 @@ def test_all_data_sets_of_the_hub_are_listed(tmp_path: Path) -> None:
     data = {"source": "openai/gsm8k", "mixture": parts}
     card = card_of(tmp_path, facts_of(run_config(tmp_path, "a/b", data=data)))
     assert ModelCard(card).data.to_dict()["datasets"] == ["openai/gsm8k", "me/more"]
-    passed = facts_of(run_config(tmp_path, "a/b", data={"source": "python"}, run_dir="r2"))
+    passed = facts_of(
+        run_config(tmp_path, "a/b", data={"source": "python"}, run_dir=f"{tmp_path}/r2")
+    )
     assert "datasets" not in ModelCard(card_of(tmp_path, passed)).data.to_dict()
 
 
@@ -302,7 +304,7 @@ def test_the_quick_start_talks_as_the_run_did(tmp_path: Path) -> None:
     )
     assert ours.string == chat
     assert chat.endswith("<me>")
-    text = facts_of(run_config(tmp_path, "a/b", data={**data, "template": "{q}"}, run_dir="r3"),
+    text = facts_of(run_config(tmp_path, "a/b", data={**data, "template": "{q}"}, run_dir=f"{tmp_path}/r3"),
                     tokenizer=tokenizer)  # fmt: skip
     plain = quick_start_snippet(card_of(tmp_path, text))
     assert "prompt = " in plain
