@@ -304,8 +304,9 @@ def test_the_quick_start_talks_as_the_run_did(tmp_path: Path) -> None:
     )
     assert ours.string == chat
     assert chat.endswith("<me>")
-    text = facts_of(run_config(tmp_path, "a/b", data={**data, "template": "{q}"}, run_dir=f"{tmp_path}/r3"),
-                    tokenizer=tokenizer)  # fmt: skip
+    data = {**data, "template": "{q}"}
+    config = run_config(tmp_path, "a/b", data=data, run_dir=f"{tmp_path}/r3")
+    text = facts_of(config, tokenizer=tokenizer)
     plain = quick_start_snippet(card_of(tmp_path, text))
     assert "prompt = " in plain
     assert "tokenizer_encode_kwargs" not in plain
