@@ -67,7 +67,11 @@ def test_the_whole_machinery_took_part(echo: Path) -> None:
     assert all(row["ledger/unexplained"] == 0 for row in steps)
     assert sum(row["ledger/no_signal"] > 0 for row in steps), "refill dropped groups"
     # fp32 on both sides: the generator held the very weights that were trained.
-    gaps = [r["sampling/sampling_logp_difference/max"] for r in steps if "sampling/sampling_logp_difference/max" in r]
+    gaps = [
+        r["sampling/sampling_logp_difference/max"]
+        for r in steps
+        if "sampling/sampling_logp_difference/max" in r
+    ]
     assert gaps
     assert max(gaps) < 1e-4
 
