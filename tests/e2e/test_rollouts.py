@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -127,9 +128,9 @@ def test_files_and_metrics_tell_the_same(config: Path) -> None:
         assert in_step.reward.mean() == pytest.approx(row["trained/reward"], rel=1e-12)
         trained = frame[frame.fate == "trained"]
         assert set(trained.version_steps.map(list).map(tuple)) == {(row["step"] - 1,)}
-        # token aggregation: each loss token weighs one over all of its minibatch.
+        # Token aggregation: each loss token weighs one over all of its minibatch, in fp32 (6e-8).
         for _, part in trained.groupby("minibatch"):
-            assert (part.loss_weight * part.num_loss_tokens).sum() == pytest.approx(1.0, rel=1e-12)
+            assert (part.loss_weight * part.num_loss_tokens).sum() == pytest.approx(1.0, rel=1e-6)
             assert sorted(part.position) == list(range(len(part)))
         for digits, text in zip(frame.extras.map(json.loads), frame.completion, strict=True):
             assert digits == {"digits": sum(c.isdigit() for c in text)}
@@ -361,6 +362,18 @@ class Owner:
         return [ray.put(np.zeros(1_000_000))]
 
 
+def _wait_until_lost(ref: Any) -> None:
+    """An actor's end, and that of what it owned, takes a moment to be known."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        try:
+            ray.get(ref, timeout=10)
+        except ray.exceptions.ObjectLostError:
+            return
+        time.sleep(0.05)
+    pytest.fail("the object outlives its owner")
+
+
 class Bomb:
     """Ends the process that unpickles it."""
 
@@ -382,6 +395,7 @@ def test_lost_tokens_cost_their_rows_alone(make_log: Callable[..., Log], tmp_pat
     owner = spawn(Owner, num_cpus=0)
     (lost,) = ray.get(owner.put.remote())
     ray.kill(owner)
+    _wait_until_lost(lost)
     log.take([decided(0, "no_signal", payload=lost), decided(1)])
     log.write_step(batch(0, 1))
     log.finish()
