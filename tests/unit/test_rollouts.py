@@ -110,7 +110,7 @@ def steps(draw: Any) -> tuple[list[StoredGroup], dict[int, Group], Any]:
     return stored, groups, (tuple(planned[:cut]), tuple(planned[cut:]))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(step=steps())
 def test_a_step_comes_back_bit_for_bit(tmp_path_factory: pytest.TempPathFactory, step: Any) -> None:
     stored, groups, minibatches = step
