@@ -71,7 +71,10 @@ def _start_local(demand: Demand) -> None:
             log_to_driver=False,
             num_cpus=max(os.cpu_count() or 1, demand.num_processes),
         )
-    except (ConnectionError, RuntimeError, OSError) as error:
+    except Exception as error:
+        # A node that is slow to start is an Exception of no type of its own.
+        if type(error) is not Exception and not isinstance(error, (RuntimeError, OSError)):
+            raise
         raise InfraError(
             f"Ray does not start here: {error}", "see the newest session under /tmp/ray"
         ) from None
