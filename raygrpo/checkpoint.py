@@ -83,10 +83,12 @@ class Checkpoints:
             for folder in (directory / MANIFEST, *(p for p in directory.rglob("*") if p.is_dir())):
                 _sync(folder)
             _sync(directory)
-            if final.exists():
-                shutil.rmtree(final)
+            older = self._root / f".tmp-old-{final.name}"
+            if final.exists():  # renamed, not removed: that takes long enough to be killed in
+                final.rename(older)
             directory.rename(final)
             _sync(self._root)
+            shutil.rmtree(older, ignore_errors=True)
         except OSError as error:
             raise StorageError(f"cannot commit the checkpoint {final}: {error}") from error
         return final

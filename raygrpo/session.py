@@ -299,6 +299,8 @@ class Session:
 
         step = self._restored.step if self._restored else 0
         resume_step = step if self._restored else None
+        if self._restored and self._restored.record is not None:
+            resume_step = step - 1  # its row is logged again, and may have been before
         self._tracker = Tracker(
             self.run_dir.root, self.config, resume_step=resume_step, profile=self._profile
         )

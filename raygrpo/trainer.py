@@ -10,7 +10,7 @@ driver holds references and summaries, never tokens; `RolloutPool.wait` is the o
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,7 @@ class Trainer:
         self._span = Span()
         self._driver_s = 0.0
         self._num_groups = 0
+        self._boundary = self._at_boundary()
         self.first_traceback: str | None = None
         self.first_group_at: float | None = None
         self._stopping = False
@@ -201,8 +202,12 @@ class Trainer:
         return bool(regular or best or self._complete or self._stopping)
 
     def _state(self) -> RunState:
-        # The state counts dropped groups as done: they must be on disk before it is committed.
+        # Dropped groups may be counted as done: they must be on disk before the commit.
         self._rollouts.write_rest("step", self.step + 1)
+        return replace(self._boundary, record=self._deferred, best=self._evaluations.best)
+
+    def _at_boundary(self) -> RunState:
+        """The state as a step ends, whatever finishes until its checkpoint is begun."""
         return RunState(
             step=self.step,
             window=self._window.state(),
@@ -210,8 +215,6 @@ class Trainer:
             ledger=self._ledger,
             num_tokens=self._num_tokens,
             buffered_tokens=buffered_tokens(self._window.buffered),
-            record=self._deferred,
-            best=self._evaluations.best,
         )
 
     # What has happened.
@@ -328,8 +331,10 @@ class Trainer:
             update_s=update_s,
         )
         self.step += 1
-        ours = self._ledger_metrics() | self._sync | self._rollouts.metrics()
+        buffered = buffered_tokens(self._window.buffered)
+        ours = self._ledger.metrics(buffered) | self._sync | self._rollouts.metrics()
         self._record = step_metrics(facts) | ours | self._prompt_metrics()
+        self._boundary = self._at_boundary()
         self._start_publish()
 
     def _prompt_metrics(self) -> dict[str, float]:
@@ -337,10 +342,6 @@ class Trainer:
         if back := metrics.get("data/num_restored"):
             self._tracker.event("prompts_restored", step=self.step, num_prompts=int(back))
         return metrics
-
-    def _ledger_metrics(self) -> dict[str, float]:
-        buffered = buffered_tokens(self._window.buffered)
-        return self._ledger.metrics(buffered)
 
     def _settle(self) -> None:
         """Closes what is complete: the evaluation, then the step's record, then its checkpoint."""

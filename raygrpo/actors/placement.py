@@ -98,13 +98,15 @@ def settle(config: RunConfig, nodes: Nodes) -> RunConfig:
     container, not even of itself), and no two actors get the same core, whoever's turn it is.
     """
     sharers = config.learner.num_ranks + config.generators.count
+    models = reward_models(config.rewards).values()
+    others = config.scorers.count + sum(model.count * model.threads for model in models)
     settled: dict[str, Any] = {"run_dir": str(Path(config.run_dir).expanduser().absolute())}
     for name, role, section in (
         ("learner", "learner", config.learner),
         ("generators", "generator", config.generators),
     ):
         cpus = [_has(node, "CPU") for node in nodes_with(nodes, labels_of(config, role))]
-        share = (sum(cpus) - config.scorers.count) // sharers
+        share = (sum(cpus) - others) // sharers
         threads = section.threads or max(1, int(min(share, min(filter(None, cpus), default=1))))
         settled[name] = section.model_copy(update={"threads": threads})
     return config.model_copy(update=settled)
@@ -125,6 +127,10 @@ def unplaceable(config: RunConfig, nodes: Nodes) -> str:
         ("learner", learner.num_ranks, learner.threads, learner.gpus_per_rank),
         ("generator", generators.count, generators.threads, generators.gpus),
         ("scorer", config.scorers.count, 1, 0.0),
+        *(
+            ("reward model", model.count, model.threads, model.gpus)
+            for model in reward_models(config.rewards).values()
+        ),
     )
     for role, count, cpus, gpus in demands:
         labels = labels_of(config, role)
@@ -137,7 +143,8 @@ def unplaceable(config: RunConfig, nodes: Nodes) -> str:
         if room < count:
             each = f"{cpus} CPUs and {gpus:g} GPUs"
             return f"{len(fitting)} nodes ({where}) cannot hold {count} {role}s of {each} each"
-    reserved, text = sum(d[1] * d[2] for d in demands), "CPUs for learner, generators and scorers"
+    text = "CPUs for learner, generators, scorers and reward models"
+    reserved = sum(demand[1] * demand[2] for demand in demands)
     present = sum(_has(node, "CPU") for node in nodes)
     return f"the run reserves {reserved} {text}; {present:g} are there" * (reserved > present)
 

@@ -111,22 +111,23 @@ class RemoteReward:
 
     def call(self, call: Call) -> Future[tuple[Reply, float]]:
         """Scores a group; the reply and its seconds."""
-        return self._thread.submit(self._score, call)
+        return self._thread.submit(self._score, call, self._model)
 
     def close(self) -> None:
         """Stops waiting for an answer."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _score(self, call: Call) -> tuple[Reply, float]:
+    def _score(self, call: Call, model: Any) -> tuple[Reply, float]:
         started = time.monotonic()
-        size = len(call.completions)
-        reply = self._ask(self._model.score.remote(call.prompt, call.completions), size)
+        reply = self._ask(call, model)
         return reply, time.monotonic() - started
 
-    def _ask(self, ref: Any, size: int) -> Reply:
+    def _ask(self, call: Call, model: Any) -> Reply:
+        size = len(call.completions)
+        ref = model.score.remote(call.prompt, call.completions)
         ready, _ = ray.wait([ref], timeout=self._timeout_s)
         if not ready:
-            self.is_late = True
+            self.is_late = model is self._model  # not of a call that was given up since
             error = f"{self.name}: gave no answer within {self._timeout_s:g} s"
             return Reply.failed(size, error, error)
         try:

@@ -92,9 +92,17 @@ class StreamingSource:
         return prompt
 
     def take(self, num_prompts: int) -> list[Prompt]:
-        """The first prompts in the source's own order; all where there are fewer."""
+        """The first prompts in the source's own order; all where there are fewer.
+
+        Rows left out on the way count where nothing is drawn: a drawn stream meets them itself.
+        """
+        counts = {name: getattr(self._maker, name) for name in _COUNTS}
         made = (self._make(number, row) for number, row in self._numbered(self._fresh(), 0))
-        return list(islice((prompt for prompt in made if prompt is not None), num_prompts))
+        prompts = list(islice((prompt for prompt in made if prompt is not None), num_prompts))
+        if self._key[1] == STREAM_KEYS["train"]:
+            for name, count in counts.items():
+                setattr(self._maker, name, count)
+        return prompts
 
     def observe(self, summaries: Sequence[GroupSummary]) -> None:
         """Nothing: a stream draws every row again."""

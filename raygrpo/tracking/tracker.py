@@ -42,7 +42,7 @@ class Tracker:
     ) -> None:
         self._run_dir = RunDir(root)
         self._steps = config.train.steps
-        self._last_step = resume_step or 0
+        self._last_step = max(resume_step or 0, 0)
         self._closed = False
         self._profile = profile
         self.last_metrics: dict[str, float] = {}
