@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Trains on the nodes of a Slurm job, from a directory that all of them see:
-#   sbatch --nodes=3 cluster/slurm.sh cluster/config.yaml --run_dir=/shared/runs/name
+#   sbatch --nodes=3 --gpus-per-node=2 cluster/slurm.sh cluster/config.yaml \
+#     --run_dir=/shared/runs/name \
+#     '--ray.labels={learner: {role: learner}, generator: {role: generator}}'
 # The first LEARNER_NODES nodes (1) get the label role=learner, the others role=generator; with one
-# node there are no labels. Five minutes before the time limit the run is stopped in order, with
+# node there are no labels ('--ray.labels={}'). None has role=scorer: scorers run anywhere. Five minutes before the time limit the run is stopped in order, with
 # the running update committed, and the job is queued again, which resumes it.
 #SBATCH --job-name=raygrpo
 #SBATCH --nodes=1

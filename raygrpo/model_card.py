@@ -95,12 +95,17 @@ def card_facts(
     best = facts.get("best")
     if example is None:
         example = _made_up_example(config, tokenizer)
+    pinned = str((facts.get("revisions") or {}).get("model", ""))
+    # A relative path is no path from another directory: run.json knows what it was.
+    local = _is_local(config.model.path) or (":" in pinned and "@" not in pinned)
     about_base = _read_front_matter(config.model.path)
     lineage = about_base.get("base_model")
     licence = about_base.get("license")
     return CardFacts(
         base_model=lineage
-        if isinstance(lineage, str) and _is_local(config.model.path)
+        if isinstance(lineage, str) and local
+        else PurePath(config.model.path).name
+        if local
         else _name_of(config.model.path),
         model_name=hub_id.split("/")[1] if hub_id else config.tracking.name or root.name,
         datasets=_datasets(config),
@@ -371,6 +376,9 @@ def _results(metrics_path: Path, step: int) -> tuple[tuple[str, float, float], .
 
 def _shown_config(config: RunConfig) -> str:
     tree = redacted(config.model_dump(mode="json", exclude_defaults=True, exclude=set(_NOT_SHOWN)))
+    for reward in tree.get("rewards", ()):  # where a service runs may name machines
+        params = reward.get("params", {})
+        params |= {name: "<address>" for name in ("url", "base_url") if name in params}
     text: str = yaml.safe_dump(_without_paths(tree), sort_keys=False, width=100)
     return text
 

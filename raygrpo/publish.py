@@ -99,7 +99,8 @@ def _operations(
 ) -> list[CommitOperationAdd | CommitOperationDelete]:
     files = [path for path in sorted(export.iterdir()) if is_published(path)]
     names = {path.name for path in files}
-    stale = [name for name in there if name.endswith(_WEIGHTS) and name not in names]
+    top = [name for name in there if "/" not in name]  # an export has no folders
+    stale = [name for name in top if name.endswith(_WEIGHTS) and name not in names]
     adds = [CommitOperationAdd(path.name, str(path)) for path in files]
     return [*adds, *(CommitOperationDelete(name) for name in stale)]
 

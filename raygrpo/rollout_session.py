@@ -75,7 +75,11 @@ def resolve_target(
     path = find_checkpoint(run_dir, step)
     trained = int(verify(path)["step"])
     model = {"path": str(path / "model"), "revision": None, "random_init": False}
-    return config.model_copy(update={"model": config.model.model_copy(update=model)}), trained
+    model_section = config.model.model_copy(update=model)
+    return (
+        config.model_copy(update={"run_dir": str(run_dir.root), "model": model_section}),
+        trained,
+    )
 
 
 class RolloutSession(Session):

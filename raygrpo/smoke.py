@@ -33,8 +33,8 @@ def smoke_run(config: RunConfig, say: Callable[[str], Any]) -> Iterator[RunConfi
     address = config.ray.address
     if address == "auto":
         address = os.environ.get("RAY_ADDRESS", "local")
-    shared = RunDir.at(config).root.parent
-    parent = shared if address != "local" and shared.is_dir() else None
+    shared = next(path for path in RunDir.at(config).root.parents if path.is_dir())
+    parent = None if address == "local" else shared
     with tempfile.TemporaryDirectory(prefix="raygrpo-smoke-", dir=parent) as directory:
         model = save_tiny_twin(config.model, Path(directory) / "model")
         changes = smoke_changes(config)

@@ -106,10 +106,12 @@ class JudgeReward:
         url = f"{params.base_url}/chat/completions"
         answer = await self._service.post(url, body | params.extra_body)
         try:
-            content = answer["choices"][0]["message"]["content"]
-        except (TypeError, KeyError, IndexError):
+            choice = answer["choices"][0]
+            content, end = choice["message"]["content"], choice.get("finish_reason")
+        except (TypeError, KeyError, IndexError, AttributeError):
             raise ServiceError(f"{url} answered no chat completion: {quoted(answer)}") from None
-        return content if isinstance(content, str) else ""
+        # A cut answer ends anywhere: in a quotation of the text, or in the middle of the grade.
+        return content if isinstance(content, str) and end != "length" else ""
 
 
 def judge_messages(
@@ -130,7 +132,7 @@ def judge_messages(
 def read_grade(answer: str, worst: float, best: float) -> float | None:
     """The grade in a judge's answer; None when it has none, or one out of range."""
     text = answer.strip()
-    last = text.splitlines()[-1].strip() if text else ""
+    last = text.rpartition("\n")[2].strip()
     if found := LAST_LINE.fullmatch(last):
         grade = float(found[1])
     else:

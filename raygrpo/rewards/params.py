@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import string
 from typing import Annotated, Any, Literal, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -14,6 +15,9 @@ from raygrpo.errors import ConfigError, nearest
 P = TypeVar("P", bound="Params")
 
 Scale = Annotated[tuple[float, float], Field(strict=False)]
+# The name of an environment variable: a secret written in its place does not pass for one.
+Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")]
+_SECRET = re.compile(r"key|token|secret|passw|credential|sig$|auth", re.I)
 
 
 class Params(BaseModel):
@@ -44,7 +48,7 @@ class HttpParams(ServiceParams):
 
     url: str
     batch_size: int = Field(0, ge=0)
-    headers_env: dict[str, str] = {}
+    headers_env: dict[str, Variable] = {}
     columns: list[str] | None = None
 
     @field_validator("url")
@@ -66,7 +70,7 @@ class JudgeParams(ServiceParams):
     model: str
     rubric: str
     scale: Scale = (0.0, 10.0)
-    api_key_env: str | None = None
+    api_key_env: Variable | None = None
     max_tokens: int | None = Field(512, ge=1)
     temperature: float | None = Field(0.0, ge=0)
     seed: int | None = None
@@ -144,6 +148,8 @@ def _check_url(value: str) -> str:
         raise ValueError("write http://host/path or https://host/path")
     if parts.username or parts.password:
         raise ValueError("no credentials in an address: name an environment variable instead")
+    if secrets := [name for name, _ in parse_qsl(parts.query) if _SECRET.search(name)]:
+        raise ValueError(f"no secret ({secrets[0]}) in an address: send it by headers_env")
     return value
 
 

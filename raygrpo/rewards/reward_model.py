@@ -31,14 +31,11 @@ class RewardModel:
             raise ConfigError(
                 f"reward model {params.path!r} has no chat template", "set params.template: plain"
             )
-        # Decoders read their score off the last token that is not the configuration's padding.
-        text = self._model.config.get_text_config()
-        if text.pad_token_id is None:
-            ends = (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id, 0)
-            text.pad_token_id = next(token for token in ends if token is not None)
-        self._pad = text.pad_token_id
-        longest = getattr(text, "max_position_embeddings", None) or params.max_length
-        self._max_length = min(params.max_length, longest)
+        self._text = self._model.config.get_text_config()
+        self._own_pad = self._text.pad_token_id
+        longest = getattr(self._text, "max_position_embeddings", None) or params.max_length
+        # The tokenizer knows of positions that are never used, such as RoBERTa's first two.
+        self._max_length = min(params.max_length, longest, self._tokenizer.model_max_length)
         self._tokenizer.truncation_side = "left"
         self._model.to(self._device).eval()
 
@@ -71,7 +68,7 @@ class RewardModel:
 
     def _forward(self, sequences: Sequence[Sequence[int]]) -> list[float]:
         width = max(1, *(len(ids) for ids in sequences))
-        tokens = torch.full((len(sequences), width), self._pad, dtype=torch.long)
+        tokens = torch.full((len(sequences), width), self._padding(sequences), dtype=torch.long)
         mask = torch.zeros_like(tokens)
         for row, ids in enumerate(sequences):
             tokens[row, : len(ids)] = torch.tensor(ids, dtype=torch.long)
@@ -80,6 +77,18 @@ class RewardModel:
         logits = self._model(**inputs).logits[:, self._label]
         values: list[float] = logits.float().cpu().tolist()
         return values
+
+    def _padding(self, sequences: Sequence[Sequence[int]]) -> int:
+        """Decoders read their score off the last token that is not the configuration's padding.
+
+        Without one of its own, it is a token that none of ``sequences`` ends with.
+        """
+        pad: int | None = self._own_pad
+        if pad is None:
+            ends = {ids[-1] for ids in sequences if ids}
+            pad = next(token for token in range(len(ends) + 1) if token not in ends)
+            self._text.pad_token_id = pad
+        return pad
 
     def _render(self, prompt: Any, completions: Sequence[Any]) -> tuple[list[str], bool]:
         """Texts, and whether the tokenizer adds its special tokens: a chat template has its own."""
@@ -91,7 +100,11 @@ class RewardModel:
             text = "\n".join([*parts, ""]) if messages else prompt
             return [text + answer for answer in answers], True
         messages = messages or [{"role": "user", "content": prompt}]
-        chats = [[*messages, {"role": "assistant", "content": answer}] for answer in answers]
+        begun = ""
+        if messages[-1]["role"] == "assistant":  # a beginning, which the completions continue
+            begun = completion_text([messages[-1]])
+            messages = messages[:-1]
+        chats = [[*messages, {"role": "assistant", "content": begun + text}] for text in answers]
         return [self._tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats], False
 
 

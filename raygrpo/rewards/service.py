@@ -170,12 +170,18 @@ def secret(variable: str) -> str:
     """The value of an environment variable that a configuration names.
 
     Raises:
-        RewardError: it is not set where the reward runs.
+        RewardError: it is not set where the reward runs, or is no text that a header can hold.
     """
-    value = os.environ.get(variable)
+    # A file that a secret came from ends in a newline; the library's error would quote the secret.
+    value = os.environ.get(variable, "").strip()
     if not value:
         raise RewardError(
             f"the environment variable {variable} is not set",
             "set it where the scorers run (before ray start on a cluster)",
+        )
+    if not (value.isascii() and value.isprintable()):
+        raise RewardError(
+            f"the environment variable {variable} holds characters that no HTTP header can",
+            "set it to printable ASCII text",
         )
     return value

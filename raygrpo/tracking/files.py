@@ -71,7 +71,7 @@ class MetricsFile(_JsonLines):
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends one step."""
-        self.write({"step": step, **metrics})
+        self.write({**metrics, "step": step})
 
 
 class EventsFile(_JsonLines):

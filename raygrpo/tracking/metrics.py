@@ -91,7 +91,8 @@ def reward_metrics(groups: Sequence[GroupSummary]) -> dict[str, float]:
     for name in sorted({name for score in scores for name in score.parts}):
         parts = [p for s in scores if s.error is None and (p := s.parts.get(name)) is not None]
         metrics |= _mean_and_std(f"rewards/{name}/mean", f"rewards/{name}/std", parts)
-    return metrics | _reported_metrics(groups)
+    # A reward's own names do not replace ours.
+    return _reported_metrics(groups) | metrics
 
 
 def source_metrics(groups: Sequence[GroupSummary]) -> dict[str, float]:

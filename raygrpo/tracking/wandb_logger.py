@@ -61,7 +61,7 @@ class WandbLogger:
     def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Queues one step."""
         if self._worker is not None:
-            self._worker.put({"step": step, **metrics})
+            self._worker.put({**metrics, "step": step})
 
     def log_completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Queues rows of the ``completions`` table."""

@@ -88,6 +88,10 @@ TOLERATION = {
 POD = closed(
     {
         "terminationGracePeriodSeconds": COUNT,
+        "securityContext": closed(
+            {"runAsUser": COUNT, "runAsGroup": COUNT, "fsGroup": COUNT},
+            *("runAsUser", "runAsGroup", "fsGroup"),
+        ),
         "nodeSelector": STRINGS,
         "tolerations": {"type": "array", "items": closed(TOLERATION, "key", "operator", "effect")},
         "containers": {"type": "array", "items": CONTAINER, "minItems": 1},
@@ -99,7 +103,7 @@ POD = closed(
             ),
         },
     },
-    *("terminationGracePeriodSeconds", "containers", "volumes"),
+    *("terminationGracePeriodSeconds", "securityContext", "containers", "volumes"),
 )
 TEMPLATE = closed({"spec": POD}, "spec")
 WORKERS = {
