@@ -78,6 +78,7 @@ def test_more_gpus_than_the_cluster_has(directory: Path) -> None:
     assert "generators.gpus" in output
 
 
+@pytest.mark.slow
 def test_reward_that_cannot_be_imported(directory: Path) -> None:
     (directory / "broken.py").write_text("import no_such_module\n\ndef f(**_):\n    return []\n")
     config = runs.write_run(directory, "broken", rewards=[{"func": f"{directory / 'broken.py'}:f"}])

@@ -130,6 +130,7 @@ def test_what_no_node_can_hold_is_said_before_the_start(
     assert "fix: start nodes that have them" in output
 
 
+@pytest.mark.slow
 def test_a_cluster_that_grows_is_waited_for(raylets: Raylets, steady: int, tmp_path: Path) -> None:
     # An autoscaler's nodes carry their type as this label.
     raylets.add("managed", num_cpus=0, labels={"ray.io/node-group": "head"})

@@ -167,7 +167,9 @@ def majority(rows: Sequence[dict[str, Any]]) -> float:
     return mean(mean(ok for said, ok in voices if said == answer) for answer in winners)
 
 
-@pytest.mark.parametrize(("of_the_run", "step"), [(False, 0), (True, LAST)])
+@pytest.mark.parametrize(
+    ("of_the_run", "step"), [pytest.param(False, 0, marks=pytest.mark.slow), (True, LAST)]
+)
 def test_an_evaluation_alone_equals_the_runs(finished: Path, of_the_run: bool, step: int) -> None:
     """Of the configuration: that before the first step; of the run's last checkpoint: its last."""
     out = finished.with_name(f"eval-{step}.json")

@@ -75,6 +75,7 @@ def test_zero_3_with_all_that_a_step_can_do(directory: Path) -> None:
     assert steps[0]["ratio"] != 1.0
 
 
+@pytest.mark.slow
 def test_bfloat16_runs(directory: Path) -> None:
     config = runs.write_run(
         directory,
@@ -131,6 +132,7 @@ def test_no_evaluation_is_lost_or_doubled_by_stops(directory: Path) -> None:
     assert all(row["eval/num_completions"] == 100 for row in rows if "eval/reward" in row)
 
 
+@pytest.mark.slow
 def test_long_prompts_are_counted(directory: Path) -> None:
     source = directory / "long.jsonl"
     source.write_text('{"prompt": "1+2="}\n{"prompt": "1+2+3+4+5="}\n')

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 from tests import runs
 from tests.tiny import save_tiny_model
 
@@ -30,6 +32,7 @@ def test_smoke_trains_two_steps_and_leaves_nothing(tmp_path: Path) -> None:
     assert not place(output).exists()
 
 
+@pytest.mark.slow
 def test_smoke_fails_as_the_run_would(tmp_path: Path) -> None:
     runs.write_run(tmp_path, "base")
     (tmp_path / "fails.py").write_text(

@@ -109,6 +109,7 @@ def numbered(group_id: int, texts: Sequence[str]) -> Group:
     return replace(group, request=replace(group.request, group_id=group_id))
 
 
+@pytest.mark.slow
 def test_a_model_that_hangs_is_an_errored_score_and_is_replaced(joined: RunConfig) -> None:
     store = start_store()
     pool = RolloutPool(joined, store, joined.rewards, {}, local=True)
