@@ -308,7 +308,7 @@ def _evaluated(run_dir: RunDir, config: RunConfig, step: int) -> tuple[EvalResul
         for row in rows
         if row["step"] == step
         for name in row
-        if re.match(r"eval/(?!.*(num_|length|_s$|ratio|clipped))", name)
+        if _RESULT.fullmatch(name)
     }
     if not values:
         return ()
