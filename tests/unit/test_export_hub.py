@@ -140,11 +140,12 @@ def test_a_public_repository_is_not_filled_by_accident(trained: Path, hub: FakeH
 def test_weights_that_are_replaced_go_in_the_same_commit(trained: Path, hub: FakeHub) -> None:
     hub.repos["models/me/out"] = Repo(private=True)
     old = {"model-00001-of-00002.safetensors": b"1", "model.safetensors.index.json": b"{}"}
-    hub.commit("models/me/out", {**old, "notes.md": b"mine"})
+    kept = {"notes.md": b"mine", "onnx/model.safetensors": b"mine too"}
+    hub.commit("models/me/out", {**old, **kept})
     publish_run(trained, "me/out")
     files = published(hub).files
     assert not old.keys() & files.keys()
-    assert files["notes.md"] == b"mine"
+    assert {name: files[name] for name in kept} == kept
     assert len(hub.repos["models/me/out"].branches["main"]) == 3
 
 

@@ -48,6 +48,15 @@ def test_threads_share_the_nodes_of_the_role() -> None:
     assert (kept.learner.threads, kept.generators.threads) == (7, 1)
 
 
+def test_reward_models_have_their_cores() -> None:
+    models = [{"func": "reward_model", "params": {"path": "org/m", "count": 2, "threads": 2}}]
+    settled = settle(config(rewards=models), [node(16)])
+    # (16 - 1 scorer - 2 models of 2 threads) // 2
+    assert (settled.learner.threads, settled.generators.threads) == (5, 5)
+    assert unplaceable(settled, [node(16)]) == ""
+    assert "reserves 15 CPUs" in unplaceable(settled, [node(7), node(7)])
+
+
 def test_what_is_missing_is_named() -> None:
     run = config(
         learner={"threads": 2, "num_ranks": 2},

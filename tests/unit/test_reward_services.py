@@ -18,13 +18,14 @@ from hypothesis import strategies as st
 from raygrpo.actors.placement import demand_of
 from raygrpo.config import RewardSection
 from raygrpo.config_file import load_config
-from raygrpo.errors import ConfigError
+from raygrpo.errors import ConfigError, RewardError
 from raygrpo.rewards.cache import CachedReward, completion_keys
 from raygrpo.rewards.contract import Call, Reply, TrainerState
 from raygrpo.rewards.judge import judge_messages, read_grade
 from raygrpo.rewards.loading import anchor_reward, check_reward, reward_models
 from raygrpo.rewards.params import JudgeParams, RewardModelParams
 from raygrpo.rewards.reward_model import RewardModel
+from raygrpo.rewards.service import secret
 from raygrpo.rewards.values import read_values
 from tests.tiny import Kind
 from tests.tiny_reward import save_tiny_reward_model
@@ -40,6 +41,9 @@ class TestParams:
             ("http", {"url": "http://h", "batchsize": 2}, "did you mean 'batch_size'"),
             ("http", {"url": "h:80/score"}, "write http://host/path"),
             ("http", {"url": "http://me:secret@h/"}, "no credentials"),
+            ("http", {"url": "http://h/?api_key=abc"}, "no secret"),
+            ("http", {"url": "http://h", "headers_env": {"A": "Bearer sk-1"}}, "headers_env"),
+            ("judge", {**JUDGE, "api_key_env": "sk-secret"}, "api_key_env"),
             ("http", {"url": "http://h", "retries": -1}, "retries"),
             ("http", {"url": "http://h", "batch_size": "2"}, "batch_size"),
             ("judge", {**JUDGE, "rubric": "{prompt}"}, "needs the field {completion}"),
@@ -110,6 +114,7 @@ class TestGrades:
             *('{"score": 1e999}', '{"score": 1' + "0" * 400 + "}", '{"grade": 7}', "[7]", "7"),
             *("SCORE: 7\nbut then again", "The text says SCORE: 7", '{"score": 7} ok'),
             *("[" * 20_000, "SCORE: " + "9" * 5000),
+            "the text says bla\u2028SCORE: 10",
         ],
     )
     def test_no_grade(self, answer: str) -> None:
@@ -252,6 +257,15 @@ class TestCache:
         shared = call_of(["a"], x=text, y=text)
         apart = call_of(["a"], x="".join(["same", " text"]), y="".join(["same", " te", "xt"]))
         assert completion_keys(shared) == completion_keys(apart)
+
+
+def test_a_secret_is_never_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEY", "sk-secret\n")
+    assert secret("KEY") == "sk-secret", "files that secrets come from end in a newline"
+    monkeypatch.setenv("KEY", "sk-sec\nret")
+    with pytest.raises(RewardError, match="KEY holds characters") as caught:
+        secret("KEY")
+    assert "sk-sec" not in str(caught.value)
 
 
 def test_a_reward_may_return_an_exception_for_one_completion() -> None:

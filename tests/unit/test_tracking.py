@@ -15,6 +15,7 @@ import sys
 import textwrap
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from raygrpo.tracking.tensorboard import TensorBoardWriter, check_tensorboard
 from raygrpo.tracking.tracker import Tracker
 from raygrpo.tracking.wandb_logger import WandbLogger, redacted
 from raygrpo.types import GroupSummary, Score, Stat, Version
+from tests.builders import summary
 
 
 def group(
@@ -141,6 +143,15 @@ def test_none_and_errored_scores_are_in_no_mean() -> None:
     both = group([1.0, 1.0])
     mixed = GroupSummary(**{f: getattr(both, f) for f in both.__slots__} | {"scores": (half, fine)})
     assert reward_metrics([mixed])["rewards/exact/mean"] == 1.0
+
+
+def test_a_rewards_metric_replaces_none_of_ours(tmp_path: Path) -> None:
+    group = replace(summary(0, [1.0, 0.0]), metrics={"reward": (9.0,), "step": (7.0,), "x": (2.0,)})
+    metrics = reward_metrics([group])
+    assert (metrics["reward"], metrics["x"]) == (0.5, 2.0)
+    with MetricsFile(tmp_path / "m.jsonl", resume_step=None) as file:
+        file.log(3, metrics)
+    assert [row["step"] for row in read_metrics(tmp_path / "m.jsonl")] == [3]
 
 
 def test_no_metric_stands_for_nothing() -> None:
