@@ -88,6 +88,7 @@ def test_a_killed_generator_costs_nothing(directory: Path, undisturbed: Path) ->
     assert steps[-1]["ledger/lost_groups"] == len(replaced["groups"])
 
 
+@pytest.mark.slow
 def test_a_killed_scorer_costs_nothing(directory: Path, undisturbed: Path) -> None:
     config = runs.write_run(directory, "scorer_killed", **SAVES)
     process = runs.start(config)

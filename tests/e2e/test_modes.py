@@ -32,6 +32,7 @@ def test_asynchronous_training_keeps_its_bound(directory: Path) -> None:
     assert all(row["ledger/unexplained"] == 0 for row in steps)
 
 
+@pytest.mark.slow
 def test_resumed_asynchronous_run_finishes(directory: Path) -> None:
     config = runs.write_run(
         directory,
@@ -90,6 +91,7 @@ def test_bfloat16_runs(directory: Path) -> None:
     assert all(row["loss"] == row["loss"] for row in runs.metrics(config))
 
 
+@pytest.mark.slow
 def test_sampling_settings_reach_the_engine(directory: Path) -> None:
     config = runs.write_run(
         directory,

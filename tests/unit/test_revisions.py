@@ -232,6 +232,7 @@ def start(directory: Path, url: str, **environment: str) -> list[Any]:
 
 
 @pytest.mark.timeout(900)  # three processes that import torch and datasets
+@pytest.mark.slow
 def test_a_run_resumes_on_what_it_began_with(tmp_path: Path) -> None:
     """Real downloads by transformers and datasets; then the branches move; then the hub is gone."""
     from tests.tiny import tiny_tokenizer
