@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
@@ -10,6 +11,7 @@ from raygrpo.config import RunConfig
 from raygrpo.errors import StorageError
 from raygrpo.profiling import ProfileRequest
 from raygrpo.run_dir import RunDir
+from raygrpo.tracking.alarms import Alarms
 from raygrpo.tracking.console import Console
 from raygrpo.tracking.curve import draw_curve
 from raygrpo.tracking.files import EventsFile, MetricsFile
@@ -55,6 +57,7 @@ class Tracker:
                 root / "tensorboard", resume_step=resume_step, on_event=self._record_event
             )
         self._wandb = WandbLogger(self._run_dir, config)
+        self._alarms = Alarms()
 
     def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Records a step; it is on disk on return."""
@@ -66,6 +69,8 @@ class Tracker:
             self._tensorboard.log_step(step, metrics)
         self._wandb.log_step(step, metrics)
         self._take_events()
+        for alarm in self._alarms.check(metrics):
+            self._record_event("alarm", {"step": step, **asdict(alarm)})
         self._announce_profile()
 
     def log_completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:

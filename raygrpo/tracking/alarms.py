@@ -1,0 +1,122 @@
+"""Alarms that training goes wrong, read off the metrics of its steps: no signal, truncation,
+entropy collapse, gradient spikes. An alarm is recorded once, when it begins."""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+# Steps that a judgement looks at: one step's mean says little where a step has few groups.
+WINDOW = 5
+SPIKE_WINDOW = 20
+
+Judge = Callable[[Sequence[float], Sequence[float]], tuple[float, float] | None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alarm:
+    """What has begun: the metric's ``value``, the ``limit`` it passed, and what to do."""
+
+    name: str
+    metric: str
+    value: float
+    limit: float
+    fix: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """``judge`` gets the run's first values of ``metric`` and its newest ones, oldest first, and
+    returns (value, limit) where the limit is passed."""
+
+    name: str
+    metric: str
+    judge: Judge
+    fix: str
+
+
+def _above(limit: float) -> Judge:
+    def judge(first: Sequence[float], newest: Sequence[float]) -> tuple[float, float] | None:
+        recent = newest[-WINDOW:]
+        value = statistics.fmean(recent)
+        return (value, limit) if len(recent) == WINDOW and value > limit else None
+
+    return judge
+
+
+def _collapsed(first: Sequence[float], newest: Sequence[float]) -> tuple[float, float] | None:
+    if len(newest) < 2 * WINDOW:
+        return None
+    limit = 0.1 * statistics.fmean(first)
+    value = statistics.fmean(newest[-WINDOW:])
+    return (value, limit) if value < limit else None
+
+
+def _spiked(first: Sequence[float], newest: Sequence[float]) -> tuple[float, float] | None:
+    before = newest[:-1]
+    if len(before) < WINDOW:
+        return None
+    limit = 10 * statistics.median(before)
+    return (newest[-1], limit) if newest[-1] > limit > 0 else None
+
+
+RULES = (
+    _Rule(
+        "no_signal",
+        "frac_reward_zero_std",
+        _above(0.9),
+        "the prompts are too easy or too hard, or the reward hardly differs: see completions/",
+    ),
+    _Rule(
+        "truncation",
+        "completions/clipped_ratio",
+        _above(0.5),
+        "raise sampling.max_tokens, or add a length reward",
+    ),
+    _Rule(
+        "entropy_collapse",
+        "entropy",
+        _collapsed,
+        "lower optimizer.lr, or set loss.entropy_coef",
+    ),
+    _Rule(
+        "gradient_spike",
+        "grad_norm",
+        _spiked,
+        "lower optimizer.lr, or optimizer.max_grad_norm",
+    ),
+)
+
+
+class Alarms:
+    """Watches the metrics of a run, step by step. What it has seen is not kept over a restart."""
+
+    def __init__(self) -> None:
+        self._first: dict[str, list[float]] = {rule.name: [] for rule in RULES}
+        self._newest = {rule.name: deque[float](maxlen=SPIKE_WINDOW + 1) for rule in RULES}
+        self._ringing: set[str] = set()
+
+    def check(self, metrics: Mapping[str, float]) -> list[Alarm]:
+        """The alarms that begin with this step; a step without a metric leaves its alarm as is."""
+        begun = []
+        for rule in RULES:
+            if rule.metric not in metrics:
+                continue
+            first, newest = self._first[rule.name], self._newest[rule.name]
+            newest.append(metrics[rule.metric])
+            if len(first) < WINDOW:
+                first.append(metrics[rule.metric])
+            passed = rule.judge(first, list(newest))
+            if passed is None:
+                self._ringing.discard(rule.name)
+            elif rule.name not in self._ringing:
+                self._ringing.add(rule.name)
+                value, limit = passed
+                begun.append(
+                    Alarm(
+                        name=rule.name, metric=rule.metric, value=value, limit=limit, fix=rule.fix
+                    )
+                )
+        return begun
