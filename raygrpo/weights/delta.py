@@ -1,0 +1,289 @@
+"""Lossless sparse deltas between two versions of the same bytes.
+
+At RL learning rates 95 to 99 % of a bf16 model's weights have the same bits from one step to the
+next. A delta says where elements differ and by how much, in integers: floating point is never
+looked at, so NaN payloads, signed zeros and every dtype come out bit for bit.
+
+A delta is a header, then sections. Positions are gaps between changed elements, in 16 bits (65535
+means: skip as many, nothing changed there); values are wrapping differences of the elements as
+integers, zigzag coded, so that a step by one unit in the last place is 1 or 2 in either direction.
+Both are split into byte planes, each compressed by zstd level 1 where that is smaller. The last
+``size % 8`` bytes travel as they are. Where the bytes themselves would be smaller, they are sent.
+The header holds the sizes, checksums of base and result, and one of all that follows it.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow
+import xxhash
+
+from raygrpo.errors import InfraError
+from raygrpo.types import ByteArray
+
+Bytes = ByteArray | bytes | bytearray | memoryview
+
+MAGIC = b"rgD1"
+# Past this share of changed elements the bytes themselves are sent: from about there on, a link of
+# 1 Gbit/s takes them as soon as they are coded, sent and decoded (benchmarks/delta_bytes.py).
+DENSE_FRAC = 0.25
+WORD = 8
+CHUNK_BYTES = 4 * 2**20
+BLOCK_GAPS = 2**20
+SKIP = 2**16 - 1
+
+_SEAL = struct.Struct("<4sQ")  # magic, checksum of all that follows
+_HEAD = struct.Struct("<BBQQQQQ")  # sparse, itemsize, num_bytes, base, result, changed, symbols
+_CODEC = pyarrow.Codec("zstd", compression_level=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Header:
+    """What a delta says of itself: ``base`` and ``result`` are xxh3_64 of the whole bytes.
+
+    ``itemsize`` is 0 where the bytes themselves are sent.
+    """
+
+    itemsize: int
+    num_bytes: int
+    base: int
+    result: int
+    num_changed: int
+    num_symbols: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoded:
+    """What comparing brought: ``data`` is None where sending the bytes themselves is better."""
+
+    data: bytes | None
+    num_changed: int
+    num_elements: int
+
+
+def checksum(data: ByteArray) -> int:
+    """xxh3_64 of a byte array."""
+    return xxhash.xxh3_64_intdigest(data.data)
+
+
+def encode(old: Bytes, new: Bytes, itemsize: int = 2) -> bytes:
+    """The delta that takes ``old`` to ``new``, two byte strings of one size.
+
+    ``itemsize`` (1, 2, 4 or 8) is the width in which elements are compared: the one that most of
+    the bytes have. Any width is right for any bytes; another than theirs costs size alone.
+    """
+    before, after = _flat(old), _flat(new)
+    base, result = checksum(before), checksum(after)
+    encoded = compare(before, after, base, result, itemsize)
+    if encoded.data is not None:
+        return encoded.data
+    return _seal(_HEAD.pack(0, 0, after.size, base, result, 0, 0), after.tobytes())
+
+
+def apply(old: Bytes, data: Bytes) -> ByteArray:
+    """The bytes that `encode` was given as ``new``, in an array of its own.
+
+    Raises:
+        InfraError: ``old`` is not the base, or ``data`` is corrupt.
+    """
+    before = _flat(old)
+    header = read_header(data)
+    if before.size != header.num_bytes or checksum(before) != header.base:
+        raise InfraError("the delta is of another base", "take a whole version")
+    after = before.copy()
+    patch(after, data)
+    if checksum(after) != header.result:
+        raise InfraError("the delta did not give the bytes that it was made of")
+    return after
+
+
+def compare(
+    old: ByteArray,
+    new: ByteArray,
+    base: int,
+    result: int,
+    itemsize: int = 2,
+    max_frac: float = DENSE_FRAC,
+) -> Encoded:
+    """`encode` for callers who know the checksums and can send the bytes themselves.
+
+    Past ``max_frac`` of changed elements the rest are counted only.
+
+    Raises:
+        ValueError: sizes that differ, or a width that is none.
+    """
+    if itemsize not in (1, 2, 4, 8) or old.size != new.size:
+        raise ValueError(f"cannot compare {old.size} and {new.size} bytes by {itemsize}")
+    num_elements, changed = old.size // itemsize, 0
+    positions: list[npt.NDArray[np.int64]] = []
+    values: list[npt.NDArray[Any]] = [np.empty(0, f"<u{itemsize}")]
+    for start in range(0, old.size // WORD * WORD, CHUNK_BYTES):
+        where, difference = _differences(old, new, itemsize, start)
+        changed += where.size
+        if changed > max_frac * num_elements:
+            changed += _count_changed(old, new, itemsize, start + CHUNK_BYTES)
+            return Encoded(data=None, num_changed=changed, num_elements=num_elements)
+        positions.append(where)
+        values.append(difference)
+    gaps = _gaps(positions)
+    planes = [*_planes(gaps), *_planes(np.concatenate(values))]
+    head = _HEAD.pack(1, itemsize, old.size, base, result, changed, gaps.size)
+    tail = new[old.size // WORD * WORD :].tobytes()
+    data = _seal(head, tail, *(_compress(plane) for plane in planes))
+    smaller = len(data) < new.size
+    return Encoded(data=data if smaller else None, num_changed=changed, num_elements=num_elements)
+
+
+def read_header(data: Bytes) -> Header:
+    """A delta's header, once all of the delta is known to be as it was made.
+
+    Raises:
+        InfraError: it is not.
+    """
+    blob = _flat(data)
+    if blob.size >= _SEAL.size + _HEAD.size:
+        magic, seal = _SEAL.unpack_from(blob.data)
+        if magic == MAGIC and seal == checksum(blob[_SEAL.size :]):
+            sparse, itemsize, *numbers = _HEAD.unpack_from(blob.data, _SEAL.size)
+            size, base, result, changed, symbols = numbers
+            return Header(
+                itemsize=itemsize if sparse else 0,
+                num_bytes=size,
+                base=base,
+                result=result,
+                num_changed=changed,
+                num_symbols=symbols,
+            )
+    raise InfraError("a delta is corrupt", "the weights are pulled again")
+
+
+def patch(target: ByteArray, data: Bytes) -> None:
+    """Turns the base into the result in place; whoever calls knows the base, and checks the result.
+
+    Raises:
+        InfraError: ``data`` is corrupt, or of another size; ``target`` may have changed in part.
+    """
+    header = read_header(data)
+    if target.size != header.num_bytes:
+        raise InfraError(f"a delta of {header.num_bytes} bytes does not fit {target.size}")
+    sections = _flat(data)[_SEAL.size + _HEAD.size :]
+    if not header.itemsize:
+        target[:] = sections
+        return
+    body = target.size // WORD * WORD
+    tail = target.size - body
+    target[body:] = sections[:tail]
+    reader = _Reader(sections[tail:])
+    gaps = reader.planes(header.num_symbols, 2)
+    values = reader.planes(header.num_changed, header.itemsize)
+    elements = target[:body].view(values.dtype)
+    place = 0
+    for where in _positions(gaps):
+        zigzag = values[place : place + where.size]
+        place += where.size
+        elements[where] += (zigzag >> 1) ^ (0 - (zigzag & 1))
+
+
+class _Reader:
+    """Takes planes off the front of a delta's sections."""
+
+    def __init__(self, sections: ByteArray) -> None:
+        self._rest = sections
+
+    def planes(self, count: int, itemsize: int) -> npt.NDArray[Any]:
+        out = np.empty((count, itemsize), np.uint8)
+        for place in range(itemsize):
+            size = int.from_bytes(self._rest[:WORD].tobytes(), "little")
+            part, self._rest = self._rest[WORD : WORD + size], self._rest[WORD + size :]
+            out[:, place] = part if size == count else _decompress(part, count)
+        return out.reshape(-1).view(f"<u{itemsize}")
+
+
+def _flat(data: Bytes) -> ByteArray:
+    return data if isinstance(data, np.ndarray) else np.frombuffer(data, np.uint8)
+
+
+def _seal(head: bytes, *parts: bytes) -> bytes:
+    body = b"".join((head, *parts))
+    return _SEAL.pack(MAGIC, xxhash.xxh3_64_intdigest(body)) + body
+
+
+def _differences(
+    old: ByteArray, new: ByteArray, itemsize: int, start: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any]]:
+    """Positions and zigzag differences of the elements that changed in one chunk.
+
+    Words of 8 bytes are compared first: few of them differ, so elements are looked at in those.
+    """
+    unit, lane_bits = np.dtype(f"<u{itemsize}"), (WORD // itemsize).bit_length() - 1
+    part = slice(start, min(start + CHUNK_BYTES, old.size // WORD * WORD))
+    a, b = old[part].view(np.uint64), new[part].view(np.uint64)
+    words = np.flatnonzero(a != b)
+    before, after = a[words].view(unit), b[words].view(unit)
+    chosen = np.flatnonzero(before != after)
+    lane = chosen & ((1 << lane_bits) - 1)
+    where = (words[chosen >> lane_bits] << lane_bits) + lane + start // itemsize
+    difference = after[chosen] - before[chosen]
+    one, sign = unit.type(1), unit.type(8 * itemsize - 1)
+    return where, (difference << one) ^ (0 - (difference >> sign))
+
+
+def _count_changed(old: ByteArray, new: ByteArray, itemsize: int, start: int) -> int:
+    unit, end = f"<u{itemsize}", old.size // WORD * WORD
+    return sum(
+        int(np.count_nonzero(old[part].view(unit) != new[part].view(unit)))
+        for first in range(start, end, CHUNK_BYTES)
+        for part in [slice(first, min(first + CHUNK_BYTES, end))]
+    )
+
+
+def _gaps(positions: list[npt.NDArray[np.int64]]) -> npt.NDArray[np.uint16]:
+    """Counts of unchanged elements before each changed one, with SKIPs for what 16 bits lack."""
+    parts, last = [np.empty(0, np.uint16)], -1
+    for where in positions:
+        if where.size:
+            gaps = np.diff(where, prepend=last) - 1
+            last = int(where[-1])
+            parts.append(_symbols(gaps) if gaps.max() >= SKIP else gaps.astype(np.uint16))
+    return np.concatenate(parts)
+
+
+def _symbols(gaps: npt.NDArray[np.int64]) -> npt.NDArray[np.uint16]:
+    skips = gaps // SKIP
+    symbols = np.full(gaps.size + int(skips.sum()), SKIP, np.uint16)
+    symbols[np.cumsum(skips + 1) - 1] = gaps % SKIP
+    return symbols
+
+
+def _positions(gaps: npt.NDArray[np.uint16]) -> Iterator[npt.NDArray[np.int64]]:
+    """What `_gaps` was made of, block by block."""
+    base = 0
+    for start in range(0, gaps.size, BLOCK_GAPS):
+        block = gaps[start : start + BLOCK_GAPS]
+        lands = block != SKIP
+        ends = np.cumsum(block + lands.astype(np.int64)) + base
+        base = int(ends[-1])
+        yield ends[lands] - 1
+
+
+def _planes(values: npt.NDArray[Any]) -> list[ByteArray]:
+    size = values.dtype.itemsize
+    flat = values.astype(f"<u{size}", copy=False).view(np.uint8).reshape(-1, size)
+    return [np.ascontiguousarray(flat[:, place]) for place in range(size)]
+
+
+def _compress(plane: ByteArray) -> bytes:
+    small: bytes = _CODEC.compress(plane, asbytes=True)
+    data = small if len(small) < plane.size else plane.tobytes()
+    return len(data).to_bytes(WORD, "little") + data
+
+
+def _decompress(part: ByteArray, count: int) -> ByteArray:
+    plain = _CODEC.decompress(part, decompressed_size=count)
+    return np.frombuffer(plain, np.uint8)
