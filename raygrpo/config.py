@@ -7,26 +7,11 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from raygrpo.config_algorithm import AdvantageSection, LossSection
+from raygrpo.config_keys import Section, key
 from raygrpo.types import Sampling
-
-
-class Section(BaseModel):
-    """A strict, immutable section."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-
-def key(default: Any, doc: str, unit: str = "", **constraints: Any) -> Any:
-    """A documented field; ``unit`` is shown by ``raygrpo config``."""
-    extra: Any = {"unit": unit} if unit else None
-    if isinstance(default, (list, dict)):
-        factory = default.copy
-        return Field(
-            default_factory=factory, description=doc, json_schema_extra=extra, **constraints
-        )
-    return Field(default, description=doc, json_schema_extra=extra, **constraints)
 
 
 class ModelSection(Section):
@@ -149,57 +134,6 @@ class EvalSection(Section):
     )
 
 
-class AdvantageSection(Section):
-    """From rewards to advantages."""
-
-    baseline: Literal["mean", "leave_one_out", "max_rl"] = key(
-        "mean", "What is taken off a reward."
-    )
-    scale: Literal["none", "group", "group_population", "batch", "batch_centred"] = key(
-        "none", "What the difference is divided by."
-    )
-    rewards: Literal["sum_then_normalise", "normalise_then_sum"] = key(
-        "sum_then_normalise",
-        "Several rewards: summed first; or (GDPO) each normalised in its group, then summed, then "
-        "normalised in the step, which leaves baseline and scale no choice.",
-    )
-    mask_truncated: bool = key(
-        False, "Overlong filter: truncated completions count in the baseline, not in the loss."
-    )
-
-    @model_validator(mode="after")
-    def _one_normalisation(self) -> AdvantageSection:
-        fixed = self.baseline == "mean" and self.scale == "none"
-        if self.rewards == "normalise_then_sum" and not fixed:
-            raise ValueError(
-                "normalise_then_sum does all the normalising there is: "
-                "set advantage.baseline: mean and advantage.scale: none"
-            )
-        return self
-
-
-class LossSection(Section):
-    """What is minimised."""
-
-    loss: Literal["clip"] = key("clip", "Policy loss.")
-    clip_low: float = key(0.2, "Lower clip range of the ratio.", ge=0, lt=1)
-    clip_high: float = key(0.28, "Upper clip range of the ratio.", ge=0)
-    delta: float | None = key(None, "Upper bound of the ratio in the unclipped term.", gt=1)
-    dual_clip: float | None = key(None, "Bound c of the loss of negative advantages.", gt=1)
-    beta: float = key(0.0, "Weight of the KL to the reference; 0 loads no reference.", ge=0)
-    kl_estimator: Literal["k2", "k3"] = key("k3", "Estimator of that KL.")
-    kl_unbiased: bool = key(False, "Multiply the KL by the ratio.")
-    aggregation: Literal["token", "sequence", "constant", "prompt"] = key(
-        "token", "Denominator of the loss, global over one optimizer update."
-    )
-    correction: Literal["none", "tis", "icepop"] = key(
-        "none", "Correction for the gap between the sampler's and the learner's logprobs."
-    )
-    correction_level: Literal["token", "sequence"] = key("token", "Ratio by token or by sequence.")
-    correction_min: float = key(0.5, "Lower end of icepop.", ge=0)
-    correction_max: float = key(2.0, "Cap of tis; upper end of icepop.", gt=0)
-
-
 class TrainSection(Section):
     """Steps, groups and updates."""
 
@@ -237,9 +171,22 @@ class LearnerSection(Section):
     num_ranks: int = key(1, "Learner processes, one DeepSpeed rank each.", "ranks", ge=1)
     zero_stage: Literal[0, 1, 2, 3] = key(1, "DeepSpeed ZeRO stage.")
     gradient_checkpointing: bool = key(False, "Recompute activations in the backward pass.")
+    ref_sync: dict[Literal["steps", "alpha"], float] = key(
+        {}, "{steps: k, alpha: a}: every k steps reference = a * policy + (1 - a) * reference."
+    )
     gpus_per_rank: float = key(0, "GPUs of a rank; 0 trains on CPU.", "GPUs", ge=0)
     threads: int = key(0, "CPU threads of a rank; 0 shares the machine's cores.", "threads", ge=0)
     deepspeed: dict[str, Any] = key({}, "Passed through into the DeepSpeed configuration.")
+
+    @model_validator(mode="after")
+    def _ref_sync(self) -> LearnerSection:
+        sync = self.ref_sync
+        if not sync:
+            return self
+        steps, alpha = sync.get("steps", 0), sync.get("alpha", 0)
+        if steps < 1 or steps % 1 or not 0 < alpha <= 1:
+            raise ValueError("ref_sync needs steps (whole, from 1) and alpha (above 0, up to 1)")
+        return self
 
 
 class GeneratorsSection(Section):
@@ -337,15 +284,28 @@ class RunConfig(Section):
             )
         if self.deterministic and train.max_staleness:
             raise ValueError("deterministic: true needs train.max_staleness: 0")
-        if self.loss.correction != "none" and self.changes_distribution:
-            raise ValueError(
-                f"loss.correction: {self.loss.correction} with top_p, top_k, min_p, "
-                "repetition_penalty or min_tokens: the sampler's logprobs are of the renormalised "
-                "distribution, so the ratio to the policy is biased; turn one of the two off"
-            )
         names = [reward.name or reward.func for reward in self.rewards]
         if len(set(names)) != len(names):
             raise ValueError(f"rewards need distinct names, not {names}; set rewards[].name")
+        return self
+
+    @model_validator(mode="after")
+    def _loss_fits(self) -> RunConfig:
+        if self.loss.needs_sampler and self.changes_distribution:
+            raise ValueError(
+                "the loss uses the sampler's logprobs (loss.correction, ratio_anchor: sampler, "
+                "dppo_tv or off_policy_threshold) with top_p, top_k, min_p, repetition_penalty or "
+                "min_tokens: those logprobs are of the renormalised distribution, so the ratio to "
+                "the policy is biased; turn one of the two off"
+            )
+        updates = self.train.num_iterations * self.train.num_minibatches
+        if self.loss.loss == "reinforce" and updates > 1:
+            raise ValueError(
+                f"loss.loss: reinforce has no ratio, so it is right for one update a step, not "
+                f"{updates}: set loss.loss: clip, or train.num_iterations and num_minibatches to 1"
+            )
+        if self.learner.ref_sync and not self.loss.beta:
+            raise ValueError("learner.ref_sync moves the reference of the KL: set loss.beta too")
         return self
 
     @property

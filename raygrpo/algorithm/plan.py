@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 
 import torch
 
@@ -15,14 +16,25 @@ from raygrpo.algorithm.advantages import (
 )
 from raygrpo.algorithm.loss import LossConfig, loss_weights_for
 from raygrpo.algorithm.window import FinishedGroup
-from raygrpo.config import AdvantageSection, RunConfig
+from raygrpo.config import RunConfig
+from raygrpo.config_algorithm import AdvantageSection
 from raygrpo.rewards.loading import reward_name
 from raygrpo.types import GroupSummary, PlannedSample, Score, StepBatch
 
 
 def loss_config(config: RunConfig) -> LossConfig:
-    """The loss that a run minimises."""
-    return LossConfig(**config.loss.model_dump(), max_completion_length=config.sampling.max_tokens)
+    """The loss that a run minimises; ``correction: auto`` is resolved."""
+    section = config.loss
+    names = {field.name for field in fields(LossConfig)} & set(type(section).model_fields)
+    return LossConfig(
+        **{
+            **{name: getattr(section, name) for name in names},
+            "correction": section.correction_for(
+                stale=config.train.max_staleness > 0, renormalised=config.changes_distribution
+            ),
+            "max_completion_length": config.sampling.max_tokens,
+        }
+    )
 
 
 def num_trained_tokens(summary: GroupSummary, index: int, section: AdvantageSection) -> int:
