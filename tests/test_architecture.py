@@ -20,6 +20,8 @@ FLOORS = {
     "raygrpo.types": 0,
     "raygrpo.config": 0,
     "raygrpo.config_file": 0,
+    "raygrpo.config_keys": 0,
+    "raygrpo.config_algorithm": 0,
     "raygrpo.recipes": 0,
     "raygrpo.errors": 0,
     "raygrpo.failures": 0,
