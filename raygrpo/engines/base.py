@@ -20,8 +20,8 @@ from raygrpo.types import (
 class Engine(Protocol):
     """Takes group requests, yields finished groups; weights may change between two steps.
 
-    Not thread-safe: one thread owns an engine. A request waits inside the engine until the engine
-    holds ``request.min_version`` or a newer version.
+    Not thread-safe but for `stage_weights`: one thread owns an engine. A request waits inside the
+    engine until the engine holds ``request.min_version`` or a newer version.
     """
 
     @property
@@ -42,8 +42,21 @@ class Engine(Protocol):
     def step(self) -> list[Group]:
         """Decodes one token of every running completion; returns the groups that finished."""
 
+    def stage_weights(self, manifest: WeightsManifest, buckets: Iterable[ByteArray]) -> None:
+        """Verifies a whole version and makes it ready beside the one in use.
+
+        The one method that may run on another thread while steps go on: nothing that decoding reads
+        changes. The engine may keep the arrays in use until a later version is committed.
+
+        Raises:
+            InfraError: a version that does not fit, is older, or is corrupt; nothing is staged.
+        """
+
+    def commit_weights(self) -> None:
+        """Puts the staged version into use, quickly; between two steps, on the engine's thread."""
+
     def load_weights(self, manifest: WeightsManifest, buckets: Iterable[ByteArray]) -> None:
-        """Loads a version bucket by bucket, after verifying each; legal between steps."""
+        """Stages and commits a version; between two steps."""
 
     def abort(self, stream: Stream, group_id: int) -> list[Completion]:
         """Drops a group; returns its completions so far, none if it had not begun or is gone."""

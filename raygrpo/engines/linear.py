@@ -20,15 +20,17 @@ class PackedLinear(nn.Linear):
 
     @classmethod
     def over(cls, linear: nn.Linear) -> PackedLinear:
-        """Shares the parameters of ``linear``; `pack` must be called before use."""
+        """Shares the parameters of ``linear``; ``packed`` must be set before use."""
         with torch.device("meta"):
             made = cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
         made.weight, made.bias = linear.weight, linear.bias
         return made
 
-    def pack(self, num_rows: int) -> None:
-        """Reorders the weight as it is now, for products with about ``num_rows`` rows."""
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), num_rows)
+    @staticmethod
+    def pack(weight: Tensor, num_rows: int) -> Tensor:
+        """A reordered copy of a weight, for products with about ``num_rows`` rows."""
+        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), num_rows)
+        return packed
 
     def forward(self, input: Tensor) -> Tensor:
         """``input @ weight.T + bias``."""
@@ -49,7 +51,7 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
 def use_packed_linears(model: Any) -> list[PackedLinear]:
     """Puts a `PackedLinear` in the place of each plain linear layer; parameters keep their names.
 
-    Returns them; each is to be packed when the weights are first loaded and after each change.
+    Returns them; ``packed`` of each is to be set at first and after each change of the weights.
     """
     packed = []
     for module in list(model.modules()):

@@ -13,12 +13,11 @@ from torch import Tensor
 
 from raygrpo.config import ModelSection
 from raygrpo.engines.cache import SlotCache
-from raygrpo.engines.linear import PackedLinear, can_pack, use_packed_linears
-from raygrpo.engines.loading import check_manifest, copy_buckets, weight_targets
 from raygrpo.engines.randomness import row_keys, uniforms
 from raygrpo.engines.rows import RowTable
 from raygrpo.engines.sampling import sample
 from raygrpo.engines.stops import StopStrings
+from raygrpo.engines.weights import ModelWeights
 from raygrpo.errors import DataError, InfraError, NumericError
 from raygrpo.models import (
     DTYPES,
@@ -93,23 +92,19 @@ class TransformersEngine:
         self._max_rows, self._deterministic = max_rows, deterministic
         self._model = load_model(model, seed=seed, dtype=DTYPES[model.dtype]).to(self._device)
         self._model.eval().requires_grad_(False)
-        self._packed: list[PackedLinear] = []
-        if can_pack(self._device, self._model.dtype):
-            self._packed = use_packed_linears(self._model)
-            self._pack()
+        # ``version`` is of the weights read from disk, where they are to be served.
+        self._weights = ModelWeights(self._model, self._device, num_rows=max_rows, version=version)
         self._tokenizer = load_tokenizer(model)
         self._config = self._model.config
         self._text_config = self._config.get_text_config()
         self._decoder = self._model.get_decoder()
         self._head = self._model.get_output_embeddings()
         self._transform = logit_transform(self._config)
-        self._targets = weight_targets(self._model)
         self._is_stop = np.zeros(self._head.weight.shape[0], np.bool_)
         stop_ids = stop_token_ids(self._model, self._tokenizer)
         self._is_stop[[token for token in stop_ids if token < self._is_stop.size]] = True
         self._stop_ids = torch.from_numpy(np.flatnonzero(self._is_stop)).to(self._device)
         self._stops = StopStrings(self._tokenizer)
-        self._version = version  # of the weights read from disk, where they are to be served
         self._versions = [version] if version else []
         self._settings: list[Sampling] = []
         self._waiting: dict[Key, GroupRequest] = {}
@@ -124,8 +119,8 @@ class TransformersEngine:
 
     @property
     def version(self) -> Version | None:
-        """The version of the weights held; None before the first load and after a failed one."""
-        return self._version
+        """The version of the weights in use; None before the first load."""
+        return self._weights.version
 
     @property
     def num_unfinished(self) -> int:
@@ -135,10 +130,11 @@ class TransformersEngine:
     @property
     def can_step(self) -> bool:
         """Whether a step would make progress."""
-        if self._version is None:
+        version = self._weights.version
+        if version is None:
             return False
         return bool(self._running or self._finished) or any(
-            request.min_version <= self._version for request in self._waiting.values()
+            request.min_version <= version for request in self._waiting.values()
         )
 
     def submit(self, request: GroupRequest) -> None:
@@ -174,13 +170,14 @@ class TransformersEngine:
         Raises:
             NumericError: logits were not finite; the groups concerned are dropped, and the others
                 go on at the next step.
-            InfraError: no whole version is loaded.
+            InfraError: no version is loaded.
         """
-        if self._version is None:
-            raise InfraError("the engine holds no whole version", "load weights first")
+        version = self._weights.version
+        if version is None:
+            raise InfraError("the engine holds no version", "load weights first")
         if self._running:
             self._decode()
-        self._start_waiting(self._version)
+        self._start_waiting(version)
         finished, self._finished = self._finished, []
         return finished
 
@@ -330,7 +327,7 @@ class TransformersEngine:
         for serial in serials:
             self._drop(int(serial), clear=True)
         raise NumericError(
-            f"group {names}: logits are not finite under version {self._version}",
+            f"group {names}: logits are not finite under version {self._weights.version}",
             "look at the gradient norms of the steps before; lower the learning rate",
         )
 
@@ -342,24 +339,20 @@ class TransformersEngine:
         self._remove_rows(rows)
         del self._running[serial]
 
+    def stage_weights(self, manifest: WeightsManifest, buckets: Iterable[ByteArray]) -> None:
+        """Makes a version ready, on any thread, while steps go on; see `ModelWeights.stage`."""
+        self._weights.stage(manifest, buckets)
+
+    def commit_weights(self) -> None:
+        """Puts the staged version into use; completions keep the keys and values they have."""
+        version = self._weights.commit()
+        if self._versions[-1:] != [version]:
+            self._versions.append(version)
+
     def load_weights(self, manifest: WeightsManifest, buckets: Iterable[ByteArray]) -> None:
-        """Loads a version in place; running completions go on with the keys and values they have.
-
-        Raises:
-            InfraError: the version does not fit (nothing is changed), or a bucket is corrupt or
-                missing (no version is held until a load succeeds).
-        """
-        check_manifest(self._targets, manifest, self._version)
-        self._version = None
-        copy_buckets(self._targets, manifest, buckets)
-        self._pack()
-        self._version = manifest.version
-        if self._versions[-1:] != [manifest.version]:
-            self._versions.append(manifest.version)
-
-    def _pack(self) -> None:
-        for linear in self._packed:
-            linear.pack(self._max_rows)
+        """Stages and commits a version."""
+        self.stage_weights(manifest, buckets)
+        self.commit_weights()
 
     @torch.inference_mode()
     def abort(self, stream: Stream, group_id: int) -> list[Completion]:
@@ -391,7 +384,5 @@ class TransformersEngine:
     def close(self) -> None:
         """Drops all groups and frees model and cache; the engine cannot be used afterwards."""
         self._waiting, self._running, self._finished = {}, {}, []
-        self._version, self._targets = None, {}
         self._rows, self._cache = RowTable(), self._new_cache()
-        self._packed = []
-        del self._model, self._decoder, self._head
+        del self._model, self._decoder, self._head, self._weights
