@@ -167,7 +167,8 @@ class Session:
         """Trains, then exports; SIGTERM and SIGINT stop in order, the running step committed."""
         if self._restored is not None and self._complete:
             return self._end(self._restored.step, finished=True)
-        from raygrpo.trainer import Parts, Trainer
+        from raygrpo.boundary import Parts
+        from raygrpo.trainer import Trainer
 
         trainer = Trainer(
             Parts(

@@ -10,47 +10,23 @@ driver holds references and summaries, never tokens; `RolloutPool.wait` is the o
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 from raygrpo.actors.futures import Pending
-from raygrpo.actors.learner import LearnerGroup
-from raygrpo.actors.pool import RolloutPool
-from raygrpo.actors.rollouts import RolloutLog
 from raygrpo.actors.scorer import ScoreReport
 from raygrpo.actors.workers import Done
 from raygrpo.algorithm.ledger import TokenLedger, buffered_tokens
 from raygrpo.algorithm.plan import make_step_batch, num_trained_tokens, signal_values
 from raygrpo.algorithm.window import Fate, FinishedGroup, Window
-from raygrpo.checkpoint import Checkpoints, RunState
-from raygrpo.config import RunConfig
-from raygrpo.data.prompts import PromptStream
+from raygrpo.boundary import Boundary, Parts
+from raygrpo.checkpoint import RunState
 from raygrpo.errors import DataError, RewardError
-from raygrpo.evaluation import Evaluations
 from raygrpo.rewards.contract import TrainerState
-from raygrpo.run_dir import RunDir
 from raygrpo.tracking.metrics import StepFacts, step_metrics
-from raygrpo.tracking.tracker import Tracker
 from raygrpo.types import GroupRequest, GroupSummary, StepBatch, StepResult, Version
 
 _TICK_S = 1.0  # how soon a signal is noticed while nothing else happens
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Parts:
-    """What a trainer drives."""
-
-    config: RunConfig
-    pool: RolloutPool
-    learner: LearnerGroup
-    prompts: PromptStream
-    evaluations: Evaluations
-    tracker: Tracker
-    rollouts: RolloutLog
-    run_dir: RunDir
-    checkpoints: Checkpoints
-    incarnation: int
 
 
 @dataclass(slots=True)
@@ -71,9 +47,7 @@ class Trainer:
         self._config = config = parts.config
         self._pool, self._learner, self._prompts = parts.pool, parts.learner, parts.prompts
         self._evaluations, self._tracker = parts.evaluations, parts.tracker
-        self._run_dir = parts.run_dir
-        self._checkpoints, self._incarnation = parts.checkpoints, parts.incarnation
-        self._rollouts = parts.rollouts
+        self._rollouts, self._incarnation = parts.rollouts, parts.incarnation
         self.step = restored.step if restored else 0
         self._window = Window(
             steps=config.train.steps,
@@ -89,27 +63,20 @@ class Trainer:
         if restored:
             self._ledger = self._ledger.roll_back(restored.buffered_tokens)
         self._num_tokens = restored.num_tokens if restored else 0
-        # A checkpoint whose evaluation is still due is written again once that is done.
-        self._saved_step = restored.step if restored and restored.record is None else -1
-        self._record = restored.record if restored else {}
-        self._deferred: dict[str, float] | None = None
         self._update: Pending[StepResult] | None = None
         self._publish: Pending[Any] | None = None
-        self._save: Pending[None] | None = None
-        self._saving: tuple[Path, RunState] | None = None
         self._training: tuple[StepBatch, list[FinishedGroup]] | None = None
         self._sync: dict[str, float] = {}
         self._span = Span()
         self._driver_s = 0.0
         self._num_groups = 0
-        self._boundary = self._at_boundary()
+        self._boundary = Boundary(parts, self._state(), restored)
         self.first_traceback: str | None = None
         self.first_group_at: float | None = None
-        self._stopping = False
 
     def stop(self) -> None:
         """Asks for an orderly stop: the running update is finished and committed."""
-        self._stopping = True
+        self._boundary.stopping = True
 
     @property
     def driver_s_per_group(self) -> float:
@@ -125,27 +92,20 @@ class Trainer:
                 self._pool.submit(request)
         while not self._finished():
             started, waited = time.monotonic(), self._pool.waited_s
-            self._settle()
-            self._start_save()
+            self._boundary.settle(published=self._publish is None)
+            self._boundary.start_save(updating=self._update is not None)
             self._admit()
             self._start_update()
             self._take(self._pool.wait(self._pendings(), _TICK_S))
             blocked = self._pool.waited_s - waited
             self._driver_s += time.monotonic() - started - blocked
-        return self._complete and self._deferred is None
-
-    @property
-    def _complete(self) -> bool:
-        """Whether nothing is left to train."""
-        return self.step >= self._config.train.steps or self._evaluations.end_the_run
+        return self._boundary.complete and not self._boundary.has_deferred
 
     def _finished(self) -> bool:
-        busy = self._update or self._publish or self._save or self._record is not None
-        ended = self._complete or self._stopping
-        return ended and not busy and self._saved_step == self.step
+        return self._boundary.ended and not (self._update or self._publish)
 
     def _pendings(self) -> list[Pending[Any]]:
-        ours = [p for p in (self._update, self._publish, self._save) if p is not None]
+        ours = [p for p in (self._update, self._publish, self._boundary.save) if p is not None]
         return ours + self._rollouts.pendings
 
     # What may start.
@@ -154,7 +114,7 @@ class Trainer:
         self._pool.trainer_state = TrainerState(
             global_step=self.step, max_steps=self._config.train.steps, epoch=self._prompts.epoch
         )
-        while not (self._stopping or self._complete) and self._window.has_room(self.step):
+        while not self._boundary.is_last and self._window.has_room(self.step):
             request = GroupRequest(
                 stream="train",
                 group_id=self._window.admitted,
@@ -168,9 +128,9 @@ class Trainer:
 
     def _start_update(self) -> None:
         # An evaluation is of one version, so the next one waits for it; so do record and save.
-        if self._update or self._record is not None or self._stopping or self._save_is_due():
+        if self._update or not self._boundary.closed or self._boundary.is_last:
             return
-        if self._complete or not (self._window.step_ready() and self._rollouts.has_room):
+        if not (self._window.step_ready() and self._rollouts.has_room):
             return
         groups = self._window.take_step()
         self._prompts.settle(groups[-1].summary.group_id)
@@ -184,30 +144,7 @@ class Trainer:
     def _start_publish(self) -> None:
         self._publish = self._learner.publish(Version(self._incarnation, self.step))
 
-    def _start_save(self) -> None:
-        if self._save or self._update or not self._save_is_due():
-            return
-        directory = self._checkpoints.begin(self.step)
-        self._saving = (directory, self._state())
-        self._save = self._learner.save(directory)
-
-    def _save_is_due(self) -> bool:
-        """Whether this step's checkpoint is still to be begun."""
-        begun = self._saving is not None and self._saving[1].step == self.step
-        if begun or self._saved_step == self.step:
-            return False
-        every = self._config.checkpoint.save_steps
-        regular = every and self.step and self.step % every == 0
-        best = self._evaluations.best.step == self.step
-        return bool(regular or best or self._complete or self._stopping)
-
     def _state(self) -> RunState:
-        # Dropped groups may be counted as done: they must be on disk before the commit.
-        self._rollouts.write_rest("step", self.step + 1)
-        return replace(self._boundary, record=self._deferred, best=self._evaluations.best)
-
-    def _at_boundary(self) -> RunState:
-        """The state as a step ends, whatever finishes until its checkpoint is begun."""
         return RunState(
             step=self.step,
             window=self._window.state(),
@@ -333,8 +270,8 @@ class Trainer:
         self.step += 1
         buffered = buffered_tokens(self._window.buffered)
         ours = self._ledger.metrics(buffered) | self._sync | self._rollouts.metrics()
-        self._record = step_metrics(facts) | ours | self._prompt_metrics()
-        self._boundary = self._at_boundary()
+        record = step_metrics(facts) | ours | self._prompt_metrics()
+        self._boundary.end_step(self._state(), record)
         self._start_publish()
 
     def _prompt_metrics(self) -> dict[str, float]:
@@ -342,58 +279,6 @@ class Trainer:
         if back := metrics.get("data/num_restored"):
             self._tracker.event("prompts_restored", step=self.step, num_prompts=int(back))
         return metrics
-
-    def _settle(self) -> None:
-        """Closes what is complete: the evaluation, then the step's record, then its checkpoint."""
-        if self._record is not None and self._publish is None:
-            self._settle_record(self._record)
-        if self._save is not None and not self._save.open_refs:
-            assert self._saving is not None
-            directory, state = self._saving
-            closed = self._record is None or state.step < self.step
-            if closed and self._rollouts.settled(state.step):
-                self._commit(directory, state)
-                self._save = self._saving = None
-
-    def _commit(self, directory: Path, state: RunState) -> None:
-        path = self._checkpoints.commit(directory, state)
-        # Only now: what run.json names is on disk, before and after the older best one goes.
-        if state.best.metric:
-            self._run_dir.note(best=state.best.fact())
-        self._checkpoints.prune(path, state.best.step)
-        self._saved_step = state.step
-        self._tracker.event("checkpoint", step=state.step, path=path.name)
-
-    def _settle_record(self, record: dict[str, float]) -> None:
-        evaluations = self._evaluations
-        if evaluations.due(self.step):
-            if self._stopping and not evaluations.done:
-                # The checkpoint keeps the record, and the resumed run evaluates and logs it.
-                self._deferred = record
-                evaluations.cancel()
-                self._close_record()
-                return
-            if not evaluations.under_way:
-                for order in evaluations.begin(Version(self._incarnation, self.step)):
-                    self._pool.submit(order)
-            if not evaluations.done:
-                return
-            self._rollouts.write_rest("eval", self.step)
-            metrics, events = evaluations.end(self.step)
-            record = record | metrics
-            for kind, fields in events:
-                self._tracker.event(kind, step=self.step, **fields)
-                if kind == "best_constant":
-                    self._run_dir.note(best_constant=fields)
-        if record:
-            self._tracker.log_step(self.step, record)
-        self._close_record()
-
-    def _close_record(self) -> None:
-        self._record = None
-        if self._saving is not None and self._saving[1].step == self.step:
-            # The save began before: the state beside it is still that of this step's boundary.
-            self._saving = (self._saving[0], self._state())
 
     def _trained(self, summary: GroupSummary) -> list[int]:
         section = self._config.advantage

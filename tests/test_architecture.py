@@ -35,6 +35,7 @@ FLOORS = {
     "raygrpo.weights": 2,
     "raygrpo.actors": 3,
     "raygrpo.evaluation": 4,
+    "raygrpo.boundary": 4,
     "raygrpo.trainer": 4,
     "raygrpo.checkpoint": 4,
     "raygrpo.run_dir": 4,

@@ -10,20 +10,20 @@ is preempted. (Losing both is another matter: the update that needs it fails wit
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
 
+from raygrpo.actors.dispatch import Dispatcher
 from raygrpo.actors.futures import DependencyDied, Pending, WorkerDied, resolve
 from raygrpo.actors.generator import GenerationReport, GeneratorActor, LoadReport
 from raygrpo.actors.placement import actor_options, generator_threads, labels_of
 from raygrpo.actors.reward_model import RewardModelActor
 from raygrpo.actors.scorer import ModelLost, ScorerActor, ScoreReport
 from raygrpo.actors.spawn import log_path, spawn
-from raygrpo.actors.workers import Done, Flight, GroupKey, Worker, choose_models, least_loaded
+from raygrpo.actors.workers import Done, Flight, GroupKey, Worker
 from raygrpo.algorithm.window import FinishedGroup
 from raygrpo.config import RewardSection, RunConfig
 from raygrpo.errors import InfraError
@@ -34,7 +34,7 @@ from raygrpo.types import Group, GroupRequest
 
 
 class RolloutPool:
-    """Dispatches groups to the least loaded ready generator, then to the least loaded scorer."""
+    """Keeps the workers alive, and groups moving through them: see `Dispatcher`."""
 
     def __init__(
         self,
@@ -59,9 +59,8 @@ class RolloutPool:
         models = reward_models(rewards)
         self._model_specs = [item for item in models.items() for _ in range(item[1].count)]
         self._models = [self._new_model(i) for i in range(len(self._model_specs))]
-        self._flights: dict[GroupKey, Flight] = {}
-        self._queue: deque[GroupKey] = deque()
-        self._to_score: deque[GroupKey] = deque()
+        self._dispatcher = Dispatcher(config.ray.generate_timeout_s)
+        self._flights = self._dispatcher.flights
         self._published = False
         self._consecutive_losses = 0
         self._clear()
@@ -93,15 +92,7 @@ class RolloutPool:
 
     def submit(self, order: GroupRequest | Group) -> None:
         """Queues a group to generate, or one made elsewhere that is only to be scored."""
-        request = order.request if isinstance(order, Group) else order
-        key = (request.stream, request.group_id)
-        self._flights[key] = flight = Flight(request=request)
-        if isinstance(order, Group):
-            flight.payload = ray.put(order)
-            flight.report = GenerationReport(group_id=request.group_id)
-            self._to_score.append(key)
-        else:
-            self._queue.append(key)
+        self._dispatcher.submit(order)
         self._dispatch()
 
     def load(self) -> None:
@@ -231,13 +222,9 @@ class RolloutPool:
         except Exception as error:
             self._fail_flight(key, flight, error)
             return
-        worker.groups.discard(key)
-        flight.ref = flight.worker = None
-        for other in worker.groups:  # a deadline is one of progress: waiting in line is no fault
-            self._flights[other].deadline = self._group_deadline()
+        self._dispatcher.answered(key)
         if isinstance(answer, GenerationReport):
-            flight.report = answer
-            self._to_score.append(key)
+            self._dispatcher.to_score(key, answer)
             return
         if isinstance(answer, ModelLost):
             self._lose_worker(flight.models[answer.reward], InfraError(answer.error))
@@ -319,7 +306,7 @@ class RolloutPool:
             event = {"stream": key[0], "group_id": key[1], "error": reason}
             self._events.append(("group_dropped", event))
         elif flight.report is not None:
-            self._to_score.append(key)
+            self._dispatcher.to_score(key, flight.report)
         else:
             del self._flights[key]
             self._lost.append(key)
@@ -331,37 +318,10 @@ class RolloutPool:
             busy = worker.starting is not None or worker.loading is not None
             if busy and now > worker.deadline:
                 late[worker.name] = (worker, "start or load")
-        for flight in self._flights.values():
-            if flight.worker is not None and now > flight.deadline:
-                late[flight.worker.name] = (flight.worker, f"group {flight.request.group_id}")
+        late |= {worker.name: (worker, what) for worker, what in self._dispatcher.late(now)}
         for worker, what in late.values():
             self._lose_worker(worker, InfraError(f"{worker.name} missed its deadline: {what}"))
 
     def _dispatch(self) -> None:
-        while self._queue and (worker := least_loaded(self._generators)):
-            key = self._queue.popleft()
-            flight = self._flights.get(key)
-            if flight is None:
-                continue
-            flight.ref, flight.payload = worker.actor.generate.options(num_returns=2).remote(
-                flight.request
-            )
-            self._assign(key, flight, worker)
-        while self._to_score and (worker := least_loaded(self._scorers)):
-            models = choose_models(self._models, turn=self._to_score[0][1])
-            if models is None:
-                return
-            key = self._to_score.popleft()
-            flight = self._flights[key]
-            flight.models = models
-            actors = {reward: model.actor for reward, model in models.items()}
-            flight.ref = worker.actor.score.remote(flight.payload, self.trainer_state, actors)
-            self._assign(key, flight, worker)
-
-    def _assign(self, key: GroupKey, flight: Flight, worker: Worker) -> None:
-        flight.worker = worker
-        flight.deadline = self._group_deadline()
-        worker.groups.add(key)
-
-    def _group_deadline(self) -> float:
-        return time.monotonic() + self._config.ray.generate_timeout_s
+        self._dispatcher.generate(self._generators)
+        self._dispatcher.score(self._scorers, self._models, self.trainer_state)
