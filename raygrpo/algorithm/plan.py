@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 
 import torch
 
@@ -23,18 +22,18 @@ from raygrpo.types import GroupSummary, PlannedSample, Score, StepBatch
 
 
 def loss_config(config: RunConfig) -> LossConfig:
-    """The loss that a run minimises; ``correction: auto`` is resolved."""
-    section = config.loss
-    names = {field.name for field in fields(LossConfig)} & set(type(section).model_fields)
-    return LossConfig(
-        **{
-            **{name: getattr(section, name) for name in names},
-            "correction": section.correction_for(
-                stale=config.train.max_staleness > 0, renormalised=config.changes_distribution
-            ),
-            "max_completion_length": config.sampling.max_tokens,
-        }
-    )
+    """The loss that a run minimises; ``correction: auto`` is resolved.
+
+    ``max_completion_length`` is ``sampling.max_tokens``; an adapted entropy coefficient is the
+    learner's, whose state it is part of.
+    """
+    resolved = {
+        "correction": config.loss.correction_for(
+            stale=config.train.max_staleness > 0, renormalised=config.changes_distribution
+        ),
+        "max_completion_length": config.sampling.max_tokens,
+    }
+    return LossConfig(**{**config.loss.model_dump(exclude={"entropy_target"}), **resolved})
 
 
 def num_trained_tokens(summary: GroupSummary, index: int, section: AdvantageSection) -> int:
