@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class RayGrpoError(Exception):
@@ -41,6 +42,24 @@ class NumericError(RayGrpoError):
 
 class InfraError(RayGrpoError):
     """A process, node or connection failed, or missed its deadline."""
+
+
+class ProbeFailed(InfraError):
+    """An engine computes other logprobs than the learner that published its weights.
+
+    Attributes:
+        figures: the version (incarnation, step), the gap and the tolerance, both in nats.
+    """
+
+    def __init__(self, version: tuple[int, int], gap: float, tolerance: float) -> None:
+        super().__init__(
+            f"version {tuple(version)} went in, but not in effect: the probe's logprobs differ by "
+            f"{gap:.3g} from the learner's, more than {tolerance:.3g}"
+        )
+        self.figures = {"version": tuple(version), "gap": gap, "tolerance": tolerance}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), tuple(self.figures.values())
 
 
 class StorageError(RayGrpoError):

@@ -1,0 +1,40 @@
+"""What a learner makes of the run's probe, for generators to be checked against."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from raygrpo.learner.base import Learner
+from raygrpo.types import Microbatch, Probe
+from raygrpo.weights.probe import probe_tokens
+
+
+def score_probe(learner: Learner) -> Probe:
+    """Scores the run's probe under the learner's weights; collective, so every rank takes part.
+
+    A forward pass without gradients: nothing of the learner's state changes, nor any random one.
+    """
+    text = learner.hf_model.config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    tokens = probe_tokens(text.vocab_size, learner.config.seed, limit)
+    logprobs = learner.score(_microbatch(tokens))[0]
+    return Probe(token_ids=tokens, logprobs=tuple(logprobs.tolist()))
+
+
+def _microbatch(tokens: tuple[int, ...]) -> Microbatch:
+    """One plain row [1, T], each token but the first of which is to be scored."""
+    ids = np.array([tokens], np.int32)
+    positions = np.arange(ids.size, dtype=np.int32)[None]
+    zeros = np.zeros_like(ids)
+    return Microbatch(
+        token_ids=ids,
+        positions=positions,
+        segment_ids=zeros,
+        parent_ids=zeros - 1,
+        predictors=np.maximum(positions - 1, 0),
+        loss_mask=positions > 0,
+        sampler_logprobs=np.zeros(ids.shape, np.float32),
+        sequence_ids=zeros,
+        advantages=np.zeros(1, np.float32),
+        loss_weights=np.zeros(1, np.float32),
+    )
