@@ -176,6 +176,9 @@ class LearnerSection(Section):
     )
     gpus_per_rank: float = key(0, "GPUs of a rank; 0 trains on CPU.", "GPUs", ge=0)
     threads: int = key(0, "CPU threads of a rank; 0 shares the machine's cores.", "threads", ge=0)
+    lora: dict[str, Any] = key(
+        {}, "Arguments of peft's LoraConfig (r, lora_alpha, target_modules, ...); empty trains all."
+    )
     deepspeed: dict[str, Any] = key({}, "Passed through into the DeepSpeed configuration.")
 
     @model_validator(mode="after")

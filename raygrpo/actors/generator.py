@@ -58,9 +58,11 @@ class GeneratorActor:
         import torch
 
         from raygrpo.engines.transformers_engine import TransformersEngine
+        from raygrpo.weights.adapter import AdapterBase
 
         torch.set_num_threads(self._threads)
         config = self._config
+        self._adapter_base = AdapterBase(config)
         self._engine: Engine = TransformersEngine(
             config.model,
             seed=config.seed,
@@ -86,6 +88,10 @@ class GeneratorActor:
         started = time.monotonic()
         manifest, refs = await self._store.latest.remote()
         buckets = await asyncio.gather(*refs)
+        num_bytes = manifest.num_bytes
+        if manifest.kind == "adapter":
+            make = self._adapter_base.full_version
+            manifest, buckets = await asyncio.to_thread(make, manifest, buckets)
         done: asyncio.Future[None] = self._loop.create_future()
 
         def command() -> None:
@@ -96,7 +102,7 @@ class GeneratorActor:
         await done
         return LoadReport(
             version=manifest.version,
-            num_bytes=manifest.num_bytes,
+            num_bytes=num_bytes,
             load_s=time.monotonic() - started,
         )
 

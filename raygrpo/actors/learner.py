@@ -90,7 +90,9 @@ class LearnerActor:
         """Puts the weights into the store bucket by bucket; rank 0 sends, others help gather."""
         from raygrpo.weights.buckets import make_buckets
 
-        tensors = self._learner.named_weights()
+        lora = bool(self._config.learner.lora)
+        learner = self._learner
+        tensors = learner.adapter_weights() if lora else learner.named_weights()
         if self._rank:
             for _ in tensors:
                 pass
@@ -104,17 +106,27 @@ class LearnerActor:
                 ray.get(puts.pop(0), timeout=self._config.ray.update_timeout_s)
         ray.get(puts, timeout=self._config.ray.update_timeout_s)
         manifest = WeightsManifest(
-            version=version, kind="full", base_version=None, buckets=tuple(specs)
+            version=version,
+            kind="adapter" if lora else "full",
+            base_version=None,
+            buckets=tuple(specs),
         )
         ray.get(store.commit.remote(manifest), timeout=self._config.ray.update_timeout_s)
         return manifest
 
     def save(self, directory: str) -> None:
-        """Saves this rank's state under ``learner/``; rank 0 adds the model under ``model/``."""
+        """Saves this rank's state under ``learner/``; rank 0 adds the model under ``model/``.
+
+        With LoRA that is the merged model, and ``adapter/`` is the adapter in peft's format.
+        """
+        from raygrpo.learner.lora import write_adapter
         from raygrpo.weights.export import write_model
 
         path = Path(directory)
         self._learner.save(path / "learner")
+        adapter = dict(self._learner.adapter_weights())
+        if adapter and not self._rank:
+            write_adapter(path / "adapter", adapter, self._config)
         tensors = self._learner.named_weights()
         if self._rank:
             for _ in tensors:

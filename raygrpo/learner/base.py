@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from raygrpo.algorithm.entropy import EntropyControl
 from raygrpo.algorithm.loss import LossInputs, policy_loss
 from raygrpo.algorithm.plan import loss_config
 from raygrpo.config import RunConfig
 from raygrpo.errors import ConfigError, NumericError, RayGrpoError, StorageError
+from raygrpo.learner.lora import adapter_off, adapter_parameters, base_parameters
+from raygrpo.learner.first_pass import Held, first_pass
 from raygrpo.learner.policy import PolicyInputs, PolicyModel, policy_inputs
 from raygrpo.learner.schedule import learning_rate
 from raygrpo.learner.shards import (
@@ -26,6 +29,7 @@ from raygrpo.learner.shards import (
     write_shard,
 )
 from raygrpo.types import FloatArray, Microbatch, Stat, merge_stats
+from raygrpo.weights.adapter import merged_weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +73,8 @@ class Learner(ABC):
         self._reference = reference
         self._layout = layout
         self._loss_config = loss_config(config)
+        loss = config.loss
+        self._entropy = EntropyControl(coef=loss.entropy_coef, target=loss.entropy_target)
         train = config.train
         self._updates_per_step = train.num_iterations * train.num_minibatches
         self._total_updates = train.steps * self._updates_per_step
@@ -103,11 +109,13 @@ class Learner(ABC):
             self.num_updates += self._updates_per_step
             return {}
         batches = [[self._prepare(item) for item in minibatch] for minibatch in minibatches]
-        old = self._first_logprobs(batches)
+        inputs = [[item.inputs for item in batch] for batch in batches]
+        held = first_pass(inputs, self._forward, self._sum_over_ranks, self._loss_config)
         stats: list[dict[str, Stat]] = []
         for _ in range(self.config.train.num_iterations):
-            for batch, kept in zip(batches, old, strict=True):
+            for batch, kept in zip(batches, held, strict=True):
                 stats.append(self._update_once(batch, kept))
+        self._sync_reference()
         return merge_stats(list(stats))
 
     def score(self, microbatch: Microbatch) -> FloatArray:
@@ -126,6 +134,7 @@ class Learner(ABC):
         state = {
             "num_updates": self.num_updates,
             "random": random_state(self.device),
+            **self._extra_state(),
             **self._state(),
         }
         write_shard(Path(directory), self.rank, self._layout, state)
@@ -151,20 +160,34 @@ class Learner(ABC):
         if failed:
             raise StorageError(f"{failed:.0f} other ranks cannot load from {directory}")
         self._load_state(state)
+        self._load_extra_state(state)
         set_random_state(state["random"], self.device)
         self.num_updates = int(state["num_updates"])
 
-    @abstractmethod
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Weights and persistent buffers by their Hugging Face names, as CPU copies.
 
         Lazy; every rank must iterate to the end, in step. Tied weights come once; floating-point
-        weights are in the model's dtype.
+        weights are in the model's dtype. With LoRA they are merged.
         """
+        model, lora = self._policy.model, self.config.learner.lora
+        base = self._copies(base_parameters(model))
+        yield from merged_weights(base, dict(self.adapter_weights()), lora)
+        yield from persistent_buffers(model)
+
+    def adapter_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The adapter by peft's names, as `named_weights` gives weights; empty without LoRA."""
+        yield from self._copies(adapter_parameters(self._policy.model))
 
     @abstractmethod
     def close(self) -> None:
         """Frees what the learner holds; it cannot be used afterwards."""
+
+    @abstractmethod
+    def _copies(
+        self, parameters: Iterable[tuple[str, torch.nn.Parameter]]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """CPU copies of whole parameters, lazily; every rank must iterate to the end, in step."""
 
     @abstractmethod
     def _forward(self, inputs: PolicyInputs) -> tuple[Tensor, Tensor]:
@@ -201,6 +224,9 @@ class Learner(ABC):
         if self._reference is not None:
             with torch.no_grad():
                 ref_logprobs, _ = self._reference(inputs)
+        elif self.config.loss.beta:
+            with torch.no_grad(), adapter_off(self._policy.model):
+                ref_logprobs, _ = self._forward(inputs)
         return _Prepared(
             inputs=inputs,
             sampler_logprobs=torch.tensor(microbatch.sampler_logprobs, device=self.device),
@@ -210,32 +236,55 @@ class Learner(ABC):
             ref_logprobs=ref_logprobs,
         )
 
-    def _first_logprobs(self, batches: Sequence[Sequence[_Prepared]]) -> list[list[Tensor | None]]:
-        """Logprobs before the step's first update; None where its own forward pass gives them."""
-        if len(batches) == 1:
-            return [[None] * len(batches[0])]
-        with torch.no_grad():
-            return [[self._forward(item.inputs)[0] for item in batch] for batch in batches]
-
-    def _update_once(self, batch: Sequence[_Prepared], old: list[Tensor | None]) -> dict[str, Stat]:
-        """One optimizer update; a None in ``old`` is replaced by this pass's logprobs."""
+    def _update_once(self, batch: Sequence[_Prepared], held: Sequence[Held]) -> dict[str, Stat]:
+        """One optimizer update; old logprobs that are not held yet become this pass's."""
         lr = learning_rate(self.num_updates, self._total_updates, self.config.optimizer)
+        config = replace(self._loss_config, entropy_coef=self._entropy.applied)
         stats: list[dict[str, Stat]] = []
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for index, item in enumerate(batch):
+        for index, (item, kept) in enumerate(zip(batch, held, strict=True)):
             logprobs, entropies = self._forward(item.inputs)
-            loss, part = policy_loss(
-                _loss_inputs(item, logprobs, entropies, old[index]), self._loss_config
-            )
+            loss, part = policy_loss(_loss_inputs(item, logprobs, entropies, kept), config)
             self._backward(loss, last=index == len(batch) - 1)
-            if old[index] is None:
-                old[index] = logprobs.detach()
+            if kept.old_logprobs is None:
+                kept.old_logprobs = logprobs.detach()
             total += loss.detach()
             stats.append(part)
         if batch:
             stats.append(self._finish(float(total), lr))
+            self._adapt_entropy(merge_stats(list(stats))["entropy"])
         self.num_updates += 1
         return merge_stats(list(stats))
+
+    def _adapt_entropy(self, entropy: Stat) -> None:
+        if self._entropy.target is not None and (count := self._sum_over_ranks(entropy.count)):
+            self._entropy = self._entropy.after(self._sum_over_ranks(entropy.sum) / count)
+
+    def _sync_reference(self) -> None:
+        """Moves the reference towards the policy, every so many steps (TR-DPO, 2404.09656)."""
+        sync, step = self.config.learner.ref_sync, self.num_updates // self._updates_per_step
+        if self._reference is None or not sync or step % int(sync["steps"]):
+            return
+        frozen = dict(self._reference.model.named_parameters())
+        for name, weight in self.named_weights():
+            if name in frozen:
+                frozen[name].data.lerp_(weight.to(frozen[name]), sync["alpha"])
+
+    def _extra_state(self) -> dict[str, Any]:
+        """What the loss remembers: the entropy's coefficient, and a reference that moves."""
+        state: dict[str, Any] = {"entropy": (self._entropy.coef, self._entropy.entropy)}
+        if self._reference is not None and self.config.learner.ref_sync:
+            named = self._reference.model.named_parameters()
+            state["reference"] = {name: value.detach().cpu() for name, value in named}
+        return state
+
+    def _load_extra_state(self, state: dict[str, Any]) -> None:
+        if self._entropy.target is not None and "entropy" in state:
+            coef, entropy = state["entropy"]
+            self._entropy = replace(self._entropy, coef=coef, entropy=entropy)
+        if self._reference is not None and "reference" in state:
+            for name, value in self._reference.model.named_parameters():
+                value.data.copy_(state["reference"][name])
 
     def _finish(self, rank_loss: float, lr: float) -> dict[str, Stat]:
         # The sum is not finite on any rank when one rank's part is not: all ranks agree.
@@ -255,15 +304,18 @@ class Learner(ABC):
         if self.rank:
             return {}
         values = {"loss": loss, "grad_norm": norm, "learning_rate": lr}
+        if self.config.loss.has_entropy_bonus:
+            values["entropy_coef"] = self._entropy.applied
         return {name: Stat.of(value) for name, value in values.items()}
 
 
 def _loss_inputs(
-    item: _Prepared, logprobs: Tensor, entropies: Tensor, old: Tensor | None
+    item: _Prepared, logprobs: Tensor, entropies: Tensor, held: Held
 ) -> LossInputs:
     return LossInputs(
         logprobs=logprobs,
-        old_logprobs=old,
+        old_logprobs=held.old_logprobs,
+        policy_mask=held.policy_mask,
         sampler_logprobs=item.sampler_logprobs,
         ref_logprobs=item.ref_logprobs,
         entropies=entropies,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from raygrpo.config import RunConfig
 from raygrpo.errors import ConfigError
-from raygrpo.learner.base import Learner, persistent_buffers
+from raygrpo.learner.base import Learner
 from raygrpo.learner.deepspeed_config import clips_itself, deepspeed_config
+from raygrpo.learner.lora import add_adapter
 from raygrpo.learner.policy import LogprobHead, PolicyInputs, PolicyModel, load_policy
 from raygrpo.learner.shards import Layout
 from raygrpo.models import DTYPES
@@ -63,7 +64,9 @@ class DeepSpeedLearner(Learner):
             gradient_checkpointing=config.learner.gradient_checkpointing,
         )
         frozen = None
-        if config.loss.beta:
+        if config.learner.lora:
+            add_adapter(policy.model, config)
+        elif config.loss.beta:
             frozen = copy.deepcopy(policy).requires_grad_(False).to(place)
         super().__init__(
             config,
@@ -80,7 +83,7 @@ class DeepSpeedLearner(Learner):
         self._stage = config.learner.zero_stage
         section = config.optimizer
         self._optimizer = torch.optim.AdamW(
-            policy.parameters(),
+            [parameter for parameter in policy.parameters() if parameter.requires_grad],
             lr=section.lr,
             betas=section.betas,
             weight_decay=section.weight_decay,
@@ -88,12 +91,11 @@ class DeepSpeedLearner(Learner):
         _init_distributed(config, place)
         self._engine = _make_engine(policy, self._optimizer, settings)
 
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        model = self._policy.model
-        for group in _groups(model, BUCKET_BYTES):
-            copies = self._gather(group)
-            yield from copies
-        yield from persistent_buffers(model)
+    def _copies(
+        self, parameters: Iterable[tuple[str, nn.Parameter]]
+    ) -> Iterator[tuple[str, Tensor]]:
+        for group in _groups(parameters, BUCKET_BYTES):
+            yield from self._gather(group)
 
     def close(self) -> None:
         import torch.distributed as dist
@@ -266,11 +268,13 @@ def _make_engine(
     return engine
 
 
-def _groups(model: nn.Module, max_bytes: int) -> Iterator[list[tuple[str, nn.Parameter]]]:
+def _groups(
+    parameters: Iterable[tuple[str, nn.Parameter]], max_bytes: int
+) -> Iterator[list[tuple[str, nn.Parameter]]]:
     """Parameters in order, in runs of at most ``max_bytes`` (or one parameter)."""
     run: list[tuple[str, nn.Parameter]] = []
     size = 0
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters:
         # ZeRO-3 leaves numel() at 0 and keeps the real one here.
         count = getattr(parameter, "ds_numel", parameter.numel())
         num_bytes = count * parameter.element_size()

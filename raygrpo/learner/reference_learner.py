@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from raygrpo.config import RunConfig
 from raygrpo.errors import ConfigError
-from raygrpo.learner.base import Learner, persistent_buffers
+from raygrpo.learner.base import Learner
+from raygrpo.learner.lora import add_adapter
 from raygrpo.learner.policy import PolicyInputs, load_policy
 from raygrpo.learner.shards import Layout
 
@@ -33,7 +34,11 @@ class ReferenceLearner(Learner):
             temperature=config.sampling.temperature,
             gradient_checkpointing=config.learner.gradient_checkpointing,
         )
-        frozen = copy.deepcopy(policy).requires_grad_(False) if config.loss.beta else None
+        frozen = None
+        if config.learner.lora:
+            add_adapter(policy.model, config)
+        elif config.loss.beta:
+            frozen = copy.deepcopy(policy).requires_grad_(False)
         super().__init__(
             config,
             policy=policy,
@@ -44,16 +49,16 @@ class ReferenceLearner(Learner):
         )
         section = config.optimizer
         self._optimizer = torch.optim.AdamW(
-            policy.parameters(),
+            [parameter for parameter in policy.parameters() if parameter.requires_grad],
             lr=section.lr,
             betas=section.betas,
             weight_decay=section.weight_decay,
         )
 
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in self._policy.model.named_parameters():
-            yield name, parameter.detach().clone()
-        yield from persistent_buffers(self._policy.model)
+    def _copies(
+        self, parameters: Iterable[tuple[str, torch.nn.Parameter]]
+    ) -> Iterator[tuple[str, Tensor]]:
+        return ((name, parameter.detach().clone()) for name, parameter in parameters)
 
     def close(self) -> None:
         self._optimizer.zero_grad()

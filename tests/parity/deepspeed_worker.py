@@ -51,6 +51,24 @@ def train(learner: DeepSpeedLearner, case: dict[str, Any], rank: int) -> dict[st
     return {"before": before, "after": after, "masters": masters(learner), "history": history}
 
 
+def train_adapter(learner: DeepSpeedLearner, case: dict[str, Any], rank: int) -> dict[str, Any]:
+    """Trains; the adapter before and after, merged weights, and scores with adapter and base."""
+    steps = make_steps(case["steps"], 1, learner.config.learner.num_ranks)
+    # The first forward pass before the first publication, as ZeRO-3 needs it, is a score.
+    scores = [learner.score(steps[0][0][0][0])]
+    before = dict(learner.adapter_weights())
+    history = [learner.update(step[rank]) for step in steps]
+    scores.append(learner.score(steps[0][0][0][0]))
+    after = dict(learner.adapter_weights())
+    return {
+        "before": before,
+        "after": after,
+        "merged": weights(learner),
+        "history": history,
+        "scores": scores,
+    }
+
+
 def masters(learner: DeepSpeedLearner) -> dict[str, torch.Tensor]:
     """The fp32 master weights by name, through DeepSpeed's own interface where it has one."""
     from deepspeed.utils import safe_get_full_fp32_param
@@ -134,6 +152,7 @@ def refused_load(learner: DeepSpeedLearner, case: dict[str, Any], rank: int) -> 
 
 SCENARIOS = {
     "train": train,
+    "train_adapter": train_adapter,
     "nan_loss": nan_loss,
     "infinite_gradient": infinite_gradient,
     "save_and_die": save_and_die,
