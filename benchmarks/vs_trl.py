@@ -11,7 +11,7 @@ defaults. TRL runs without activation checkpointing and in microbatches of --mic
 completions, both faster than its defaults here.
 
 speed: completions of exactly --new-tokens tokens on both sides, since no end may come before
-(``min_new_tokens`` there, ``sampling.min_tokens`` here), a reward that costs nothing, no refill.
+(``min_new_tokens`` there, ``filters.min_tokens`` here), a reward that costs nothing, no refill.
 chain_sum: examples/chain_sum/config.yaml as it stands but for its evaluations, which TRL does not
 do; TRL with the same prompts, stop, group size, reward and constant rate. Runs end at the target,
 unless --curves asks for both curves.
@@ -92,7 +92,7 @@ def speed_config(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     rows = speed_rows(options.model, options.prompts * options.steps, options.prompt_tokens)
     data = work / "prompts.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    length = {"max_tokens": options.new_tokens, "min_tokens": options.new_tokens}
+    length = {"max_tokens": options.new_tokens, "filters": {"min_tokens": options.new_tokens}}
     return {
         "recipe": "trl024",
         "model": {"path": options.model, "dtype": "bfloat16"},
@@ -131,7 +131,7 @@ def trl_spec(config: dict[str, Any], precision: str, options: argparse.Namespace
         "num_prompts": options.prompts,
         "num_completions": sampling["num_completions"],
         "max_tokens": sampling["max_tokens"],
-        "min_tokens": sampling.get("min_tokens", 0),
+        "min_tokens": sampling.get("filters", {}).get("min_tokens", 0),
         "stop": next(iter(sampling.get("stop", [])), None),
         "reward": config["rewards"][0]["func"].rpartition(":")[2],
         "steps": options.steps,

@@ -259,7 +259,7 @@ def show_config(
     """List every key with its default, unit and meaning; with PATH, print the resolved file."""
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
+    from rich.table import Column, Table
 
     if path is not None:
         try:
@@ -267,7 +267,7 @@ def show_config(
         except RayGrpoError as error:
             _fail(error, EXIT_BAD_INPUT)
         return
-    table = Table("key", "default", "unit", "meaning", box=None)
+    table = Table("key", Column("default", max_width=45), "unit", "meaning", box=None)
     for row in describe_keys():
         table.add_row(*(escape(cell) for cell in row))
     console = Console()

@@ -5,12 +5,12 @@ Unknown keys are refused, and nothing changes a configuration after it is loaded
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from raygrpo.config_algorithm import AdvantageSection, LossSection
-from raygrpo.config_keys import Section, key
+from raygrpo.config_keys import Section, Values, key
 from raygrpo.types import Sampling
 
 
@@ -33,11 +33,10 @@ class DataSection(Section):
     """Where prompts come from."""
 
     source: str = key(..., "Hub id, .jsonl/.json/.parquet/.csv file, or reasoning_gym:<task>.")
-    split: str = key("train", "Split of a hub dataset.")
     params: dict[str, Any] = key(
         {},
         "Arguments of the source: of a reasoning_gym task (size, seed, ...), or of "
-        "datasets.load_dataset (name, revision, streaming, ...).",
+        "datasets.load_dataset (name, split, revision, streaming, ...); a hub's split is train.",
     )
     mixture: list[dict[str, Any]] = key(
         [],
@@ -51,10 +50,11 @@ class DataSection(Section):
         None, "Text prompt with {column} fields, used in place of the prompt column."
     )
     system: str | None = key(None, "System message put before prompts that have none.")
-    chat: bool | None = key(
-        None, "Apply the chat template; none: to message lists only. True wraps text as user turn."
+    chat: bool | dict[str, Any] | None = key(
+        None,
+        "Apply the chat template; none: to message lists only. True wraps text as user turn, and "
+        "so does a mapping, which holds arguments of the template.",
     )
-    chat_template_kwargs: dict[str, Any] = key({}, "Arguments of the chat template.")
     max_prompt_length: int = key(512, "Longest prompt.", "tokens", ge=1)
     overlong: Literal["error", "drop", "truncate_left"] = key(
         "error", "What becomes of a longer prompt; drops are counted."
@@ -68,28 +68,35 @@ class DataSection(Section):
     )
 
 
+class Filters(Values):
+    """What changes the distribution that completions are drawn from."""
+
+    top_p: float = key(1.0, "the smallest set of tokens with this mass", gt=0, le=1)
+    top_k: int = key(0, "the k likeliest tokens, 0 is all", ge=0)
+    min_p: float = key(0.0, "tokens with this share of the likeliest's mass", ge=0, lt=1)
+    repetition_penalty: float = key(1.0, "on tokens seen before, 1 is none", gt=0)
+    min_tokens: int = key(0, "no stop before this length", ge=0)
+
+
 class SamplingSection(Section):
     """How completions are drawn."""
 
     num_completions: int = key(8, "Completions of one prompt (the group).", "completions", ge=1)
     temperature: float = key(1.0, "Sampling temperature.", gt=0)
-    top_p: float = key(1.0, "Nucleus: smallest set of tokens with this mass.", gt=0, le=1)
-    top_k: int = key(0, "Keep the k likeliest tokens; 0 keeps all.", "tokens", ge=0)
-    min_p: float = key(0.0, "Keep tokens with this share of the likeliest's mass.", ge=0, lt=1)
-    repetition_penalty: float = key(1.0, "Penalty on tokens seen before; 1 is none.", gt=0)
     max_tokens: int = key(256, "Longest completion.", "tokens", ge=1)
-    min_tokens: int = key(0, "No stop before this length.", "tokens", ge=0)
     stop: list[str] = key([], "Strings that end a completion (kept in it, and trained).")
+    filters: Filters = key(Filters(), "What is kept of the distribution.")
 
     @model_validator(mode="after")
     def _lengths(self) -> SamplingSection:
-        if self.min_tokens > self.max_tokens:
-            raise ValueError("min_tokens is larger than max_tokens")
+        if self.filters.min_tokens > self.max_tokens:
+            raise ValueError("filters.min_tokens is larger than max_tokens")
         return self
 
     def settings(self) -> Sampling:
         """The engine's view of this section."""
-        return Sampling(**{**self.model_dump(), "stop": tuple(self.stop)})
+        values = self.model_dump(exclude={"filters"}) | self.filters.model_dump()
+        return Sampling(**{**values, "stop": tuple(self.stop)})
 
 
 class RewardSection(Section):
@@ -107,6 +114,13 @@ class RewardSection(Section):
     cache: bool = key(False, "Reuse the value of a completion of the same row that came before.")
 
 
+class Best(Values):
+    """Which evaluation is the best, and how many without a better one end the run."""
+
+    metric: str | None = key(None, "its best checkpoint is kept and exported, none: the last is")
+    patience: int = key(0, "evaluations in a row without a better one that end it, 0: never", ge=0)
+
+
 class EvalSection(Section):
     """Evaluation on held-out prompts: one greedy completion of each, and sampled ones."""
 
@@ -117,21 +131,13 @@ class EvalSection(Section):
         ge=0,
     )
     data: dict[str, Any] = key(
-        {}, "Keys of data that differ in evaluation; the split is test unless named."
+        {}, "Keys of data that differ in evaluation; params.split is test unless named."
     )
     num_prompts: int = key(64, "Prompts, from the top of the evaluation set.", "prompts", ge=1)
     num_completions: int = key(
         0, "Sampled completions of each, as in training; 0: greedy alone.", "completions", ge=0
     )
-    best_metric: str | None = key(
-        None, "Metric whose best checkpoint is kept and exported; none: the last is exported."
-    )
-    patience: int = key(
-        0,
-        "Evaluations in a row without a better best_metric that end the run; 0: never.",
-        "evaluations",
-        ge=0,
-    )
+    best: Best = key(Best(), "The best evaluation, and when to wait no more for a better one.")
 
 
 class TrainSection(Section):
@@ -153,6 +159,17 @@ class TrainSection(Section):
     )
 
 
+_Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+class AdamW(Values):
+    """What AdamW takes beside the learning rate."""
+
+    betas: tuple[_Decay, _Decay] = key((0.9, 0.999), "decay rates of the means")
+    weight_decay: float = key(0.0, "decoupled", ge=0)
+    eps: float = key(1e-8, "added to the denominator", gt=0)
+
+
 class OptimizerSection(Section):
     """AdamW and its schedule."""
 
@@ -160,8 +177,7 @@ class OptimizerSection(Section):
     schedule: Literal["constant", "linear", "cosine"] = key("constant", "Decay after the warm-up.")
     min_lr_frac: float = key(0.0, "Last learning rate as a share of lr.", ge=0, le=1)
     warmup_updates: int = key(0, "Optimizer updates of linear warm-up.", "updates", ge=0)
-    betas: tuple[float, float] = key((0.9, 0.999), "AdamW's decay rates.")
-    weight_decay: float = key(0.0, "AdamW's decoupled weight decay.", ge=0)
+    adamw: AdamW = key(AdamW(), "AdamW's other settings.")
     max_grad_norm: float = key(1.0, "Gradient clipping by global norm; 0 is none.", ge=0)
 
 
@@ -174,8 +190,6 @@ class LearnerSection(Section):
     ref_sync: dict[Literal["steps", "alpha"], float] = key(
         {}, "{steps: k, alpha: a}: every k steps reference = a * policy + (1 - a) * reference."
     )
-    gpus_per_rank: float = key(0, "GPUs of a rank; 0 trains on CPU.", "GPUs", ge=0)
-    threads: int = key(0, "CPU threads of a rank; 0 shares the machine's cores.", "threads", ge=0)
     lora: dict[str, Any] = key(
         {}, "Arguments of peft's LoraConfig (r, lora_alpha, target_modules, ...); empty trains all."
     )
@@ -198,8 +212,6 @@ class GeneratorsSection(Section):
     count: int = key(1, "Generator processes.", "generators", ge=1)
     engine: Literal["transformers"] = key("transformers", "Inference engine.")
     max_rows: int = key(64, "Completions decoded at once by a generator.", "completions", ge=1)
-    gpus: float = key(0, "GPUs of a generator; 0 generates on CPU.", "GPUs", ge=0)
-    threads: int = key(0, "CPU threads; 0 shares the machine's cores.", "threads", ge=0)
 
 
 class ScorersSection(Section):
@@ -218,18 +230,41 @@ class CheckpointSection(Section):
     keep: int = key(2, "Newest checkpoints kept; 0 keeps all.", "checkpoints", ge=0)
 
 
+class CompletionsStore(Values):
+    """What completions/ takes."""
+
+    frac: float = key(1.0, "share of groups; replay needs all of them", ge=0, le=1)
+    max_gb: float = key(10.0, "size at which it takes no more", ge=0)
+
+
 class TrackingSection(Section):
     """Where a run is recorded, files aside."""
 
     wandb: Literal["online", "offline", "disabled"] = key("disabled", "Weights & Biases mode.")
-    name: str | None = key(None, "Name of the run; none takes the run directory's.")
     tensorboard: bool = key(False, "Write TensorBoard files (extra: raygrpo[tensorboard]).")
-    completions_frac: float = key(
-        1.0, "Share of groups kept in completions/; replay needs all of them.", ge=0, le=1
-    )
-    completions_max_gb: float = key(
-        10.0, "Size at which completions/ takes no more.", "gigabytes", ge=0
-    )
+    completions: CompletionsStore = key(CompletionsStore(), "What completions/ keeps.")
+
+
+class Timeouts(Values):
+    """Deadlines, in seconds."""
+
+    start: float = key(600.0, "of actors", gt=0)
+    generate: float = key(1800.0, "of one group", gt=0)
+    update: float = key(3600.0, "of one update, save or weight sync", gt=0)
+
+
+class Threads(Values):
+    """CPU threads of an actor, by role; 0 shares the machine's cores."""
+
+    learner: int = key(0, "of a rank", ge=0)
+    generator: int = key(0, "of each", ge=0)
+
+
+class Gpus(Values):
+    """GPUs of an actor, by role; 0 is a CPU."""
+
+    learner: float = key(0.0, "of a rank", ge=0)
+    generator: float = key(0.0, "of each", ge=0)
 
 
 class RaySection(Section):
@@ -238,11 +273,9 @@ class RaySection(Section):
     address: str = key(
         "auto", "auto: RAY_ADDRESS where set, else a local Ray of its own; local; or an address."
     )
-    start_timeout_s: float = key(600.0, "Deadline for actors to start.", "seconds", gt=0)
-    generate_timeout_s: float = key(1800.0, "Deadline of one group.", "seconds", gt=0)
-    update_timeout_s: float = key(
-        3600.0, "Deadline of one update, save or weight sync.", "seconds", gt=0
-    )
+    timeouts_s: Timeouts = key(Timeouts(), "Deadlines.", "seconds")
+    threads: Threads = key(Threads(), "CPU threads; 0 shares the machine's cores.", "threads")
+    gpus: Gpus = key(Gpus(), "GPUs; 0 works on a CPU.", "GPUs")
     labels: dict[Literal["learner", "generator", "scorer"], dict[str, str]] = key(
         {}, "Labels of the nodes that a role's actors run on; a role without runs anywhere."
     )
@@ -297,9 +330,9 @@ class RunConfig(Section):
         if self.loss.needs_sampler and self.changes_distribution:
             raise ValueError(
                 "the loss uses the sampler's logprobs (loss.correction, ratio_anchor: sampler, "
-                "dppo_tv or off_policy_threshold) with top_p, top_k, min_p, repetition_penalty or "
-                "min_tokens: those logprobs are of the renormalised distribution, so the ratio to "
-                "the policy is biased; turn one of the two off"
+                "dppo_tv or off_policy_threshold) with sampling.filters: those logprobs are of the "
+                "renormalised distribution, so the ratio to the policy is biased; turn one of the "
+                "two off"
             )
         updates = self.train.num_iterations * self.train.num_minibatches
         if self.loss.loss == "reinforce" and updates > 1:
@@ -314,8 +347,4 @@ class RunConfig(Section):
     @property
     def changes_distribution(self) -> bool:
         """Whether sampling draws from another distribution than softmax(logits / temperature)."""
-        s = self.sampling
-        return (
-            s.top_p < 1 or s.top_k > 0 or s.min_p > 0 or s.repetition_penalty != 1
-            or s.min_tokens > 0
-        )  # fmt: skip
+        return self.sampling.filters != Filters()

@@ -17,13 +17,10 @@ class AdvantageSection(Section):
     baseline: Literal["mean", "leave_one_out", "max_rl"] = key(
         "mean", "What is taken off a reward."
     )
-    scale: Literal["none", "group", "group_population", "batch", "batch_centred"] = key(
-        "none", "What the difference is divided by."
-    )
-    rewards: Literal["sum_then_normalise", "normalise_then_sum"] = key(
-        "sum_then_normalise",
-        "Several rewards: summed first; or (GDPO) each normalised in its group, then summed, then "
-        "normalised in the step, which leaves baseline and scale no choice.",
+    scale: Literal["none", "group", "group_population", "batch", "batch_centred", "gdpo"] = key(
+        "none",
+        "What the difference is divided by. gdpo: each reward is normalised in its group before "
+        "they are summed, and the sum in the step; otherwise rewards are summed first.",
     )
     mask_truncated: bool = key(
         False, "Overlong filter: truncated completions count in the baseline, not in the loss."
@@ -31,12 +28,8 @@ class AdvantageSection(Section):
 
     @model_validator(mode="after")
     def _one_normalisation(self) -> AdvantageSection:
-        fixed = self.baseline == "mean" and self.scale == "none"
-        if self.rewards == "normalise_then_sum" and not fixed:
-            raise ValueError(
-                "normalise_then_sum does all the normalising there is: "
-                "set advantage.baseline: mean and advantage.scale: none"
-            )
+        if self.scale == "gdpo" and self.baseline != "mean":
+            raise ValueError("scale: gdpo takes off means: set advantage.baseline: mean")
         return self
 
 

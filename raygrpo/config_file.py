@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,37 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from raygrpo.config import RunConfig
+from raygrpo.config_keys import Values
 from raygrpo.errors import ConfigError, nearest
 from raygrpo.recipes import RECIPES
+
+# Names that are no keys, and where it is that they mean.
+MOVED = {
+    "advantage.rewards": "advantage.scale: gdpo",
+    "data.chat_template_kwargs": "data.chat",
+    "data.split": "data.params.split",
+    "eval.best_metric": "eval.best.metric",
+    "eval.patience": "eval.best.patience",
+    "generators.gpus": "ray.gpus.generator",
+    "generators.threads": "ray.threads.generator",
+    "learner.gpus_per_rank": "ray.gpus.learner",
+    "learner.threads": "ray.threads.learner",
+    "optimizer.betas": "optimizer.adamw.betas",
+    "optimizer.eps": "optimizer.adamw.eps",
+    "optimizer.weight_decay": "optimizer.adamw.weight_decay",
+    "ray.generate_timeout_s": "ray.timeouts_s.generate",
+    "ray.start_timeout_s": "ray.timeouts_s.start",
+    "ray.update_timeout_s": "ray.timeouts_s.update",
+    "sampling.min_p": "sampling.filters.min_p",
+    "sampling.min_tokens": "sampling.filters.min_tokens",
+    "sampling.repetition_penalty": "sampling.filters.repetition_penalty",
+    "sampling.top_k": "sampling.filters.top_k",
+    "sampling.top_p": "sampling.filters.top_p",
+    "tracking.completions_frac": "tracking.completions.frac",
+    "tracking.completions_max_gb": "tracking.completions.max_gb",
+    "tracking.name": "the environment's WANDB_NAME",
+    "tracking.project": "the environment's WANDB_PROJECT",
+}
 
 
 def load_config(source: Path | str | Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
@@ -81,7 +110,7 @@ def _explain(error: ValidationError) -> ConfigError:
         location = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
             lines.append(f"unknown key {location}")
-            fixes.append(nearest(str(item["loc"][-1]), _known_keys(item["loc"][:-1])))
+            fixes.append(meant(location, _known_keys(item["loc"][:-1])))
         elif item["type"] == "missing":
             lines.append(f"missing key {location}")
             fixes.append(f"set {location}")
@@ -91,6 +120,13 @@ def _explain(error: ValidationError) -> ConfigError:
             if location:
                 fixes.append(f"it is {item['input']!r} now")
     return ConfigError("; ".join(lines), "; ".join(fixes))
+
+
+def meant(location: str, known: Iterable[str]) -> str:
+    """The fix for an unknown key: where its meaning is, else the nearest of its section's keys."""
+    if location in MOVED:
+        return f"it is {MOVED[location]}"
+    return nearest(location.rpartition(".")[2], known)
 
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:
@@ -125,7 +161,7 @@ def _describe(model: type[BaseModel], prefix: str) -> list[tuple[str, str, str, 
     rows = []
     for name, info in model.model_fields.items():
         section = section_of(info.annotation)
-        if section is not None:
+        if section is not None and not issubclass(section, Values):
             mark = "[]" if name == "rewards" else ""
             rows += _describe(section, f"{prefix}{name}{mark}.")
             continue
@@ -133,6 +169,11 @@ def _describe(model: type[BaseModel], prefix: str) -> list[tuple[str, str, str, 
         unit = str(extra.get("unit", "")) if isinstance(extra, dict) else ""
         default = "required"
         if not info.is_required():
-            default = repr(info.get_default(call_default_factory=True))
-        rows.append((f"{prefix}{name}", default, unit, info.description or ""))
+            value = info.get_default(call_default_factory=True)
+            default = repr(value.model_dump() if isinstance(value, Values) else value)
+        meaning = info.description or ""
+        if section is not None:
+            named = [f"{n}: {value.description}" for n, value in section.model_fields.items()]
+            meaning += f" {'; '.join(named)}."
+        rows.append((f"{prefix}{name}", default, unit, meaning))
     return rows

@@ -13,6 +13,11 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
+class Values(Section):
+    """Named values under one key, each of which a file may leave out; `raygrpo config` shows them
+    in one row."""
+
+
 def key(default: Any, doc: str, unit: str = "", **constraints: Any) -> Any:
     """A documented field; ``unit`` is shown by ``raygrpo config``."""
     extra: Any = {"unit": unit} if unit else None

@@ -27,23 +27,25 @@ MAX_CONSTANTS = 8
 
 
 def check_best_metric(config: RunConfig) -> None:
-    """Refuses a ``best_metric`` that no evaluation of this configuration gives.
+    """Refuses a ``best.metric`` that no evaluation of this configuration gives.
 
     Raises:
         ConfigError: an unknown metric, no evaluations, or patience without a metric.
     """
-    section = config.eval
-    if section.best_metric is None:
-        if section.patience:
-            raise ConfigError("eval.patience needs a metric to wait for", "set eval.best_metric")
+    best = config.eval.best
+    if best.metric is None:
+        if best.patience:
+            raise ConfigError(
+                "eval.best.patience needs a metric to wait for", "set eval.best.metric"
+            )
         return
-    if not section.eval_steps:
-        raise ConfigError("eval.best_metric needs evaluations", "set eval.eval_steps")
+    if not config.eval.eval_steps:
+        raise ConfigError("eval.best.metric needs evaluations", "set eval.eval_steps")
     known = metric_names(config)
-    name = section.best_metric.removeprefix("-")
+    name = best.metric.removeprefix("-")
     if name not in known:
         raise ConfigError(
-            f"eval.best_metric: no evaluation of this run gives {name!r}", nearest(name, known)
+            f"eval.best.metric: no evaluation of this run gives {name!r}", nearest(name, known)
         )
 
 

@@ -57,13 +57,13 @@ class BestSoFar:
 
     def has_ended(self, config: RunConfig) -> bool:
         """Whether a run in this state trains no further."""
-        return self.ended_at > 0 and 0 < config.eval.patience <= self.num_since
+        return self.ended_at > 0 and 0 < config.eval.best.patience <= self.num_since
 
     def resumed(self, config: RunConfig) -> BestSoFar:
         """For a run that goes on: another metric starts anew, and so does the patience of a run
         that ended early and is given more steps."""
-        if self.metric != (config.eval.best_metric or ""):
-            return BestSoFar(metric=config.eval.best_metric or "")
+        if self.metric != (config.eval.best.metric or ""):
+            return BestSoFar(metric=config.eval.best.metric or "")
         if 0 < self.ended_at < config.train.steps:
             return replace(self, num_since=0, ended_at=0)
         return self
@@ -181,7 +181,7 @@ class Evaluations:
         constant: Constant | None = None,
     ) -> None:
         self._prompts, self._constants, self._config = prompts, constants, config
-        self.best = best or BestSoFar(metric=config.eval.best_metric or "")
+        self.best = best or BestSoFar(metric=config.eval.best.metric or "")
         self._current: Evaluation | None = None
         self._constant = constant
 

@@ -96,7 +96,7 @@ def find_checkpoint(run_dir: RunDir, step: int | str | None) -> Path:
     checkpoints = Checkpoints(run_dir.checkpoints)
     if step in (None, "best"):
         if run_dir.best_step is None and step == "best":
-            raise ConfigError(f"{run_dir.root} has no best checkpoint", "set eval.best_metric")
+            raise ConfigError(f"{run_dir.root} has no best checkpoint", "set eval.best.metric")
         step = "last" if run_dir.best_step is None else run_dir.best_step
     if not isinstance(step, int):
         path, problems = checkpoints.newest_valid()

@@ -15,7 +15,8 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 
 from raygrpo.config import RunConfig
-from raygrpo.data.sources import BUILDERS, GYM, eval_section, is_on_hub
+from raygrpo.data.rendering import chat_arguments, wraps_text
+from raygrpo.data.sources import BUILDERS, GYM, eval_section, is_on_hub, split_of
 from raygrpo.errors import StorageError
 from raygrpo.model_card_papers import papers_of
 from raygrpo.run_dir import RunDir
@@ -107,7 +108,7 @@ def card_facts(
         else PurePath(config.model.path).name
         if local
         else _name_of(config.model.path),
-        model_name=hub_id.split("/")[1] if hub_id else config.tracking.name or root.name,
+        model_name=hub_id.split("/")[1] if hub_id else root.name,
         datasets=_datasets(config),
         random_init=config.model.random_init,
         licence=licence if isinstance(licence, str) else None,
@@ -119,7 +120,7 @@ def card_facts(
         max_new_tokens=config.sampling.max_tokens,
         stop=tuple(config.sampling.stop),
         example=example,
-        chat_template_kwargs={} if isinstance(example, str) else config.data.chat_template_kwargs,
+        chat_template_kwargs={} if isinstance(example, str) else chat_arguments(config.data),
         hub_id=hub_id,
         revisions=facts.get("revisions") or {},
         results=_results(run_dir.metrics_path, step),
@@ -287,7 +288,7 @@ def _citations(facts: CardFacts) -> str:
 def _made_up_example(config: RunConfig, tokenizer: Any) -> Example:
     """A prompt of the form that the run's prompts have, as far as its configuration tells."""
     data, asked = config.data, "What is 3 plus 4?"
-    chats = data.chat or (data.chat is None and data.template is None)
+    chats = wraps_text(data) or (data.chat is None and data.template is None)
     if not chats or getattr(tokenizer, "chat_template", None) is None:
         return f"Question: {asked}\nAnswer:"
     system = [{"role": "system", "content": data.system}] if data.system else []
@@ -319,7 +320,7 @@ def _evaluated(run_dir: RunDir, config: RunConfig, step: int) -> tuple[EvalResul
             task_type="text-generation",
             dataset_type=_name_of(section.source),
             dataset_name=_name_of(section.source),
-            dataset_split=section.split if is_on_hub(section.source) else None,
+            dataset_split=split_of(section) if is_on_hub(section.source) else None,
             dataset_config=section.params.get("name") if is_on_hub(section.source) else None,
             dataset_revision=pinned[2] or None,
             metric_type=name.removeprefix("eval/"),

@@ -268,8 +268,8 @@ def _check_machine(config: RunConfig) -> str:
         raise ConfigError(
             f"the run asks for {demand.num_gpus:g} GPUs ({demand.gpu_text}); this machine has "
             f"{present}",
-            "lower learner.num_ranks, learner.gpus_per_rank, generators.count or generators.gpus, "
-            "or set ray.address to a cluster",
+            "lower learner.num_ranks, generators.count or ray.gpus, or set ray.address to a "
+            "cluster",
         )
     if config.ray.labels:
         raise ConfigError(

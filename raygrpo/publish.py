@@ -118,7 +118,7 @@ def commit_message(run_dir: RunDir, step: int) -> str:
     """
     rows = read_metrics(run_dir.metrics_path) if run_dir.metrics_path.is_file() else []
     row: Mapping[str, Any] = next((row for row in reversed(rows) if row["step"] == step), {})
-    best = (load_config(run_dir.config_path).eval.best_metric or "").removeprefix("-")
+    best = (load_config(run_dir.config_path).eval.best.metric or "").removeprefix("-")
     for name in (best, "eval/reward", "eval/greedy/reward", "reward"):
         if isinstance(row.get(name), int | float):
             return f"Step {step}: {name} {row[name]:.4g}"

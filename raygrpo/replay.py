@@ -18,7 +18,7 @@ import numpy as np
 
 from raygrpo.actors.connect import connect, disconnect, placing
 from raygrpo.actors.learner import LearnerGroup
-from raygrpo.actors.placement import demand_of
+from raygrpo.actors.placement import demand_of, freed
 from raygrpo.actors.rollouts import put_groups
 from raygrpo.checkpoint import Checkpoints
 from raygrpo.config import RunConfig
@@ -43,11 +43,11 @@ from raygrpo.types import (
 
 _FACTS = "replay.json"
 _WHY = (
-    "replay needs every group: tracking.completions_frac 1, and room below "
-    "tracking.completions_max_gb; --steps replays what comes before"
+    "replay needs every group: frac 1 in tracking.completions, and room below its max_gb; "
+    "--steps replays what comes before"
 )
 # A change of these in the middle of a run changes what its later steps did.
-_STEP_KEYS = ("optimizer.", "train.", "learner.threads")
+_STEP_KEYS = ("optimizer.", "train.", "ray.threads.learner")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,10 +116,7 @@ def _start_learner(config: RunConfig, logs: Path, closers: contextlib.ExitStack)
     closers.callback(signals.uninstall)
     signals.install()
     # What a cluster must have room for is the learner alone; the ranks' threads stay the run's.
-    generators = config.generators.model_copy(update={"gpus": 0, "threads": 1})
-    labels = {role: wanted for role, wanted in config.ray.labels.items() if role == "learner"}
-    ray = config.ray.model_copy(update={"labels": labels})
-    alone = config.model_copy(update={"generators": generators, "ray": ray})
+    alone = freed(config, "generator", "scorer")
     connection = connect(alone, demand_of(alone))
     closers.callback(disconnect, connection)
     signals.install()  # Ray has put handlers of its own in their place

@@ -99,11 +99,11 @@ class RolloutSession(Session):
     def start(self) -> None:
         """Checks everything, then starts generators and scorers."""
         from raygrpo.actors.connect import connect, disconnect, placing
-        from raygrpo.actors.placement import demand_of
+        from raygrpo.actors.placement import demand_of, freed
         from raygrpo.actors.pool import RolloutPool
 
         self.check()
-        placed = _without_learner(self._placed)
+        placed = freed(self._placed, "learner")
         connection = connect(placed, demand_of(placed))
         self._closers.callback(disconnect, connection)
         self._signals.install()  # Ray has put handlers of its own in their place
@@ -272,15 +272,6 @@ def write_json(path: Path, found: Evaluated) -> None:
         write_atomically(path, json.dumps(asdict(found), indent=2) + "\n")
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error}") from error
-
-
-def _without_learner(config: RunConfig) -> RunConfig:
-    """Nothing is reserved for a learner. Its ranks still count where cores are shared: a
-    generator's threads decide its last bits."""
-    learner = config.learner.model_copy(update={"gpus_per_rank": 0.0, "threads": 1})
-    labels = {role: wanted for role, wanted in config.ray.labels.items() if role != "learner"}
-    ray = config.ray.model_copy(update={"labels": labels})
-    return config.model_copy(update={"learner": learner, "ray": ray})
 
 
 def _id(order: Order) -> int:

@@ -213,7 +213,7 @@ def _replace_file(path: Path, table: pa.Table, facts: FileFacts) -> None:
         os.fsync(directory)
         os.close(directory)
     except OSError as error:
-        fix = "free some space, or lower tracking.completions_max_gb"
+        fix = "free some space, or lower max_gb in tracking.completions"
         raise StorageError(f"cannot write {path}: {error}", fix) from error
 
 

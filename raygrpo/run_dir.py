@@ -24,15 +24,14 @@ _MAY_CHANGE = (
     "checkpoint.",
     "scorers.",
     "generators.count",
-    "generators.threads",
     "generators.max_rows",
-    "learner.threads",
     "train.steps",
     "train.tokens_per_microbatch",
     "eval.",
     "optimizer.",
 )
 _MAY_CHANGE_ENDS = (".timeout_s",)
+_MAY_NOT_CHANGE = ("ray.gpus.",)  # another device computes other bits
 _OURS = (".lock", "logs")
 
 
@@ -168,7 +167,8 @@ class RunDir:
         refused = [
             text
             for name, text in changed.items()
-            if not name.startswith(_MAY_CHANGE) and not name.endswith(_MAY_CHANGE_ENDS)
+            if name.startswith(_MAY_NOT_CHANGE)
+            or not (name.startswith(_MAY_CHANGE) or name.endswith(_MAY_CHANGE_ENDS))
         ]
         if refused:
             raise ConfigError(

@@ -261,7 +261,7 @@ class Session:
 
     def _find_best(self) -> BestSoFar:
         """The best evaluation of the restored state, if its checkpoint is still there."""
-        best = BestSoFar(metric=self.config.eval.best_metric or "")
+        best = BestSoFar(metric=self.config.eval.best.metric or "")
         if self._restored:
             best = self._restored.best.resumed(self.config)
         if best.step >= 0 and self._checkpoints.path(best.step) != self._restored_from:

@@ -56,7 +56,7 @@ def smoke_run(config: RunConfig, say: Callable[[str], Any]) -> Iterator[RunConfi
 
 def smoke_changes(config: RunConfig) -> dict[str, Any]:
     """The keys, by section, that a smoke run sets; model and directory aside."""
-    train, sampling = config.train, config.sampling
+    train, sampling, filters = config.train, config.sampling, config.sampling.filters.model_dump()
     # Refill is off: random completions rarely earn a reward, and a step without signal that is
     # refilled for ever, or skipped, would not try the learner.
     changes: dict[str, Any] = {
@@ -67,13 +67,14 @@ def smoke_changes(config: RunConfig) -> dict[str, Any]:
         },
         "sampling": {
             "max_tokens": min(sampling.max_tokens, MAX_TOKENS),
-            "min_tokens": min(sampling.min_tokens, MAX_TOKENS),
+            "filters": {**filters, "min_tokens": min(filters["min_tokens"], MAX_TOKENS)},
         },
         "tracking": {"wandb": "disabled"},
     }
     if config.eval.eval_steps:
         number = min(config.eval.num_prompts, EVAL_PROMPTS)
-        changes["eval"] = {"eval_steps": STEPS, "num_prompts": number, "patience": 0}
+        best = {"metric": config.eval.best.metric, "patience": 0}
+        changes["eval"] = {"eval_steps": STEPS, "num_prompts": number, "best": best}
     if config.checkpoint.save_steps:
         changes["checkpoint"] = {"save_steps": 1}
     before = config.model_dump()

@@ -49,10 +49,12 @@ def write_run(directory: Path, name: str, **changes: Any) -> Path:
         "rewards": [{"func": f"{directory / 'reward.py'}:digits", "timeout_s": 60.0}],
         "train": {"steps": 5, "groups_per_step": 4, "tokens_per_microbatch": 64},
         "optimizer": {"lr": 1e-2, "schedule": "linear"},
-        "learner": {"threads": 1},
-        "generators": {"threads": 1},
         "scorers": {"count": 1},
-        "ray": {"address": "local", "start_timeout_s": 120.0, "generate_timeout_s": 60.0},
+        "ray": {
+            "address": "local",
+            "timeouts_s": {"start": 120.0, "generate": 60.0},
+            "threads": {"learner": 1, "generator": 1},
+        },
     }
     for section, keys in changes.items():
         merge = isinstance(keys, Mapping) and isinstance(config.get(section), dict)

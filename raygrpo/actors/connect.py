@@ -17,7 +17,7 @@ from raygrpo.errors import ConfigError, InfraError
 
 _PLACES_FIX = (
     "start nodes that have them (ray start --labels=..., labels of the worker group), or change "
-    "ray.labels, learner.threads, generators.threads or the counts"
+    "ray.labels, ray.threads or the counts"
 )
 
 
@@ -101,7 +101,7 @@ def _check_gpus(demand: Demand) -> None:
         raise ConfigError(
             f"the run asks for {demand.num_gpus:g} GPUs ({demand.gpu_text}); the cluster has "
             f"{available:g} and cannot scale further",
-            "lower learner.num_ranks, learner.gpus_per_rank, generators.count or generators.gpus",
+            "lower learner.num_ranks, generators.count or ray.gpus",
         )
 
 

@@ -68,7 +68,7 @@ class GeneratorActor:
             seed=config.seed,
             max_rows=config.generators.max_rows,
             deterministic=config.deterministic,
-            device="cuda" if config.generators.gpus else "cpu",
+            device="cuda" if config.ray.gpus.generator else "cpu",
             version=Version(0, 0) if self._store is None else None,
         )
         self._traced: Engine | EngineTracer = self._engine

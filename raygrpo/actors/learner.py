@@ -68,7 +68,7 @@ class LearnerActor:
             master_addr=host,
             master_port=port,
             local_rank=local_rank,
-            device="cuda" if self._config.learner.gpus_per_rank else "cpu",
+            device="cuda" if self._config.ray.gpus.learner else "cpu",
         )
         return os.getpid()
 
@@ -103,15 +103,15 @@ class LearnerActor:
             puts.append(store.put.remote(version, len(specs), data))
             specs.append(spec)
             if len(puts) >= _PUTS_IN_FLIGHT:
-                ray.get(puts.pop(0), timeout=self._config.ray.update_timeout_s)
-        ray.get(puts, timeout=self._config.ray.update_timeout_s)
+                ray.get(puts.pop(0), timeout=self._config.ray.timeouts_s.update)
+        ray.get(puts, timeout=self._config.ray.timeouts_s.update)
         manifest = WeightsManifest(
             version=version,
             kind="adapter" if lora else "full",
             base_version=None,
             buckets=tuple(specs),
         )
-        ray.get(store.commit.remote(manifest), timeout=self._config.ray.update_timeout_s)
+        ray.get(store.commit.remote(manifest), timeout=self._config.ray.timeouts_s.update)
         return manifest
 
     def save(self, directory: str) -> None:
@@ -152,7 +152,7 @@ class LearnerActor:
         return [[make_microbatch(rows, groups) for rows in plan] for plan in plans]
 
     def _fetch(self, payloads: Mapping[int, Any], group_ids: Sequence[int]) -> dict[int, Group]:
-        timeout = self._config.ray.update_timeout_s
+        timeout = self._config.ray.timeouts_s.update
         groups = ray.get([payloads[group_id] for group_id in group_ids], timeout=timeout)
         return dict(zip(group_ids, groups, strict=True))
 
@@ -177,7 +177,7 @@ class LearnerGroup:
         self._logs = logs
         self._store = store
         self._threads = learner_threads(config)
-        gpus = config.learner.gpus_per_rank
+        gpus = config.ray.gpus.learner
         labels = labels_of(config, "learner")
         options = actor_options(local=local, threads=self._threads, gpus=gpus, labels=labels)
         self._actors = [
@@ -188,7 +188,7 @@ class LearnerGroup:
 
     def start(self) -> Pending[list[int]]:
         """Joins the ranks into one process group and builds their models."""
-        timeout = self._config.ray.start_timeout_s
+        timeout = self._config.ray.timeouts_s.start
         addresses = self._find_addresses(timeout)
         hosts = [host for host, _ in addresses]
         one_host = len(set(hosts)) == 1
@@ -196,7 +196,7 @@ class LearnerGroup:
         refs = []
         for rank, actor in enumerate(self._actors):
             # A GPU rank sees only its own devices, so the first is always its own.
-            on_gpu = self._config.learner.gpus_per_rank > 0
+            on_gpu = self._config.ray.gpus.learner > 0
             local_rank = 0 if on_gpu else hosts[:rank].count(hosts[rank])
             log = log_path(self._logs, f"learner-{rank}")
             refs.append(actor.start.remote(master, addresses[0][1], local_rank, self._threads, log))
@@ -235,7 +235,7 @@ class LearnerGroup:
             ray.kill(actor)
 
     def _pending(self, name: str, refs: list[Any], combine: Any) -> Pending[Any]:
-        return Pending(name, refs, self._config.ray.update_timeout_s, combine)
+        return Pending(name, refs, self._config.ray.timeouts_s.update, combine)
 
 
 def _free_port() -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raygrpo.config import RunConfig
+from raygrpo.config import Gpus, RunConfig, Threads
 from raygrpo.errors import ConfigError
 from raygrpo.rewards.loading import reward_models
 
@@ -24,10 +24,10 @@ class Demand:
 
 def demand_of(config: RunConfig) -> Demand:
     """The run's processes (store included) and GPUs."""
-    learner, generators = config.learner, config.generators
+    gpus = config.ray.gpus
     parts = [
-        ("learner ranks", learner.num_ranks, learner.gpus_per_rank),
-        ("generators", generators.count, generators.gpus),
+        ("learner ranks", config.learner.num_ranks, gpus.learner),
+        ("generators", config.generators.count, gpus.generator),
     ]
     models = reward_models(config.rewards)
     parts += [(f"reward models ({n})", model.count, model.gpus) for n, model in models.items()]
@@ -46,14 +46,14 @@ def learner_threads(config: RunConfig) -> int:
     """
     turns = config.train.max_staleness == 0
     sharers = config.learner.num_ranks + (0 if turns else config.generators.count)
-    return config.learner.threads or _share(sharers)
+    return config.ray.threads.learner or _share(sharers)
 
 
 def generator_threads(config: RunConfig) -> int:
     """Threads of a generator; see `learner_threads`."""
     turns = config.train.max_staleness == 0
     sharers = config.generators.count + (0 if turns else config.learner.num_ranks)
-    return config.generators.threads or _share(sharers)
+    return config.ray.threads.generator or _share(sharers)
 
 
 def _share(num_sharers: int) -> int:
@@ -100,16 +100,28 @@ def settle(config: RunConfig, nodes: Nodes) -> RunConfig:
     sharers = config.learner.num_ranks + config.generators.count
     models = reward_models(config.rewards).values()
     others = config.scorers.count + sum(model.count * model.threads for model in models)
-    settled: dict[str, Any] = {"run_dir": str(Path(config.run_dir).expanduser().absolute())}
-    for name, role, section in (
-        ("learner", "learner", config.learner),
-        ("generators", "generator", config.generators),
-    ):
+    threads = config.ray.threads.model_dump()
+    for role, asked in threads.items():
         cpus = [_has(node, "CPU") for node in nodes_with(nodes, labels_of(config, role))]
         share = (sum(cpus) - others) // sharers
-        threads = section.threads or max(1, int(min(share, min(filter(None, cpus), default=1))))
-        settled[name] = section.model_copy(update={"threads": threads})
-    return config.model_copy(update=settled)
+        threads[role] = asked or max(1, int(min(share, min(filter(None, cpus), default=1))))
+    run_dir = str(Path(config.run_dir).expanduser().absolute())
+    ray = config.ray.model_copy(update={"threads": Threads(**threads)})
+    return config.model_copy(update={"run_dir": run_dir, "ray": ray})
+
+
+def freed(config: RunConfig, *roles: str) -> RunConfig:
+    """The configuration of a run in which nothing is reserved for these roles.
+
+    Their counts stay: they decide the others' threads, and so their last bits.
+    """
+    ray = config.ray
+    cut = {
+        "labels": {role: wanted for role, wanted in ray.labels.items() if role not in roles},
+        "threads": Threads(**{role: 1 if role in roles else n for role, n in ray.threads}),
+        "gpus": Gpus(**{role: 0.0 if role in roles else n for role, n in ray.gpus}),
+    }
+    return config.model_copy(update={"ray": ray.model_copy(update=cut)})
 
 
 def labels_of(config: RunConfig, role: str) -> dict[str, str]:
@@ -122,10 +134,10 @@ def unplaceable(config: RunConfig, nodes: Nodes) -> str:
 
     ``config`` is a settled one, ``nodes`` the living ones of `ray.nodes()`.
     """
-    learner, generators = config.learner, config.generators
+    threads, gpus_of = config.ray.threads, config.ray.gpus
     demands = (
-        ("learner", learner.num_ranks, learner.threads, learner.gpus_per_rank),
-        ("generator", generators.count, generators.threads, generators.gpus),
+        ("learner", config.learner.num_ranks, threads.learner, gpus_of.learner),
+        ("generator", config.generators.count, threads.generator, gpus_of.generator),
         ("scorer", config.scorers.count, 1, 0.0),
         *(
             ("reward model", model.count, model.threads, model.gpus)

@@ -59,7 +59,7 @@ class RolloutPool:
         models = reward_models(rewards)
         self._model_specs = [item for item in models.items() for _ in range(item[1].count)]
         self._models = [self._new_model(i) for i in range(len(self._model_specs))]
-        self._dispatcher = Dispatcher(config.ray.generate_timeout_s)
+        self._dispatcher = Dispatcher(config.ray.timeouts_s.generate)
         self._flights = self._dispatcher.flights
         self._published = False
         self._consecutive_losses = 0
@@ -80,7 +80,7 @@ class RolloutPool:
         """Waits until every worker has started; raises what the first failing one raised."""
         for worker in self._workers:
             pending = Pending(
-                worker.name, [worker.starting], self._config.ray.start_timeout_s, lambda v: v[0]
+                worker.name, [worker.starting], self._config.ray.timeouts_s.start, lambda v: v[0]
             )
             worker.pid = pending.wait()
             worker.starting = None
@@ -163,7 +163,7 @@ class RolloutPool:
         options = actor_options(
             local=self._local,
             threads=threads,
-            gpus=config.generators.gpus,
+            gpus=config.ray.gpus.generator,
             labels=labels_of(config, "generator"),
         )
         profile = self._profile if index == 0 else None
@@ -188,12 +188,12 @@ class RolloutPool:
 
     def _started(self, worker: Worker) -> Worker:
         worker.starting = worker.actor.start.remote(log_path(self._logs, worker.name))
-        worker.deadline = time.monotonic() + self._config.ray.start_timeout_s
+        worker.deadline = time.monotonic() + self._config.ray.timeouts_s.start
         return worker
 
     def _start_loading(self, worker: Worker) -> None:
         worker.loading = worker.actor.load.remote()
-        worker.deadline = time.monotonic() + self._config.ray.update_timeout_s
+        worker.deadline = time.monotonic() + self._config.ray.timeouts_s.update
 
     def _collect_worker(self, worker: Worker, ready: set[Any]) -> None:
         try:

@@ -108,9 +108,9 @@ class _Write:
 class RolloutLog:
     """Takes groups as their fate is decided, and has each step's written as one file.
 
-    Only the share ``tracking.completions_frac`` of the groups is taken, and nothing once the files
-    have ``tracking.completions_max_gb`` (event ``completions_full``); with either at 0 the store is
-    off. ``on_sample(step, rows)`` gets a few rows of each trained step.
+    Of ``tracking.completions``: only the share ``frac`` of the groups is taken, and nothing once
+    the files have ``max_gb`` (event ``completions_full``); with either at 0 the store is off.
+    ``on_sample(step, rows)`` gets a few rows of each trained step.
     """
 
     def __init__(
@@ -123,9 +123,9 @@ class RolloutLog:
         logs: Path | None = None,
     ) -> None:
         self._directory, self._logs = directory, logs
-        self._timeout_s = config.ray.update_timeout_s
-        self._frac = config.tracking.completions_frac
-        self._max_bytes = config.tracking.completions_max_gb * 1e9
+        self._timeout_s = config.ray.timeouts_s.update
+        kept = config.tracking.completions
+        self._frac, self._max_bytes = kept.frac, kept.max_gb * 1e9
         self._on_event, self._on_sample = on_event, on_sample
         self._is_on = bool(self._frac and self._max_bytes)
         self._is_full = False

@@ -72,7 +72,7 @@ def signal_values(summary: GroupSummary, config: RunConfig) -> list[float | None
 
     Normalised parts may differ where the sum of the rewards does not.
     """
-    if config.advantage.rewards == "sum_then_normalise":
+    if config.advantage.scale != "gdpo":
         return [score.value for score in summary.scores]
     sums = _normalised_sums([summary], config)[0].tolist()
     return [None if math.isnan(value) else value for value in sums]
@@ -86,7 +86,7 @@ def _teaches(summary: GroupSummary, config: RunConfig) -> bool:
 
 def _advantages(summaries: Sequence[GroupSummary], config: RunConfig) -> torch.Tensor:
     section = config.advantage
-    if section.rewards == "normalise_then_sum":
+    if section.scale == "gdpo":
         return batch_normalised(_normalised_sums(summaries, config))
     rewards = _table(summaries, 1, lambda score: [score.value])[:, :, 0]
     return group_advantages(rewards, baseline=section.baseline, scale=section.scale)

@@ -14,6 +14,7 @@ import datasets
 from pydantic import ValidationError
 
 from raygrpo.config import DataSection, EvalSection
+from raygrpo.config_file import meant
 from raygrpo.errors import ConfigError, DataError, nearest
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -45,7 +46,7 @@ def load_rows(
     if dataset is None:
         if section.source.startswith(GYM):
             dataset = _load_gym(section, seed)
-        elif Path(section.source).suffix in BUILDERS:
+        elif _is_file(section.source):
             dataset = _load_file(section)
         else:
             dataset = _load_hub(section)
@@ -70,13 +71,24 @@ def eval_section(data: DataSection, evaluation: EvalSection, *, seed: int) -> Da
     Raises:
         ConfigError: an unknown key, or a value that does not fit it.
     """
-    own = {"split": "test", "mixture": [], "max_pass_rate": None, **evaluation.data}
-    same = own.get("source", data.source) == data.source
-    named = evaluation.data.get("params") or {}
-    if same and data.source.startswith(GYM) and "seed" not in named:
+    own = {"mixture": [], "max_pass_rate": None, **evaluation.data}
+    source, named = str(own.get("source", data.source)), own.get("params") or {}
+    if not source.startswith(GYM):
+        if isinstance(named, Mapping) and not _is_file(source):
+            own["params"] = {"split": "test", **named}
+    elif source == data.source and "seed" not in named:
         moved = eval_seed(data.params.get("seed", seed))
         data = data.model_copy(update={"params": {**data.params, "seed": moved}})
     return changed_section(data, own, "eval.data", DataSection)
+
+
+def split_of(section: DataSection) -> str:
+    """The split of a hub data set."""
+    return str(section.params.get("split", "train"))
+
+
+def _is_file(source: str) -> bool:
+    return Path(source).suffix in BUILDERS
 
 
 def is_on_hub(source: str) -> bool:
@@ -100,9 +112,8 @@ def changed_section(data: DataSection, changes: Mapping[str, Any], where: str, k
         ConfigError: an unknown key, or a value that does not fit it.
     """
     if unknown := [name for name in changes if name not in kind.model_fields]:
-        raise ConfigError(
-            f"unknown key {where}.{unknown[0]}", nearest(unknown[0], kind.model_fields)
-        )
+        fix = meant(f"data.{unknown[0]}", kind.model_fields)
+        raise ConfigError(f"unknown key {where}.{unknown[0]}", fix)
     inherited = data.model_dump()
     if changes.get("source", data.source) != data.source:
         inherited["params"] = {}
@@ -147,14 +158,12 @@ def _load_file(section: DataSection) -> Any:
 
 def _load_hub(section: DataSection) -> Any:
     def load() -> Any:
-        return datasets.load_dataset(section.source, split=section.split, **section.params)
+        return datasets.load_dataset(section.source, **{"split": "train", **section.params})
 
     try:
         return _quietly(load, section.source)
     except (ValueError, TypeError) as error:  # an unknown split, name, revision or argument
-        raise ConfigError(
-            f"data.source {section.source!r}: {error}", "set data.split or data.params"
-        ) from error
+        raise ConfigError(f"data.source {section.source!r}: {error}", "set data.params") from error
 
 
 def _quietly(load: Callable[[], Any], source: str) -> Any:

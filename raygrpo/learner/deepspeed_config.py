@@ -20,7 +20,7 @@ _REFUSED = {
     "gradient_accumulation_steps": "train.tokens_per_microbatch",
     "managed_gradient_accumulation": "train.tokens_per_microbatch",
     "gradient_clipping": "optimizer.max_grad_norm",
-    "optimizer": "optimizer.lr, optimizer.betas and optimizer.weight_decay",
+    "optimizer": "optimizer.lr and optimizer.adamw",
     "scheduler": "optimizer.schedule and optimizer.warmup_updates",
     "fp16": "model.dtype",
     "bf16": "model.dtype",

@@ -85,8 +85,7 @@ class DeepSpeedLearner(Learner):
         self._optimizer = torch.optim.AdamW(
             [parameter for parameter in policy.parameters() if parameter.requires_grad],
             lr=section.lr,
-            betas=section.betas,
-            weight_decay=section.weight_decay,
+            **section.adamw.model_dump(),
         )
         _init_distributed(config, place)
         self._engine = _make_engine(policy, self._optimizer, settings)
@@ -223,8 +222,8 @@ def _set_environment(
 
 
 def _fix_kernels(config: RunConfig) -> None:
-    if config.learner.threads:
-        torch.set_num_threads(config.learner.threads)
+    if config.ray.threads.learner:
+        torch.set_num_threads(config.ray.threads.learner)
     torch.manual_seed(config.seed)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -251,7 +250,7 @@ def _init_distributed(config: RunConfig, device: torch.device) -> None:
         deepspeed.init_distributed(
             dist_backend="nccl" if device.type == "cuda" else "gloo",
             auto_mpi_discovery=False,
-            timeout=timedelta(seconds=config.ray.update_timeout_s),
+            timeout=timedelta(seconds=config.ray.timeouts_s.update),
         )
 
 

@@ -51,8 +51,7 @@ class ReferenceLearner(Learner):
         self._optimizer = torch.optim.AdamW(
             [parameter for parameter in policy.parameters() if parameter.requires_grad],
             lr=section.lr,
-            betas=section.betas,
-            weight_decay=section.weight_decay,
+            **section.adamw.model_dump(),
         )
 
     def _copies(

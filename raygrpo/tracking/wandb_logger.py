@@ -225,7 +225,7 @@ def _start(run_dir: RunDir, config: RunConfig, run_id: str, outbox: _Outbox) -> 
         outbox.event("wandb_offline", reason=reason)
     run = wandb.init(
         project=os.environ.get("WANDB_PROJECT") or _PROJECT,
-        name=config.tracking.name or run_dir.root.name,
+        name=os.environ.get("WANDB_NAME") or run_dir.root.name,
         id=run_id,
         resume="allow",
         mode=mode,

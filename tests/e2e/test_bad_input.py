@@ -72,10 +72,12 @@ def test_export_of_what_is_no_run(tmp_path: Path) -> None:
 
 
 def test_more_gpus_than_the_cluster_has(directory: Path) -> None:
-    config = runs.write_run(directory, "gpus", generators={"gpus": 4.0, "count": 2, "threads": 1})
+    config = runs.write_run(
+        directory, "gpus", generators={"count": 2}, ray={"gpus": {"generator": 4}}
+    )
     output = runs.run(config, expected=2)
     assert "asks for 8 GPUs" in output
-    assert "generators.gpus" in output
+    assert "ray.gpus" in output
 
 
 @pytest.mark.slow

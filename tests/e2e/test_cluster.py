@@ -117,7 +117,7 @@ def config_for(directory: Path, address: str, name: str, **ray: Any) -> Path:
         name,
         rewards=[{**held, "timeout_s": 170.0}],
         train={"steps": STEPS, "groups_per_step": 4},
-        generators={"count": 2, "threads": 1},
+        generators={"count": 2},
         ray={"address": address, "labels": LABELS, **ray},
     )
 
@@ -134,7 +134,7 @@ def test_what_no_node_can_hold_is_said_before_the_start(
 def test_a_cluster_that_grows_is_waited_for(raylets: Raylets, steady: int, tmp_path: Path) -> None:
     # An autoscaler's nodes carry their type as this label.
     raylets.add("managed", num_cpus=0, labels={"ray.io/node-group": "head"})
-    config = config_for(tmp_path, raylets.address, "waiting", start_timeout_s=20.0)
+    config = config_for(tmp_path, raylets.address, "waiting", timeouts_s={"start": 20.0})
     output = runs.run(config, expected=4)
     # Which of the starts is late first depends on how busy the machine is.
     assert "took longer than 20 s: no node has the labels of ray.labels.generator" in output

@@ -57,8 +57,7 @@ def killed(directory: Path) -> Iterator[tuple[Path, dict[str, Any] | None, list[
             "data": {"source": str(directory / "rows.jsonl")},
             "num_prompts": 6,
             "num_completions": SAMPLES,
-            "best_metric": "eval/reward",
-            "patience": LAST - BEST,
+            "best": {"metric": "eval/reward", "patience": LAST - BEST},
         },
     )
     process = runs.start(config)

@@ -72,7 +72,7 @@ def test_records_of_a_whole_run(undisturbed: Path) -> None:
 
 
 def test_a_killed_generator_costs_nothing(directory: Path, undisturbed: Path) -> None:
-    config = runs.write_run(directory, "generator_killed", **SAVES, generators={"threads": 1})
+    config = runs.write_run(directory, "generator_killed", **SAVES)
     process = runs.start(config)
     runs.wait_for(process, lambda: len(runs.metrics(config)) >= 2, "step 2")
     (started,) = runs.events(config, "started")

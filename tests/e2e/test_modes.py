@@ -20,7 +20,7 @@ def test_asynchronous_training_keeps_its_bound(directory: Path) -> None:
         "asynchronous",
         deterministic=False,
         train={"steps": 8, "max_staleness": 2},
-        generators={"count": 2, "threads": 1},
+        generators={"count": 2},
         loss={"correction": "tis"},
         checkpoint={"save_steps": 4},
     )
@@ -59,7 +59,7 @@ def test_zero_3_with_all_that_a_step_can_do(directory: Path) -> None:
         directory,
         "zero3",
         train={"steps": 3, "num_minibatches": 2, "num_iterations": 2},
-        learner={"num_ranks": 2, "zero_stage": 3, "threads": 1, "gradient_checkpointing": True},
+        learner={"num_ranks": 2, "zero_stage": 3, "gradient_checkpointing": True},
         loss={"beta": 0.02, "aggregation": "sequence"},
         advantage={"scale": "group"},
         optimizer={"lr": 1e-3, "warmup_updates": 2, "schedule": "cosine"},
@@ -84,7 +84,7 @@ def test_bfloat16_runs(directory: Path) -> None:
         deterministic=False,
         model={"dtype": "bfloat16"},
         train={"steps": 3},
-        learner={"num_ranks": 2, "zero_stage": 2, "threads": 1},
+        learner={"num_ranks": 2, "zero_stage": 2},
     )
     runs.run(config)
     assert all(str(t.dtype) == "torch.bfloat16" for t in runs.weights(config).values())
@@ -97,7 +97,11 @@ def test_sampling_settings_reach_the_engine(directory: Path) -> None:
         directory,
         "sampling",
         deterministic=False,
-        sampling={"min_tokens": 3, "max_tokens": 5, "top_k": 4, "top_p": 0.9, "stop": ["7"]},
+        sampling={
+            "max_tokens": 5,
+            "filters": {"min_tokens": 3, "top_k": 4, "top_p": 0.9},
+            "stop": ["7"],
+        },
         train={"steps": 2},
     )
     runs.run(config)

@@ -19,8 +19,8 @@ def test_smoke_trains_two_steps_and_leaves_nothing(tmp_path: Path) -> None:
         deterministic=False,
         model={"path": str(tmp_path / "gemma")},
         train={"steps": 50, "groups_per_step": 8},
-        eval={"eval_steps": 10, "data": {"split": "train"}, "num_prompts": 20},
-        learner={"num_ranks": 2, "zero_stage": 2, "threads": 1},
+        eval={"eval_steps": 10, "num_prompts": 20},
+        learner={"num_ranks": 2, "zero_stage": 2},
         scorers={"count": 2},
     )
     output = runs.run(config, "--smoke")

@@ -52,7 +52,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rewards=rewards,
         train={"steps": 6, "max_staleness": 2},
         deterministic=False,
-        advantage={"rewards": "normalise_then_sum"},
+        advantage={"scale": "gdpo"},
         optimizer={"lr": 1e-3},
     )
     process = runs.start(config)

@@ -245,9 +245,10 @@ class Log(RolloutLog):
 def make_log(config: Path, cluster: None, tmp_path: Path) -> Iterator[Callable[..., Log]]:
     logs: list[Log] = []
 
-    def make(**tracking: Any) -> Log:
+    def make(**changes: Any) -> Log:
         known = load_config(config)
-        section = known.tracking.model_copy(update=tracking)
+        kept = known.tracking.completions.model_copy(update=changes)
+        section = known.tracking.model_copy(update={"completions": kept})
         directory = tmp_path / "completions"
         logs.append(Log(directory, known.model_copy(update={"tracking": section})))
         return logs[-1]
@@ -321,7 +322,7 @@ def test_no_more_than_two_files_wait(make_log: Callable[..., Log]) -> None:
 
 
 def test_a_full_store_takes_no_more(make_log: Callable[..., Log], tmp_path: Path) -> None:
-    log = make_log(completions_max_gb=1e-6)  # a kilobyte: less than one file
+    log = make_log(max_gb=1e-6)  # a kilobyte: less than one file
     for step in range(3):
         log.take([decided(step)])
         log.write_step(batch(step, step))
@@ -332,7 +333,7 @@ def test_a_full_store_takes_no_more(make_log: Callable[..., Log], tmp_path: Path
 
 
 def test_a_store_that_is_off_starts_nothing(make_log: Callable[..., Log], tmp_path: Path) -> None:
-    for log in (make_log(completions_frac=0.0), make_log(completions_max_gb=0.0)):
+    for log in (make_log(frac=0.0), make_log(max_gb=0.0)):
         log.take([decided(0)])
         log.write_step(batch(0, 0))
         assert not log.pendings
@@ -343,7 +344,7 @@ def test_a_store_that_is_off_starts_nothing(make_log: Callable[..., Log], tmp_pa
 def test_a_sampled_store_says_that_it_is_partial(
     make_log: Callable[..., Log], tmp_path: Path
 ) -> None:
-    log = make_log(completions_frac=0.5)
+    log = make_log(frac=0.5)
     log.take([decided(group_id) for group_id in range(20)])
     log.write_step(batch(0, *range(20)))
     log.finish()

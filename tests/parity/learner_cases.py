@@ -47,7 +47,7 @@ def make_config(directory: Path | str, /, **sections: Any) -> RunConfig:
             "lr": 2e-3,
             "schedule": "linear",
             "warmup_updates": 1,
-            "weight_decay": 0.1,
+            "adamw": {"weight_decay": 0.1},
             "max_grad_norm": 0.05,
         },
         "train": {"steps": 6},

@@ -230,7 +230,7 @@ def test_old_logprobs_and_the_reference_follow_the_rules(
         models["gemma3"],
         loss={"beta": 0.1},
         train={"num_minibatches": num_minibatches, "num_iterations": num_iterations, "steps": 2},
-        optimizer={"lr": 1e-2, "warmup_updates": 0, "weight_decay": 0.1},
+        optimizer={"lr": 1e-2, "warmup_updates": 0, "adamw": {"weight_decay": 0.1}},
     )
     learner = ReferenceLearner(config)
     model = load(models["gemma3"]).model

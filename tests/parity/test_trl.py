@@ -388,14 +388,15 @@ def test_the_recipe_has_trls_settings(tmp_path: Path) -> None:
     assert section.lr == theirs.learning_rate == 1e-6
     assert (section.schedule, section.warmup_updates) == ("linear", 0)
     assert (str(theirs.lr_scheduler_type.value), theirs.warmup_steps) == ("linear", 0)
-    assert section.betas == (theirs.adam_beta1, theirs.adam_beta2) == (0.9, 0.999)
-    assert section.weight_decay == theirs.weight_decay == 0
+    assert section.adamw.betas == (theirs.adam_beta1, theirs.adam_beta2) == (0.9, 0.999)
+    assert section.adamw.weight_decay == theirs.weight_decay == 0
     assert section.max_grad_norm == theirs.max_grad_norm == 1.0
     assert "adamw" in str(theirs.optim.value) and theirs.adam_epsilon == 1e-8
     assert torch.optim.AdamW([torch.zeros(1)]).defaults["eps"] == theirs.adam_epsilon
     assert ours.sampling.num_completions == theirs.num_generations == 8
-    assert (ours.sampling.temperature, ours.sampling.top_p) == (theirs.temperature, theirs.top_p)
-    assert (ours.sampling.top_k, ours.sampling.repetition_penalty) == (0, theirs.repetition_penalty)
+    drawn = ours.sampling.settings()
+    assert (drawn.temperature, drawn.top_p) == (theirs.temperature, theirs.top_p)
+    assert (drawn.top_k, drawn.repetition_penalty) == (0, theirs.repetition_penalty)
     assert theirs.loss_type == "dapo" and ours.loss.aggregation == "token"
     assert theirs.scale_rewards == "group" == ours.advantage.scale
     assert ours.loss.beta == theirs.beta == 0

@@ -214,7 +214,7 @@ def gdpo_config(weight_a: float, groups: int = 1) -> RunConfig:
                 {"func": "exact", "name": "a", "weight": weight_a},
                 {"func": "number", "name": "b"},
             ],
-            "advantage": {"rewards": "normalise_then_sum"},
+            "advantage": {"scale": "gdpo"},
             "train": {"groups_per_step": groups},
         }
     )
@@ -272,8 +272,8 @@ def test_window_and_plan_agree_on_signal(
     assert fate == ("kept" if signal else "no_signal")
 
 
-def test_other_normalisations_beside_it_are_refused() -> None:
+def test_other_baselines_beside_it_are_refused() -> None:
     base = {"model": {"path": "m"}, "data": {"source": "d"}}
-    for other in ({"scale": "group"}, {"baseline": "leave_one_out"}):
-        with pytest.raises(ConfigError, match="normalise_then_sum does all the normalising"):
-            load_config({**base, "advantage": {"rewards": "normalise_then_sum", **other}})
+    for other in ("leave_one_out", "max_rl"):
+        with pytest.raises(ConfigError, match="gdpo takes off means"):
+            load_config({**base, "advantage": {"scale": "gdpo", "baseline": other}})

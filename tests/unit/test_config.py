@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from raygrpo.config_file import describe_keys, dump_config, load_config
+from raygrpo.config_file import MOVED, describe_keys, dump_config, load_config
 from raygrpo.errors import ConfigError
 from raygrpo.recipes import RECIPES
 
@@ -42,9 +42,19 @@ def test_dump_loads_to_the_same(tmp_path: Path) -> None:
         ({"recipe": "dpao"}, "did you mean 'dapo'"),
         ({"train": {"groups_per_step": 8, "num_minibatches": 3}}, "no multiple"),
         ({"sampling": {"num_completions": 1}}, "baseline"),
-        ({"sampling": {"min_tokens": 9, "max_tokens": 4}}, "min_tokens is larger"),
+        ({"sampling": {"filters": {"min_tokens": 9}, "max_tokens": 4}}, "min_tokens is larger"),
         ({"deterministic": True, "train": {"max_staleness": 1}}, "max_staleness: 0"),
-        ({"loss": {"correction": "tis"}, "sampling": {"top_p": 0.9}}, "renormalised"),
+        ({"loss": {"correction": "tis"}, "sampling": {"filters": {"top_p": 0.9}}}, "renormalised"),
+        ({"sampling": {"top_p": 0.9}}, "key sampling.top_p\n  fix: it is sampling.filters.top_p"),
+        (
+            {"sampling": {"filters": {"topp": 1}}},
+            "unknown key sampling.filters.topp\n  fix: did you",
+        ),
+        ({"ray": {"timeouts_s": {"stop": 9}}}, "unknown key ray.timeouts_s.stop\n  fix: did you"),
+        ({"ray": {"timeouts_s": {"start": 0}}}, "ray.timeouts_s.start: Input should be greater"),
+        ({"ray": {"threads": {"scorer": 1}}}, "unknown key ray.threads.scorer"),
+        ({"optimizer": {"adamw": {"betas": [0.9, 1.0]}}}, "optimizer.adamw.betas.1: Input"),
+        ({"tracking": {"name": "x"}}, "fix: it is the environment's WANDB_NAME"),
         ({"rewards": [{"func": "exact"}, {"func": "exact"}]}, "distinct names"),
         ({"optimizer": {"lr": -1}}, "optimizer.lr"),
         ({"learner": {"zero_stage": 4}}, "learner.zero_stage"),
@@ -72,6 +82,24 @@ def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
 def test_missing_file() -> None:
     with pytest.raises(ConfigError, match="no configuration file at nowhere"):
         load_config("nowhere.yaml")
+
+
+def test_what_is_named_leaves_the_other_values_alone() -> None:
+    config = load_config(
+        {**BASE, "ray": {"timeouts_s": {"start": 5}}}, ["ray.timeouts_s.update=7", "data.chat=true"]
+    )
+    assert config.ray.timeouts_s.model_dump() == {"start": 5.0, "generate": 1800.0, "update": 7.0}
+    assert config.data.chat is True
+    assert load_config(BASE, ["data.chat={thinking: false}"]).data.chat == {"thinking": False}
+
+
+def test_what_moved_is_where_it_is_said_to_be() -> None:
+    """No name of the table is a key; each place in it is one, or a value within one."""
+    keys = {path for path, *_ in describe_keys()}
+    assert not keys & MOVED.keys()
+    for place in MOVED.values():
+        name = place.partition(":")[0]
+        assert name in keys or name.rpartition(".")[0] in keys or "environment" in place, place
 
 
 def test_bad_overrides() -> None:
@@ -112,4 +140,7 @@ def test_every_key_is_described() -> None:
     assert rows["model.path"][0] == "required"
     assert rows["train.steps"] == ("100", "steps", "Steps of the run; one step makes one version.")
     assert "rewards[].timeout_s" in rows
+    assert rows["ray.gpus"][:2] == ("{'learner': 0.0, 'generator': 0.0}", "GPUs")
+    wanted = "Deadlines. start: of actors; generate: of one group; update: of one update, "
+    assert rows["ray.timeouts_s"][2].startswith(wanted)
     assert all(meaning.endswith(".") for _, _, meaning in rows.values())

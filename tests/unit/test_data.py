@@ -110,8 +110,7 @@ def test_a_template_replaces_the_prompt_column() -> None:
 def test_message_lists_take_the_chat_template() -> None:
     messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
     rows = [{"prompt": messages, "answer": "x"}]
-    kwargs = {"chat_template_kwargs": {"opening": "ok "}}
-    prompt = source_of(rows, tokenizer=chat_tokenizer(), **kwargs).next()
+    prompt = source_of(rows, tokenizer=chat_tokenizer(), chat={"opening": "ok "}).next()
     assert prompt.text is None
     assert list(prompt.messages or ()) == messages
     wanted = "<system>be brief\n<user>hi\n<assistant>ok "
@@ -122,6 +121,10 @@ def test_chat_true_wraps_text_as_a_user_turn() -> None:
     prompt = source_of([{"prompt": "hi"}], tokenizer=chat_tokenizer(), chat=True).next()
     assert list(prompt.messages or ()) == [{"role": "user", "content": "hi"}]
     assert prompt.token_ids.tolist() == ids_of("<user>hi\n<assistant>")
+    for chat in ({}, {"opening": "ok "}):
+        prompt = source_of([{"prompt": "hi"}], tokenizer=chat_tokenizer(), chat=chat).next()
+        wanted = "<user>hi\n<assistant>" + chat.get("opening", "")
+        assert prompt.token_ids.tolist() == ids_of(wanted)
     plain = source_of([{"prompt": "hi"}], tokenizer=chat_tokenizer()).next()
     assert plain.text == "hi"
 

@@ -138,8 +138,26 @@ def test_evaluation_rows_of_the_same_task_are_others() -> None:
     assert set(train_rows["question"]).isdisjoint(held_rows["question"])
     named = eval_section(train, EvalSection(data={"params": {"seed": 3}}), seed=0)
     assert named.params == {**params, "seed": 3}
-    moved = eval_section(train, EvalSection(data={"source": "x.jsonl", "split": "dev"}), seed=0)
-    assert (moved.source, moved.split, moved.params) == ("x.jsonl", "dev", {})
+    moved = eval_section(train, EvalSection(data={"source": "x.jsonl"}), seed=0)
+    assert (moved.source, moved.params) == ("x.jsonl", {})
+
+
+@pytest.mark.parametrize(
+    ("data", "params"),
+    [
+        ({}, {"name": "main", "split": "test"}),
+        ({"params": {"split": "dev"}}, {"name": "main", "split": "dev"}),
+        ({"source": "c/d"}, {"split": "test"}),
+        ({"source": "c/d", "params": {"name": "x"}}, {"name": "x", "split": "test"}),
+    ],
+)
+def test_evaluation_reads_the_test_split_of_the_hub_unless_told(
+    data: dict[str, Any], params: dict[str, Any]
+) -> None:
+    train = section("a/b", params={"name": "main", "split": "train[:90%]"})
+    assert eval_section(train, EvalSection(data=data), seed=0).params == params
+    with pytest.raises(ConfigError, match=r"eval\.data\.split\n.*data\.params\.split"):
+        eval_section(train, EvalSection(data={"split": "dev"}), seed=0)
 
 
 PLAIN = st.recursive(

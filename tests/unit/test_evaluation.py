@@ -33,7 +33,7 @@ def config(**keys: Any) -> RunConfig:
     base = {
         "model": {"path": "m"},
         "data": {"source": "d"},
-        "sampling": {"num_completions": 3, "temperature": 0.7, "top_p": 0.9},
+        "sampling": {"num_completions": 3, "temperature": 0.7, "filters": {"top_p": 0.9}},
         "rewards": [{"func": "number"}],
         "train": {"steps": 10},
     }
@@ -207,7 +207,7 @@ def take(best: BestSoFar, section: RunConfig, *values: float | None) -> BestSoFa
 
 
 def test_the_best_is_the_first_of_the_highest() -> None:
-    section = config(eval={"best_metric": "eval/reward"})
+    section = config(eval={"best": {"metric": "eval/reward"}})
     best = take(BestSoFar(metric="eval/reward"), section, 0.1, 0.4, 0.4, math.nan, None, 0.3)
     assert (best.step, best.value, best.num_since) == (1, 0.4, 4)
     assert best.fact() == {"step": 1, "metric": "eval/reward", "value": 0.4}
@@ -218,7 +218,7 @@ def test_the_best_is_the_first_of_the_highest() -> None:
 
 
 def test_patience_counts_evaluations_in_a_row() -> None:
-    section = config(eval={"best_metric": "eval/reward", "patience": 2})
+    section = config(eval={"best": {"metric": "eval/reward", "patience": 2}})
     fresh = BestSoFar(metric="eval/reward")
     assert not take(fresh, section, 0.1, 0.0).has_ended(section)
     assert not take(fresh, section, 0.1, 0.0, 0.2, 0.0).has_ended(section)
@@ -228,16 +228,16 @@ def test_patience_counts_evaluations_in_a_row() -> None:
     assert ended.resumed(section).has_ended(section)
     assert ended.resumed(config(eval=dict(section.eval), train={"steps": 8})).has_ended(section)
     # With more patience it does, for as long as that lasts ...
-    patient = config(eval={"best_metric": "eval/reward", "patience": 3})
+    patient = config(eval={"best": {"metric": "eval/reward", "patience": 3}})
     assert not ended.resumed(patient).has_ended(patient)
     assert take(ended.resumed(patient), patient, 0.1).has_ended(patient)
     # ... and with more steps as if nothing had ended.
     longer = config(eval=dict(section.eval), train={"steps": 20})
     assert not take(ended.resumed(longer), longer, 0.1).has_ended(longer)
     assert take(ended.resumed(longer), longer, 0.1, 0.1).has_ended(longer)
-    without = config(eval={"best_metric": "eval/reward", "patience": 0})
+    without = config(eval={"best": {"metric": "eval/reward", "patience": 0}})
     assert not ended.resumed(without).has_ended(without)
-    other = config(eval={"best_metric": "eval/greedy/reward", "patience": 2})
+    other = config(eval={"best": {"metric": "eval/greedy/reward", "patience": 2}})
     assert ended.resumed(other) == BestSoFar(metric="eval/greedy/reward")
 
 
@@ -253,13 +253,19 @@ def test_every_metric_of_a_whole_evaluation_can_be_the_best() -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"best_metric": "eval/greedy/rewards"}, "did you mean 'eval/greedy/reward'"),
-        ({"best_metric": "eval/pass@3"}, "did you mean 'eval/pass@"),
-        ({"best_metric": "-eval/nothing", "num_completions": 0}, "eval/nothing"),
-        ({"best_metric": "eval/reward", "num_completions": 0}, "did you mean 'eval/greedy/reward'"),
-        ({"best_metric": "eval/rewards/exact/mean"}, "did you mean 'eval/rewards/number/mean'"),
-        ({"best_metric": "eval/reward", "eval_steps": 0}, "set eval.eval_steps"),
-        ({"patience": 3}, "set eval.best_metric"),
+        ({"best": {"metric": "eval/greedy/rewards"}}, "did you mean 'eval/greedy/reward'"),
+        ({"best": {"metric": "eval/pass@3"}}, "did you mean 'eval/pass@"),
+        ({"best": {"metric": "-eval/nothing"}, "num_completions": 0}, "eval/nothing"),
+        (
+            {"best": {"metric": "eval/reward"}, "num_completions": 0},
+            "did you mean 'eval/greedy/reward'",
+        ),
+        (
+            {"best": {"metric": "eval/rewards/exact/mean"}},
+            "did you mean 'eval/rewards/number/mean'",
+        ),
+        ({"best": {"metric": "eval/reward"}, "eval_steps": 0}, "set eval.eval_steps"),
+        ({"best": {"patience": 3}}, "set eval.best.metric"),
     ],
 )
 def test_a_metric_that_cannot_be_is_refused(keys: dict[str, Any], message: str) -> None:
@@ -271,7 +277,7 @@ def test_a_metric_that_cannot_be_is_refused(keys: dict[str, Any], message: str) 
     "name", ["eval/reward", "-eval/completions/mean_length", "eval/maj@4", "eval/greedy/accuracy"]
 )
 def test_a_metric_that_can_be_is_taken(name: str) -> None:
-    check_best_metric(config(eval={"best_metric": name}))
+    check_best_metric(config(eval={"best": {"metric": name}}))
 
 
 def test_a_score_of_several_rewards_is_judged_by_the_first() -> None:

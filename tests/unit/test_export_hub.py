@@ -239,7 +239,7 @@ def test_the_message_names_the_metric_that_decides(tmp_path: Path) -> None:
         "run_dir": str(tmp_path / "r"),
         "model": {"path": "a/b"},
         "data": {"source": "c/d"},
-        "eval": {"eval_steps": 1, "best_metric": "eval/greedy/reward"},
+        "eval": {"eval_steps": 1, "best": {"metric": "eval/greedy/reward"}},
     }
     run_dir = RunDir.claim(load_config(config))
     row = {"step": 3, "eval/greedy/reward": 0.25, "eval/reward": 0.5, "reward": 1.0}

@@ -243,7 +243,11 @@ def test_the_structure_is_that_of_trls_card(tmp_path: Path) -> None:
 
 
 def test_all_data_sets_of_the_hub_are_listed(tmp_path: Path) -> None:
-    parts = [{"source": "me/more", "weight": 2}, {"source": "x.jsonl"}, {"split": "test"}]
+    parts = [
+        {"source": "me/more", "weight": 2},
+        {"source": "x.jsonl"},
+        {"params": {"split": "test"}},
+    ]
     data = {"source": "openai/gsm8k", "mixture": parts}
     card = card_of(tmp_path, facts_of(run_config(tmp_path, "a/b", data=data)))
     assert ModelCard(card).data.to_dict()["datasets"] == ["openai/gsm8k", "me/more"]
@@ -258,7 +262,7 @@ def test_results_of_the_exported_step_reach_the_hubs_table(tmp_path: Path) -> No
         tmp_path,
         "a/b",
         data={"source": "openai/gsm8k", "params": {"name": "main"}},
-        eval={"eval_steps": 20, "data": {"split": "held_out"}},
+        eval={"eval_steps": 20, "data": {"params": {"split": "held_out"}}},
     )
     measured = {"eval/reward": 0.75, "eval/pass@4": 0.9, "eval/completions/mean_length": 3.0}
     rows = [
@@ -286,7 +290,7 @@ def test_the_quick_start_talks_as_the_run_did(tmp_path: Path) -> None:
     tokenizer.chat_template = CHAT_TEMPLATE.replace("<assistant>", "{{ mark }}")
     export = save_tiny_model(tmp_path / "export")
     tokenizer.save_pretrained(export)
-    data = {"source": "a/b", "system": "Be brief.", "chat_template_kwargs": {"mark": "<me>"}}
+    data = {"source": "a/b", "system": "Be brief.", "chat": {"mark": "<me>"}}
     config = run_config(tmp_path, "a/b", data=data)
     snippet = quick_start_snippet(card_of(export, facts_of(config, tokenizer=tokenizer)))
     assert "'role': 'system', 'content': 'Be brief.'" in snippet
@@ -304,7 +308,7 @@ def test_the_quick_start_talks_as_the_run_did(tmp_path: Path) -> None:
     )
     assert ours.string == chat
     assert chat.endswith("<me>")
-    data = {**data, "template": "{q}"}
+    data = {"source": "a/b", "system": "Be brief.", "template": "{q}"}
     config = run_config(tmp_path, "a/b", data=data, run_dir=f"{tmp_path}/r3")
     text = facts_of(config, tokenizer=tokenizer)
     plain = quick_start_snippet(card_of(tmp_path, text))

@@ -41,27 +41,31 @@ def test_threads_share_the_nodes_of_the_role() -> None:
     nodes = [node(0, role="head"), node(16, role="learner"), node(8)]
     settled = settle(run, nodes)
     # The learner's: (16 - 1 scorer) // 4; the generators' may be anywhere: (24 - 1) // 4.
-    assert (settled.learner.threads, settled.generators.threads) == (3, 5)
+    assert (settled.ray.threads.learner, settled.ray.threads.generator) == (3, 5)
     assert unplaceable(settled, nodes) == ""
     # What is set stays, and no node at all (one may yet come) means one thread.
-    kept = settle(config(learner={"threads": 7}), [])
-    assert (kept.learner.threads, kept.generators.threads) == (7, 1)
+    kept = settle(config(ray={"threads": {"learner": 7}}), [])
+    assert (kept.ray.threads.learner, kept.ray.threads.generator) == (7, 1)
 
 
 def test_reward_models_have_their_cores() -> None:
     models = [{"func": "reward_model", "params": {"path": "org/m", "count": 2, "threads": 2}}]
     settled = settle(config(rewards=models), [node(16)])
     # (16 - 1 scorer - 2 models of 2 threads) // 2
-    assert (settled.learner.threads, settled.generators.threads) == (5, 5)
+    assert (settled.ray.threads.learner, settled.ray.threads.generator) == (5, 5)
     assert unplaceable(settled, [node(16)]) == ""
     assert "reserves 15 CPUs" in unplaceable(settled, [node(7), node(7)])
 
 
 def test_what_is_missing_is_named() -> None:
     run = config(
-        learner={"threads": 2, "num_ranks": 2},
-        generators={"threads": 2, "gpus": 0.5, "count": 2},
-        ray={"labels": {"learner": {"role": "learner"}}},
+        learner={"num_ranks": 2},
+        generators={"count": 2},
+        ray={
+            "labels": {"learner": {"role": "learner"}},
+            "threads": {"learner": 2, "generator": 2},
+            "gpus": {"generator": 0.5},
+        },
     )
     spare = node(16, gpus=1)
     assert "ray.labels.learner (role=learner)" in unplaceable(run, [spare])
@@ -71,7 +75,7 @@ def test_what_is_missing_is_named() -> None:
     # Half a GPU each on two nodes is no room for one that wants a whole one.
     assert "cannot hold 2 generators" in unplaceable(run, [held, node(16, gpus=0.5)])
     # Each role alone fits on these nine CPUs; learner, generators and scorers together do not.
-    both = config(learner={"threads": 4}, generators={"threads": 5})
+    both = config(ray={"threads": {"learner": 4, "generator": 5}})
     assert "the run reserves 10 CPUs" in unplaceable(both, [node(9)])
     assert unplaceable(both, [node(10)]) == ""
 

@@ -102,7 +102,7 @@ def test_a_stream_has_no_epochs(directory: Path) -> None:
 
 MISTAKES: list[tuple[dict[str, Any], list[str]]] = [
     ({"sampling": {"max_tokens": 60}}, ["64 positions", "max_tokens to 53"]),
-    ({"learner": {"gpus_per_rank": 900}}, ["900 GPUs", "this machine has"]),
+    ({"ray": {"gpus": {"learner": 900}}}, ["900 GPUs", "this machine has"]),
     ({"learner": {"deepspeed": {"fp16": {"enabled": True}}}}, ["fp16", "model.dtype"]),
     ({"data": {"source": "{dir}/rows.jsonl", "max_prompt_length": 5}}, ["6 tokens"]),
     ({"rewards": [{"func": "{dir}/rewards.py:bad"}]}, ["out to lunch", "rewards.py"]),
@@ -229,8 +229,8 @@ def test_a_twin_has_the_tokenizer_and_the_stops(tmp_path: Path) -> None:
 def test_what_a_smoke_run_changes(directory: Path) -> None:
     config = run_config(
         directory,
-        sampling={"num_completions": 4, "max_tokens": 900, "min_tokens": 20},
-        eval={"eval_steps": 25, "num_prompts": 500, "best_metric": "eval/greedy/reward"},
+        sampling={"num_completions": 4, "max_tokens": 900, "filters": {"min_tokens": 20}},
+        eval={"eval_steps": 25, "num_prompts": 500, "best": {"metric": "eval/greedy/reward"}},
         tracking={"wandb": "online"},
         learner={"num_ranks": 2, "zero_stage": 3},
         checkpoint={"save_steps": 50},
@@ -241,7 +241,7 @@ def test_what_a_smoke_run_changes(directory: Path) -> None:
         assert root.is_dir()
         assert small.train.steps == 2
         assert small.train.groups_per_step == 2
-        assert (small.sampling.max_tokens, small.sampling.min_tokens) == (16, 16)
+        assert (small.sampling.max_tokens, small.sampling.filters.min_tokens) == (16, 16)
         assert (small.eval.eval_steps, small.eval.num_prompts) == (2, 4)
         assert small.tracking.wandb == "disabled"
         assert small.model.random_init
@@ -249,7 +249,7 @@ def test_what_a_smoke_run_changes(directory: Path) -> None:
         for name in ("data", "rewards", "loss", "advantage", "optimizer", "learner", "generators"):
             assert getattr(small, name) == getattr(config, name)
         assert small.train.num_iterations == 3
-        assert small.eval.best_metric == "eval/greedy/reward"
+        assert small.eval.best.metric == "eval/greedy/reward"
     assert not root.exists()
     text = "\n".join(said)
     assert "train.steps: 2" in text

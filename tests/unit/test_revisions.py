@@ -81,7 +81,7 @@ def test_commits_are_found_and_written_into_the_configuration(hub: FakeHub, tmp_
             "mixture": [
                 {"source": OTHER, "weight": 2.0},
                 {"source": f"{tmp_path}/local.jsonl"},
-                {"split": "extra", "name": "same"},
+                {"params": {"split": "extra"}, "name": "same"},
             ],
         },
         eval={"eval_steps": 5, "data": {"source": OTHER, "params": {"revision": "held-out"}}},
@@ -98,7 +98,7 @@ def test_commits_are_found_and_written_into_the_configuration(hub: FakeHub, tmp_
     first, second, third = pinned.config.data.mixture
     assert first == {"source": OTHER, "weight": 2.0, "params": {"revision": newer}}
     assert "params" not in second
-    assert "params" not in third, "the same source: it inherits the revision"
+    assert third["params"] == {"split": "extra"}, "the same source: it inherits the revision"
     assert pinned.config.eval.data["params"] == {"revision": other}
     # All else is as it was.
     assert pinned.config.optimizer == config.optimizer
