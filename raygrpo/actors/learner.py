@@ -158,7 +158,7 @@ class LearnerActor:
 
     @property
     def _may_skip(self) -> bool:
-        return self._config.train.dynamic_sampling and not self._config.loss.beta
+        return self._config.train.dynamic_sampling and not self._config.loss.acts_without_signal
 
 
 class LearnerGroup:

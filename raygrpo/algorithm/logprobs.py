@@ -31,6 +31,7 @@ def token_logprobs(
     temperature: float = 1.0,
     transform: Callable[[Tensor], Tensor] = _identity,
     chunk_tokens: int,
+    entropy_gradient: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Logprob of each target under softmax(transform(head(hidden)) / temperature), and the entropy.
 
@@ -43,11 +44,18 @@ def token_logprobs(
         head: [n, H] -> [n, V].
         targets: [N] token ids.
         transform: elementwise, from the head's output (as fp32) to logits: soft-capping, scale.
+        entropy_gradient: whether entropies carry a gradient.
 
     Returns:
-        Logprobs [N] in nats, fp32, with gradient, and entropies [N] in nats, fp32, without.
+        Logprobs [N] in nats, fp32, with gradient, and entropies [N] in nats, fp32.
     """
-    compute = partial(_chunk, head=head, transform=transform, temperature=temperature)
+    compute = partial(
+        _chunk,
+        head=head,
+        transform=transform,
+        temperature=temperature,
+        entropy_gradient=entropy_gradient,
+    )
     if hidden.shape[0] <= chunk_tokens:
         logprobs, entropies = compute(hidden, targets)
         return logprobs, entropies
@@ -69,12 +77,16 @@ def _chunk(
     head: Callable[[Tensor], Tensor],
     transform: Callable[[Tensor], Tensor],
     temperature: float,
+    entropy_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     logits = transform(head(hidden).float())
     if temperature != 1.0:
         logits = logits / temperature
     log_normaliser = logits.logsumexp(-1)
     chosen = logits.gather(-1, targets.long()[:, None]).squeeze(-1)
+    if entropy_gradient:
+        table = logits - log_normaliser[:, None]
+        return chosen - log_normaliser, -(table.exp() * table).sum(-1)
     # Last, because the recomputation stops at the last tensor that the backward pass needs.
     with torch.no_grad():
         entropies = torch.special.entr((logits - log_normaliser[:, None]).exp_()).sum(-1)

@@ -102,6 +102,8 @@ class LogprobHead(nn.Module):
 
     def __init__(self, model: Any, temperature: float) -> None:
         super().__init__()
+        # The learner sets it where the loss has an entropy bonus.
+        self.entropy_gradient = False
         self.head = model.get_output_embeddings()
         if self.head is None:
             raise ConfigError(f"models of type {model.config.model_type!r} have no language head")
@@ -118,6 +120,7 @@ class LogprobHead(nn.Module):
             temperature=self.temperature,
             transform=self.transform,
             chunk_tokens=self.chunk_tokens,
+            entropy_gradient=self.entropy_gradient,
         )
 
     def logits(self, hidden: Tensor) -> Tensor:
