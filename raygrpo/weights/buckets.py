@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
-import xxhash
 from torch import Tensor
 
 from raygrpo.errors import InfraError
 from raygrpo.types import BucketSpec, ByteArray, TensorSpec
+from raygrpo.weights.delta import checksum as checksum
 
 BUCKET_BYTES = 64 * 2**20
-
-
-def checksum(data: ByteArray) -> int:
-    """xxh3_64 of a byte array."""
-    return xxhash.xxh3_64_intdigest(data.data)
 
 
 def tensor_bytes(tensor: Tensor) -> ByteArray:
@@ -27,28 +22,37 @@ def tensor_bytes(tensor: Tensor) -> ByteArray:
     return view
 
 
+def new_bytes(num_bytes: int) -> ByteArray:
+    """An array of its own."""
+    return np.empty(num_bytes, np.uint8)
+
+
 def make_buckets(
-    tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int = BUCKET_BYTES
+    tensors: Iterable[tuple[str, Tensor]],
+    bucket_bytes: int = BUCKET_BYTES,
+    take: Callable[[int], ByteArray] = new_bytes,
 ) -> Iterator[tuple[BucketSpec, ByteArray]]:
     """Packs named tensors in order into buckets of at most ``bucket_bytes`` (or one tensor).
 
     Lazy: a bucket is yielded as soon as it is full, so that a sharded model is never gathered
-    whole.
+    whole. ``take`` gives the memory of a bucket: fresh memory costs as much as the copy into it.
     """
     pending: list[tuple[str, Tensor]] = []
     size = 0
     for name, tensor in tensors:
         num_bytes = tensor.numel() * tensor.element_size()
         if pending and size + num_bytes > bucket_bytes:
-            yield _pack(pending)
+            yield _pack(pending, take)
             pending, size = [], 0
         pending.append((name, tensor))
         size += num_bytes
     if pending:
-        yield _pack(pending)
+        yield _pack(pending, take)
 
 
-def _pack(tensors: list[tuple[str, Tensor]]) -> tuple[BucketSpec, ByteArray]:
+def _pack(
+    tensors: list[tuple[str, Tensor]], take: Callable[[int], ByteArray]
+) -> tuple[BucketSpec, ByteArray]:
     specs, offset = [], 0
     for name, tensor in tensors:
         num_bytes = tensor.numel() * tensor.element_size()
@@ -62,7 +66,7 @@ def _pack(tensors: list[tuple[str, Tensor]]) -> tuple[BucketSpec, ByteArray]:
             )
         )
         offset += num_bytes
-    data = np.empty(offset, np.uint8)
+    data = take(offset)
     for spec, (_, tensor) in zip(specs, tensors, strict=True):
         data[spec.offset_bytes : spec.offset_bytes + spec.num_bytes] = tensor_bytes(tensor)
     return BucketSpec(tensors=tuple(specs), num_bytes=offset, checksum=checksum(data)), data

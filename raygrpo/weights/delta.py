@@ -97,7 +97,7 @@ def apply(old: Bytes, data: Bytes) -> ByteArray:
     if before.size != header.num_bytes or checksum(before) != header.base:
         raise InfraError("the delta is of another base", "take a whole version")
     after = before.copy()
-    patch(after, data)
+    patch(after, data, header.base)
     if checksum(after) != header.result:
         raise InfraError("the delta did not give the bytes that it was made of")
     return after
@@ -163,19 +163,21 @@ def read_header(data: Bytes) -> Header:
     raise InfraError("a delta is corrupt", "the weights are pulled again")
 
 
-def patch(target: ByteArray, data: Bytes) -> None:
-    """Turns the base into the result in place; whoever calls knows the base, and checks the result.
+def patch(target: ByteArray, data: Bytes, base: int) -> int:
+    """Turns the base into the result in place; returns the checksum that the result should have.
+
+    The caller knows that ``base`` is the target's checksum, and checks the result.
 
     Raises:
-        InfraError: ``data`` is corrupt, or of another size; ``target`` may have changed in part.
+        InfraError: ``data`` is corrupt or of another base; the target is as it was.
     """
     header = read_header(data)
-    if target.size != header.num_bytes:
-        raise InfraError(f"a delta of {header.num_bytes} bytes does not fit {target.size}")
+    if target.size != header.num_bytes or base != header.base:
+        raise InfraError("the delta is of another base", "take a whole version")
     sections = _flat(data)[_SEAL.size + _HEAD.size :]
     if not header.itemsize:
         target[:] = sections
-        return
+        return header.result
     body = target.size // WORD * WORD
     tail = target.size - body
     target[body:] = sections[:tail]
@@ -188,6 +190,7 @@ def patch(target: ByteArray, data: Bytes) -> None:
         zigzag = values[place : place + where.size]
         place += where.size
         elements[where] += (zigzag >> 1) ^ (0 - (zigzag & 1))
+    return header.result
 
 
 class _Reader:
@@ -206,7 +209,9 @@ class _Reader:
 
 
 def _flat(data: Bytes) -> ByteArray:
-    return data if isinstance(data, np.ndarray) else np.frombuffer(data, np.uint8)
+    if isinstance(data, np.ndarray):
+        return np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+    return np.frombuffer(data, np.uint8)
 
 
 def _seal(head: bytes, *parts: bytes) -> bytes:
