@@ -17,8 +17,8 @@ from raygrpo.algorithm.loss import LossInputs, policy_loss
 from raygrpo.algorithm.plan import loss_config
 from raygrpo.config import RunConfig
 from raygrpo.errors import ConfigError, NumericError, RayGrpoError, StorageError
-from raygrpo.learner.lora import adapter_off, adapter_parameters, base_parameters
 from raygrpo.learner.first_pass import Held, first_pass
+from raygrpo.learner.lora import adapter_off, adapter_parameters, base_parameters
 from raygrpo.learner.policy import PolicyInputs, PolicyModel, policy_inputs
 from raygrpo.learner.schedule import learning_rate
 from raygrpo.learner.shards import (
@@ -75,6 +75,7 @@ class Learner(ABC):
         self._loss_config = loss_config(config)
         loss = config.loss
         self._entropy = EntropyControl(coef=loss.entropy_coef, target=loss.entropy_target)
+        policy.logprob_head.entropy_gradient = loss.has_entropy_bonus
         train = config.train
         self._updates_per_step = train.num_iterations * train.num_minibatches
         self._total_updates = train.steps * self._updates_per_step
@@ -309,9 +310,7 @@ class Learner(ABC):
         return {name: Stat.of(value) for name, value in values.items()}
 
 
-def _loss_inputs(
-    item: _Prepared, logprobs: Tensor, entropies: Tensor, held: Held
-) -> LossInputs:
+def _loss_inputs(item: _Prepared, logprobs: Tensor, entropies: Tensor, held: Held) -> LossInputs:
     return LossInputs(
         logprobs=logprobs,
         old_logprobs=held.old_logprobs,
