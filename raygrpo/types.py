@@ -15,6 +15,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from raygrpo.stats import Stat as Stat
+from raygrpo.stats import merge_stats as merge_stats
+
 IntArray = npt.NDArray[np.int32]
 FloatArray = npt.NDArray[np.float32]
 BoolArray = npt.NDArray[np.bool_]
@@ -84,7 +87,9 @@ class GroupRequest:
 
     ``group_id`` is the order of admission in its stream and, with ``seed`` and ``stream``, the key
     of all randomness; ``attempt`` only tells duplicates apart. A generator serves the request once
-    it holds ``min_version`` or a newer one.
+    it holds ``min_version`` or a newer one. ``partials`` (none, or one a completion) are what
+    another generator wrote before it was aborted: those that finished ``abort`` go on from their
+    tokens, the others are done.
     """
 
     stream: Stream
@@ -94,6 +99,11 @@ class GroupRequest:
     seed: int
     sampling: Sampling
     min_version: Version
+    partials: tuple[Completion, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.partials and len(self.partials) != self.sampling.num_completions:
+            raise ValueError(f"group {self.group_id} has the wrong number of partial completions")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -355,43 +365,6 @@ class WeightsManifest:
     def sent_bytes(self) -> int:
         """Size of all arrays that travel."""
         return sum(bucket.sent_bytes for bucket in self.buckets)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stat:
-    """A mergeable statistic: merging is addition of sums and counts, and min and max."""
-
-    sum: float
-    count: float
-    min: float
-    max: float
-
-    @property
-    def mean(self) -> float:
-        """Sum over count; NaN when nothing was counted."""
-        return self.sum / self.count if self.count else math.nan
-
-    def __add__(self, other: Stat) -> Stat:
-        return Stat(
-            sum=self.sum + other.sum,
-            count=self.count + other.count,
-            min=min(self.min, other.min),
-            max=max(self.max, other.max),
-        )
-
-    @staticmethod
-    def of(value: float, count: float = 1.0) -> Stat:
-        """A statistic of ``count`` equal values."""
-        return Stat(sum=value * count, count=count, min=value, max=value)
-
-
-def merge_stats(parts: list[Mapping[str, Stat]]) -> dict[str, Stat]:
-    """Adds up statistics by name; a name that is missing in a part adds nothing."""
-    merged: dict[str, Stat] = {}
-    for part in parts:
-        for name, stat in part.items():
-            merged[name] = merged[name] + stat if name in merged else stat
-    return merged
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

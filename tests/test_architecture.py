@@ -18,6 +18,7 @@ NAMES = {
 # A module may import from its own floor and from those below.
 FLOORS = {
     "raygrpo.types": 0,
+    "raygrpo.stats": 0,
     "raygrpo.config": 0,
     "raygrpo.config_file": 0,
     "raygrpo.config_keys": 0,

@@ -37,7 +37,11 @@ class Engine(Protocol):
         """Whether a step would make progress (False while all requests wait for newer weights)."""
 
     def submit(self, request: GroupRequest) -> None:
-        """Queues a group. Raises DataError when it can never fit (prompt plus completion)."""
+        """Queues a group. Raises DataError when it can never fit (prompt plus completion).
+
+        Its ``partials`` keep their tokens, logprobs and versions; those that were aborted go on
+        with the random numbers of their next positions. The finished group's request has none.
+        """
 
     def step(self) -> list[Group]:
         """Decodes one token of every running completion; returns the groups that finished."""
@@ -59,7 +63,8 @@ class Engine(Protocol):
         """Stages and commits a version; between two steps."""
 
     def abort(self, stream: Stream, group_id: int) -> list[Completion]:
-        """Drops a group; returns its completions so far, none if it had not begun or is gone."""
+        """Drops a group; returns its completions so far, in order, for another engine to go on with
+        (`GroupRequest.partials`): all of them, or none if it had not begun or is gone."""
 
     def score(self, token_ids: Sequence[int], temperature: float = 1.0) -> FloatArray:
         """Logprobs [T] of each token given those before it, in nats; index 0 is 0."""
