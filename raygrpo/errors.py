@@ -44,6 +44,10 @@ class InfraError(RayGrpoError):
     """A process, node or connection failed, or missed its deadline."""
 
 
+class WeightsLost(InfraError):
+    """The weight store was restarted, and has nothing: the learner must publish again."""
+
+
 class ProbeFailed(InfraError):
     """An engine computes other logprobs than the learner that published its weights.
 

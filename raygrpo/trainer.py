@@ -174,6 +174,9 @@ class Trainer:
                 self._take_publish()
             else:
                 self._rollouts.confirm(pending)
+        # While an update runs, the learner has no weights of this version to give.
+        if done.weights_lost and not (self._update or self._publish):
+            self._start_publish()
 
     def _take_group(self, group: FinishedGroup, report: ScoreReport) -> None:
         summary = group.summary

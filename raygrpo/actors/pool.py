@@ -26,7 +26,7 @@ from raygrpo.actors.spawn import log_path, spawn
 from raygrpo.actors.workers import Done, Flight, GroupKey, Worker
 from raygrpo.algorithm.window import FinishedGroup
 from raygrpo.config import RewardSection, RunConfig
-from raygrpo.errors import InfraError
+from raygrpo.errors import InfraError, ProbeFailed, WeightsLost
 from raygrpo.failures import MAX_DEATHS, Action, History, decide
 from raygrpo.profiling import ProfileRequest
 from raygrpo.rewards.loading import reward_models
@@ -61,7 +61,7 @@ class RolloutPool:
         self._models = [self._new_model(i) for i in range(len(self._model_specs))]
         self._dispatcher = Dispatcher(config.ray.timeouts_s.generate)
         self._flights = self._dispatcher.flights
-        self._published = False
+        self._num_publishes = 0
         self._consecutive_losses = 0
         self._clear()
         self.trainer_state: Any = None
@@ -96,10 +96,13 @@ class RolloutPool:
         self._dispatch()
 
     def load(self) -> None:
-        """Has every generator pull the newest weights; one that fails is replaced."""
-        self._published = True
+        """Has every generator pull the newest weights; one that fails is replaced.
+
+        One whose load is under way, under the deadline of that load, loads again afterwards.
+        """
+        self._num_publishes += 1
         for worker in self._generators:
-            if worker.starting is None:
+            if worker.starting is None and worker.loading is None:
                 self._start_loading(worker)
 
     def wait(self, pendings: Sequence[Pending[Any]], timeout_s: float) -> Done:
@@ -125,6 +128,7 @@ class RolloutPool:
             completed=completed,
             loads=tuple(self._loads),
             events=tuple(self._events),
+            weights_lost=self._weights_lost,
         )
         self._clear()
         return done
@@ -135,6 +139,7 @@ class RolloutPool:
         self._dropped: list[GroupKey] = []
         self._loads: list[LoadReport] = []
         self._events: list[tuple[str, Mapping[str, Any]]] = []
+        self._weights_lost = False
 
     def _wait_for(self, refs: list[Any], timeout_s: float) -> set[Any]:
         started = time.monotonic()
@@ -193,6 +198,7 @@ class RolloutPool:
 
     def _start_loading(self, worker: Worker) -> None:
         worker.loading = worker.actor.load.remote()
+        worker.loading_publish = self._num_publishes
         worker.deadline = time.monotonic() + self._config.ray.timeouts_s.update
 
     def _collect_worker(self, worker: Worker, ready: set[Any]) -> None:
@@ -200,17 +206,32 @@ class RolloutPool:
             if worker.starting is not None and worker.starting in ready:
                 worker.pid = resolve(worker.starting, worker.name)
                 worker.starting = None
-                if worker.role == "generator" and self._published:
+                if worker.role == "generator" and self._num_publishes:
+                    worker.joining = True
                     self._start_loading(worker)
             elif worker.loading is not None and worker.loading in ready:
-                ref, worker.loading = worker.loading, None
-                self._loads.append(resolve(ref, worker.name))
+                self._collect_load(worker)
             elif worker.living is not None and worker.living in ready:
                 resolve(worker.living, worker.name)
         except DependencyDied:
             raise
         except InfraError as error:
+            if isinstance(error, ProbeFailed):
+                self._events.append(("probe_failed", {"worker": worker.name, **error.figures}))
             self._lose_worker(worker, error)
+
+    def _collect_load(self, worker: Worker) -> None:
+        ref, worker.loading = worker.loading, None
+        newest = worker.loading_publish == self._num_publishes
+        try:
+            self._loads.append(resolve(ref, worker.name))
+            worker.joining = worker.joining and not newest
+        except WeightsLost as error:  # no fault of the generator, which keeps what it has
+            if newest:
+                self._weights_lost = True
+                self._events.append(("weights_lost", {"worker": worker.name, "error": str(error)}))
+        if not newest:
+            self._start_loading(worker)
 
     def _collect_flight(self, key: GroupKey, flight: Flight) -> None:
         worker = flight.worker

@@ -13,10 +13,11 @@ import ray
 def spawn(cls: type, *arguments: Any, **options: Any) -> Any:
     """Starts an actor of ``cls`` and returns its handle.
 
-    It never restarts by itself: a blank actor would pass for one that holds weights.
+    It never restarts by itself, unless ``options`` say so: a blank actor would pass for one that
+    holds weights.
     """
     limits = {"max_restarts": 0, "max_task_retries": 0}
-    return _actor_class(cls).options(**limits, **options).remote(*arguments)
+    return _actor_class(cls).options(**{**limits, **options}).remote(*arguments)
 
 
 def log_to(path: str | None) -> None:

@@ -21,6 +21,8 @@ class Worker:
     """A process of the pool. ``starting`` is its call under way until it may get work.
 
     A reward model's ``living`` is a call that never returns: what resolves it is a death.
+    ``joining`` is a generator that has yet to load what others hold; ``loading_publish`` is the
+    number of the newest publish as its load under way began.
     """
 
     role: Role
@@ -29,6 +31,8 @@ class Worker:
     starting: Any = None
     loading: Any = None
     living: Any = None
+    joining: bool = False
+    loading_publish: int = 0
     deadline: float = 0.0
     pid: int = 0
     reward: str = ""
@@ -51,7 +55,10 @@ class Flight:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Done:
-    """What one wait brought. ``lost`` groups must be sent again; ``dropped`` cannot be served."""
+    """What one wait brought. ``lost`` groups must be sent again; ``dropped`` cannot be served.
+
+    ``weights_lost``: the weight store has nothing any more, and must be given the weights again.
+    """
 
     groups: tuple[tuple[FinishedGroup, ScoreReport], ...] = ()
     lost: tuple[GroupKey, ...] = ()
@@ -59,13 +66,14 @@ class Done:
     completed: tuple[Pending[Any], ...] = ()
     loads: tuple[LoadReport, ...] = ()
     events: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+    weights_lost: bool = False
 
 
 def least_loaded(workers: Sequence[Worker]) -> Worker | None:
     """The started worker with the fewest groups; None while none has started."""
-    # A generator that loads newer weights still decodes; only one that never loaded must wait,
-    # and the engine itself holds a request until it has the version that the request asks for.
-    ready = [worker for worker in workers if worker.starting is None]
+    # A generator that loads newer weights still decodes; only one that joins late must wait, and
+    # the engine itself holds a request until it has the version that the request asks for.
+    ready = [worker for worker in workers if worker.starting is None and not worker.joining]
     return min(ready, key=lambda worker: len(worker.groups), default=None)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from raygrpo.errors import InfraError
+from raygrpo.errors import InfraError, WeightsLost
 from raygrpo.types import Version, WeightsManifest
 
 # A manifest and an opaque reference to the array of each bucket.
@@ -71,10 +71,10 @@ class VersionChain:
         at ``have``, or where it is longer.
 
         Raises:
-            InfraError: nothing has been published.
+            WeightsLost: nothing has been published, or all of it was lost with the store's process.
         """
         if self._whole is None:
-            raise InfraError("the weight store is empty: nothing has been published")
+            raise WeightsLost("the weight store is empty: nothing has been published")
         if have == self.version:
             return []
         since = [delta for delta in self._deltas if delta[0].version > self._whole[0].version]
