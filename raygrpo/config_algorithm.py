@@ -22,6 +22,13 @@ class AdvantageSection(Section):
         "What the difference is divided by. gdpo: each reward is normalised in its group before "
         "they are summed, and the sum in the step; otherwise rewards are summed first.",
     )
+    overlong_buffer: float = key(
+        0.0,
+        "Soft overlong penalty: rewards fall by up to 1 over this last share of "
+        "sampling.max_tokens; 0: none.",
+        ge=0,
+        le=1,
+    )
     mask_truncated: bool = key(
         False, "Overlong filter: truncated completions count in the baseline, not in the loss."
     )
@@ -30,6 +37,8 @@ class AdvantageSection(Section):
     def _one_normalisation(self) -> AdvantageSection:
         if self.scale == "gdpo" and self.baseline != "mean":
             raise ValueError("scale: gdpo takes off means: set advantage.baseline: mean")
+        if self.scale == "gdpo" and self.overlong_buffer:
+            raise ValueError("overlong_buffer with scale: gdpo: add the reward `length` instead")
         return self
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -14,11 +14,12 @@ from raygrpo.algorithm.advantages import (
     normalised_sum,
 )
 from raygrpo.algorithm.loss import LossConfig, loss_weights_for
+from raygrpo.algorithm.overlong import overlong_penalty
 from raygrpo.algorithm.window import FinishedGroup
 from raygrpo.config import RunConfig
 from raygrpo.config_algorithm import AdvantageSection
 from raygrpo.rewards.loading import reward_name
-from raygrpo.types import GroupSummary, PlannedSample, Score, StepBatch
+from raygrpo.types import GroupSummary, PlannedSample, StepBatch
 
 
 def loss_config(config: RunConfig) -> LossConfig:
@@ -68,14 +69,21 @@ def make_step_batch(step: int, groups: Sequence[FinishedGroup], config: RunConfi
 
 
 def signal_values(summary: GroupSummary, config: RunConfig) -> list[float | None]:
-    """What decides whether a group teaches anything: rewards, or (GDPO) sums of normalised parts.
+    """What decides whether a group teaches anything: rewards, with the soft overlong penalty.
 
-    Normalised parts may differ where the sum of the rewards does not.
+    With ``gdpo`` sums of normalised parts, which may differ where the rewards' sum does not.
     """
-    if config.advantage.scale != "gdpo":
+    section, max_tokens = config.advantage, config.sampling.max_tokens
+    if section.scale == "gdpo":
+        sums = _normalised_sums([summary], config)[0].tolist()
+        return [None if math.isnan(value) else value for value in sums]
+    if not section.overlong_buffer:
         return [score.value for score in summary.scores]
-    sums = _normalised_sums([summary], config)[0].tolist()
-    return [None if math.isnan(value) else value for value in sums]
+    buffer = section.overlong_buffer * max_tokens
+    return [
+        None if score.value is None else score.value + overlong_penalty(length, max_tokens, buffer)
+        for score, length in zip(summary.scores, summary.lengths, strict=True)
+    ]
 
 
 def _teaches(summary: GroupSummary, config: RunConfig) -> bool:
@@ -88,31 +96,31 @@ def _advantages(summaries: Sequence[GroupSummary], config: RunConfig) -> torch.T
     section = config.advantage
     if section.scale == "gdpo":
         return batch_normalised(_normalised_sums(summaries, config))
-    rewards = _table(summaries, 1, lambda score: [score.value])[:, :, 0]
-    return group_advantages(rewards, baseline=section.baseline, scale=section.scale)
+    rewards = _table([[[value] for value in signal_values(s, config)] for s in summaries], 1)
+    return group_advantages(rewards[:, :, 0], baseline=section.baseline, scale=section.scale)
 
 
 def _normalised_sums(summaries: Sequence[GroupSummary], config: RunConfig) -> torch.Tensor:
     weights = {reward_name(reward): reward.weight for reward in config.rewards}
-    parts = _table(summaries, len(weights), lambda s: [s.parts.get(name) for name in weights])
-    return normalised_sum(parts, list(weights.values()))
+    # An errored score keeps the parts that did not fail: they do not count.
+    parts = [
+        [
+            [None if score.value is None else score.parts.get(name) for name in weights]
+            for score in summary.scores
+        ]
+        for summary in summaries
+    ]
+    return normalised_sum(_table(parts, len(weights)), list(weights.values()))
 
 
-def _table(
-    summaries: Sequence[GroupSummary], num_values: int, read: Callable[[Score], list[float | None]]
-) -> torch.Tensor:
-    """What ``read`` finds in each score, [N, G, K]; NaN where that is None, or there is no score.
-
-    An errored score keeps the parts that did not fail: they do not count.
-    """
-    width = max(len(summary.scores) for summary in summaries)
-    shape = (len(summaries), width, num_values)
-    table = torch.full(shape, math.nan, dtype=torch.float64)
-    for row, summary in enumerate(summaries):
-        for column, score in enumerate(summary.scores):
-            if score.value is not None:
-                values = [math.nan if value is None else value for value in read(score)]
-                table[row, column] = torch.tensor(values, dtype=torch.float64)
+def _table(groups: Sequence[Sequence[Sequence[float | None]]], num_values: int) -> torch.Tensor:
+    """Values [N, G, K] of groups of unlike sizes; NaN for None and where a group is smaller."""
+    width = max(map(len, groups))
+    table = torch.full((len(groups), width, num_values), math.nan, dtype=torch.float64)
+    for row, group in zip(table, groups, strict=True):
+        for cells, values in zip(row, group, strict=False):
+            filled = [math.nan if value is None else value for value in values]
+            cells.copy_(torch.tensor(filled, dtype=torch.float64))
     return table
 
 

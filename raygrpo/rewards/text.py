@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from decimal import MAX_EMAX, MAX_PREC, MIN_EMIN, Decimal, InvalidOperation, localcontext
 from typing import Any
 
+from raygrpo.algorithm.overlong import overlong_penalty
+
 LogExtra = Callable[[str, list[Any]], None]
 
 # A sign counts only where no operand stands before it: "10-3" ends in 3, "x = -3" in -3.
@@ -117,12 +119,4 @@ def length(
 
     0 up to ``max_length - buffer``, then linearly down to -1 at ``max_length`` and beyond.
     """
-    free = max_length - buffer
-    penalties = []
-    for ids in completion_ids:
-        over = len(ids) - free
-        if over <= 0:
-            penalties.append(0.0)
-        else:
-            penalties.append(-1.0 if len(ids) > max_length else -over / buffer)
-    return penalties
+    return [overlong_penalty(len(ids), max_length, buffer) for ids in completion_ids]

@@ -1,5 +1,6 @@
 """Alarms that training goes wrong, read off the metrics of its steps: no signal, truncation,
-entropy collapse, gradient spikes. An alarm is recorded once, when it begins."""
+entropy collapse, stale or unlike samplers, gradient spikes. An alarm is recorded once, when it
+begins."""
 
 from __future__ import annotations
 
@@ -11,6 +12,10 @@ from dataclasses import dataclass
 # Steps that a judgement looks at: one step's mean says little where a step has few groups.
 WINDOW = 5
 SPIKE_WINDOW = 20
+# Log-ratios of deviation s (nats a token) leave an effective sample size of exp(-s^2): s = 0.47.
+ESS_LIMIT = 0.8
+# Nats a token; rounding to bfloat16 on one side stays near 0.02.
+GAP_LIMIT = 0.1
 
 Judge = Callable[[Sequence[float], Sequence[float]], tuple[float, float] | None]
 
@@ -42,6 +47,14 @@ def _above(limit: float) -> Judge:
         recent = newest[-WINDOW:]
         value = statistics.fmean(recent)
         return (value, limit) if len(recent) == WINDOW and value > limit else None
+
+    return judge
+
+
+def _at_once(limit: float, *, below: bool) -> Judge:
+    def judge(first: Sequence[float], newest: Sequence[float]) -> tuple[float, float] | None:
+        value = newest[-1]
+        return (value, limit) if (value < limit if below else value > limit) else None
 
     return judge
 
@@ -80,6 +93,18 @@ RULES = (
         "entropy",
         _collapsed,
         "lower optimizer.lr, or set loss.entropy_coef",
+    ),
+    _Rule(
+        "low_ess",
+        "ess",
+        _at_once(ESS_LIMIT, below=True),
+        "lower train.max_staleness, or set loss.correction: tis",
+    ),
+    _Rule(
+        "logprob_gap",
+        "sampling/logprob_gap_mean",
+        _at_once(GAP_LIMIT, below=False),
+        "generators and learner disagree: lower train.max_staleness, or compare their dtypes",
     ),
     _Rule(
         "gradient_spike",

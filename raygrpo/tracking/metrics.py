@@ -18,6 +18,7 @@ from raygrpo.types import GroupSummary, Stat
 # As torch.isclose(x, 0), with which TRL decides that a group's rewards do not differ.
 _ZERO_STD = 1e-8
 _RATIO, _RATIO_SQUARED = "sampling/token_ratio", "sampling/token_ratio_squared"
+_GAP = "sampling/sampling_logp_difference"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,6 +153,9 @@ def stat_metrics(stats: Mapping[str, Stat]) -> dict[str, float]:
         else:
             kind = name.rpartition("_")[2]
             metrics[name] = {"min": stat.min, "max": stat.max}.get(kind, stat.mean)
+    gap = stats.get(_GAP)
+    if gap and gap.count:
+        metrics |= {"sampling/logprob_gap_mean": gap.mean, "sampling/logprob_gap_max": gap.max}
     ratio, squared = stats.get(_RATIO), stats.get(_RATIO_SQUARED)
     if ratio and squared and ratio.count and squared.sum > 0:
         metrics["ess"] = ratio.sum**2 / (ratio.count * squared.sum)
