@@ -7,15 +7,16 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from raygrpo.actors.spawn import log_to
 from raygrpo.config import RunConfig
 from raygrpo.engines.base import Engine
 from raygrpo.profiling import EngineTracer, ProfileRequest
 from raygrpo.types import Group, GroupRequest, Version
+from raygrpo.weights.replica import Link, Replica, Staged
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,11 +28,19 @@ class GenerationReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadReport:
-    """A finished load: the version held, bytes, and seconds from call to loaded."""
+    """A finished load: the version held, and what it took.
+
+    ``num_bytes`` were pulled for ``full_bytes`` of weights: nothing (kind ``none``), a chain of
+    deltas, or a whole version with those on it (``full``). ``load_s`` is from call to loaded,
+    ``stall_s`` what decoding lost of it.
+    """
 
     version: Version
+    kind: Literal["none", "delta", "full"]
     num_bytes: int
+    full_bytes: int
     load_s: float
+    stall_s: float
 
 
 class GeneratorActor:
@@ -51,6 +60,8 @@ class GeneratorActor:
         self._commands: queue.SimpleQueue[tuple[Callable[[], Any], asyncio.Future[Any]]]
         self._commands = queue.SimpleQueue()
         self._waiting: dict[tuple[str, int, int], asyncio.Future[Group]] = {}
+        self._replica = Replica()
+        self._loading = asyncio.Lock()
 
     async def start(self, log: str | None) -> int:
         """Loads the engine (not in the constructor, whose errors lose their type); the pid."""
@@ -84,27 +95,45 @@ class GeneratorActor:
         return GenerationReport(group_id=request.group_id), group
 
     async def load(self) -> LoadReport:
-        """Pulls the store's newest version and loads it; returns once the engine holds it."""
+        """Pulls what leads to the store's newest version; returns once the engine holds it.
+
+        The version is built on a thread of its own while decoding goes on.
+        """
         started = time.monotonic()
-        manifest, refs = await self._store.latest.remote()
-        buckets = await asyncio.gather(*refs)
-        num_bytes = manifest.num_bytes
-        if manifest.kind == "adapter":
-            make = self._adapter_base.full_version
-            manifest, buckets = await asyncio.to_thread(make, manifest, buckets)
-        done: asyncio.Future[None] = self._loop.create_future()
-
-        def command() -> None:
-            if self._engine.version != manifest.version:
-                self._engine.load_weights(manifest, buckets)
-
-        self._enqueue(command, done)
-        await done
+        async with self._loading:
+            plan = await self._store.plan.remote(self._replica.version)
+            links = [(manifest, await asyncio.gather(*refs)) for manifest, refs in plan]
+            stall_s = 0.0
+            if links:
+                staged = await asyncio.to_thread(self._stage, links)
+                done: asyncio.Future[float] = self._loop.create_future()
+                self._enqueue(lambda: self._commit(staged), done)
+                stall_s = await done
+            held = self._replica.current.manifest
+        whole = bool(links) and links[0][0].kind != "delta"
         return LoadReport(
-            version=manifest.version,
-            num_bytes=num_bytes,
+            version=held.version,
+            kind="full" if whole else "delta" if links else "none",
+            num_bytes=sum(manifest.sent_bytes for manifest, _ in links),
+            full_bytes=held.num_bytes,
             load_s=time.monotonic() - started,
+            stall_s=stall_s,
         )
+
+    def _stage(self, links: Sequence[Link]) -> Staged:
+        staged = self._replica.stage(links)
+        manifest, buckets = staged.manifest, list(staged.buckets)
+        if manifest.kind == "adapter":
+            manifest, buckets = self._adapter_base.full_version(manifest, buckets)
+        self._engine.stage_weights(manifest, buckets)
+        return staged
+
+    def _commit(self, staged: Staged) -> float:
+        """Puts the staged version into use, on the engine's thread; the seconds that it took."""
+        started = time.monotonic()
+        self._engine.commit_weights()
+        self._replica.commit(staged)
+        return time.monotonic() - started
 
     async def _submit(self, request: GroupRequest) -> Group:
         finished: asyncio.Future[Group] = self._loop.create_future()

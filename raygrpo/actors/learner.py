@@ -12,23 +12,20 @@ import ray
 
 from raygrpo.actors.futures import Pending
 from raygrpo.actors.placement import actor_options, labels_of, learner_threads
+from raygrpo.actors.publishing import Publisher, PublishReport
 from raygrpo.actors.spawn import log_path, log_to, spawn
 from raygrpo.algorithm.packing import make_microbatch, place
 from raygrpo.config import RunConfig
 from raygrpo.errors import ConfigError
 from raygrpo.profiling import ProfileRequest, Tracer
 from raygrpo.types import (
-    BucketSpec,
     Group,
     Microbatch,
     StepBatch,
     StepResult,
     Version,
-    WeightsManifest,
     merge_stats,
 )
-
-_PUTS_IN_FLIGHT = 2
 
 
 class LearnerActor:
@@ -38,6 +35,7 @@ class LearnerActor:
         self._config = config
         self._rank = rank
         self._profile = profile
+        self._publisher: Publisher | None = None
 
     def address(self) -> tuple[str, int]:
         """This node's address and a free port on it, for the ranks to meet.
@@ -86,10 +84,8 @@ class LearnerActor:
             stats = self._learner.update((), skip=True)
         return StepResult(version=Version(incarnation, batch.step + 1), stats=stats)
 
-    def publish(self, version: Version, store: Any) -> WeightsManifest | None:
-        """Puts the weights into the store bucket by bucket; rank 0 sends, others help gather."""
-        from raygrpo.weights.buckets import make_buckets
-
+    def publish(self, version: Version, store: Any, local: bool) -> PublishReport | None:
+        """Publishes the weights; rank 0 sends, others help gather. ``local``: on one machine."""
         lora = bool(self._config.learner.lora)
         learner = self._learner
         tensors = learner.adapter_weights() if lora else learner.named_weights()
@@ -97,22 +93,11 @@ class LearnerActor:
             for _ in tensors:
                 pass
             return None
-        specs: list[BucketSpec] = []
-        puts: list[Any] = []
-        for spec, data in make_buckets(tensors):
-            puts.append(store.put.remote(version, len(specs), data))
-            specs.append(spec)
-            if len(puts) >= _PUTS_IN_FLIGHT:
-                ray.get(puts.pop(0), timeout=self._config.ray.timeouts_s.update)
-        ray.get(puts, timeout=self._config.ray.timeouts_s.update)
-        manifest = WeightsManifest(
-            version=version,
-            kind="adapter" if lora else "full",
-            base_version=None,
-            buckets=tuple(specs),
-        )
-        ray.get(store.commit.remote(manifest), timeout=self._config.ray.timeouts_s.update)
-        return manifest
+        if self._publisher is None:
+            self._publisher = Publisher(
+                store, local=local, timeout_s=self._config.ray.timeouts_s.update
+            )
+        return self._publisher.publish(version, tensors, "adapter" if lora else "full")
 
     def save(self, directory: str) -> None:
         """Saves this rank's state under ``learner/``; rank 0 adds the model under ``model/``.
@@ -140,13 +125,14 @@ class LearnerActor:
 
     def _microbatches(self, batch: StepBatch) -> list[list[Microbatch]]:
         learner = self._learner
+        share, num_shares = learner.data_share
         plans = place(
             batch,
-            self._config.learner.num_ranks,
+            num_shares,
             tokens_per_microbatch=self._config.train.tokens_per_microbatch,
             shared_prompts=learner.supports_shared_prompts,
             attention_length=6.0 * learner.hf_model.config.get_text_config().hidden_size,
-        )[self._rank]
+        )[share]
         needed = {row[0].group_id for plan in plans for rows in plan for row in rows}
         groups = self._fetch(batch.payloads, sorted(needed))
         return [[make_microbatch(rows, groups) for rows in plan] for plan in plans]
@@ -214,10 +200,10 @@ class LearnerGroup:
         refs = [actor.update.remote(batch, incarnation) for actor in self._actors]
         return self._pending("learner (update)", refs, _merge_results)
 
-    def publish(self, version: Version) -> Pending[WeightsManifest]:
+    def publish(self, version: Version) -> Pending[PublishReport]:
         """Publishes the weights as ``version``."""
-        refs = [actor.publish.remote(version, self._store) for actor in self._actors]
-        return self._pending("learner (publish)", refs, lambda manifests: manifests[0])
+        refs = [actor.publish.remote(version, self._store, self._local) for actor in self._actors]
+        return self._pending("learner (publish)", refs, lambda reports: reports[0])
 
     def save(self, directory: Path) -> Pending[None]:
         """Saves learner state and model into a directory that all ranks see."""

@@ -3,7 +3,6 @@ nothing and generators pull whenever they need to."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,67 +10,48 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raygrpo.actors.spawn import spawn
-from raygrpo.errors import InfraError
 from raygrpo.types import ByteArray, Version, WeightsManifest
-
-_KEPT_VERSIONS = 2
-
-logger = logging.getLogger(__name__)
+from raygrpo.weights.chain import Stored, VersionChain
 
 
 class WeightStoreActor:
-    """Versions in order: older incarnations are refused, and only the newest versions are kept."""
+    """A `VersionChain` whose buckets are objects that this actor owns."""
 
     def __init__(self) -> None:
-        self._versions: dict[Version, tuple[WeightsManifest, tuple[Any, ...]]] = {}
-        self._incoming: dict[int, Any] = {}
-        self._incoming_version: Version | None = None
+        self._chain = VersionChain()
 
-    def put(self, version: Version, index: int, data: ByteArray) -> None:
-        """Takes bucket ``index`` of a version under way, into an object that this actor owns."""
-        self._refuse_older(version)
-        if version != self._incoming_version:
-            self._incoming, self._incoming_version = {}, version
-        self._incoming[index] = ray.put(data)
+    def put(self, version: Version, index: int, data: ByteArray, encoded: bool = False) -> None:
+        """Takes bucket ``index`` of a version under way, as a delta (``encoded``) or whole."""
+        self._chain.refuse_older(version)
+        self._chain.put(version, index, ray.put(data), encoded=encoded)
 
-    def commit(self, manifest: WeightsManifest) -> None:
-        """Makes a version readable, once all of its buckets are here."""
-        self._refuse_older(manifest.version)
-        expected = set(range(len(manifest.buckets)))
-        if self._incoming_version != manifest.version or set(self._incoming) != expected:
-            raise InfraError(f"version {tuple(manifest.version)} is incomplete in the weight store")
-        refs = tuple(self._incoming[index] for index in sorted(expected))
-        self._versions[manifest.version] = (manifest, refs)
-        self._incoming, self._incoming_version = {}, None
-        for version in sorted(self._versions)[:-_KEPT_VERSIONS]:
-            del self._versions[version]
+    def commit(self, *manifests: WeightsManifest) -> None:
+        """Makes a version readable, as whole, as a delta or as both, once its buckets are here."""
+        self._chain.commit(manifests)
 
-    def latest(self) -> tuple[WeightsManifest, tuple[Any, ...]]:
-        """The newest version: its manifest and a reference for each bucket."""
-        if not self._versions:
-            raise InfraError("the weight store is empty: nothing has been published")
-        return self._versions[max(self._versions)]
+    def newest(self) -> Version | None:
+        """The newest version; None while nothing has been published."""
+        return self._chain.version
 
-    def _refuse_older(self, version: Version) -> None:
-        newest = max(self._versions, default=None)
-        if newest is not None and version <= newest:
-            raise InfraError(
-                f"version {tuple(version)} is not newer than {tuple(newest)}: "
-                "a learner of an older incarnation is still publishing"
-            )
+    def plan(self, have: Version | None = None) -> list[Stored]:
+        """What to apply to get from ``have`` to the newest version, with references to buckets."""
+        return self._chain.plan(have)
 
 
 def start_store(labels: Mapping[str, str] | None = None) -> Any:
     """Starts the store on a node with these labels (the learner's), else on the driver's node.
 
-    It holds bytes and needs no core of its own, so without a place it could land on any node: on
+    It restarts by itself, without what it held, and calls under way are made again: an empty store
+    refuses deltas, and says to generators that the weights are lost, so that the learner publishes
+    them whole. It holds bytes and needs no core of its own, so without a place it could land on any node: on
     one that is preempted, say, with all published weights.
     """
+    restarts = {"max_restarts": -1, "max_task_retries": -1}
     if labels:
-        return spawn(WeightStoreActor, num_cpus=0, label_selector=dict(labels))
+        return spawn(WeightStoreActor, num_cpus=0, label_selector=dict(labels), **restarts)
     here = ray.get_runtime_context().get_node_id()
     place = NodeAffinitySchedulingStrategy(here, soft=False)
-    return spawn(WeightStoreActor, num_cpus=0, scheduling_strategy=place)
+    return spawn(WeightStoreActor, num_cpus=0, scheduling_strategy=place, **restarts)
 
 
 def end_store(store: Any) -> None:

@@ -29,11 +29,10 @@ Link = tuple[WeightsManifest, Sequence[ByteArray]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Staged:
-    """A whole version, which its ``manifest`` calls full or adapter; ``sent_bytes`` built it."""
+    """A whole version, which its ``manifest`` calls full or adapter."""
 
     manifest: WeightsManifest
     buckets: tuple[ByteArray, ...]
-    sent_bytes: int = 0
 
 
 class Replica:
@@ -50,6 +49,17 @@ class Replica:
     def version(self) -> Version | None:
         """The version in use; None before the first commit."""
         return self._current.manifest.version if self._current else None
+
+    @property
+    def current(self) -> Staged:
+        """The version in use.
+
+        Raises:
+            InfraError: there is none yet.
+        """
+        if self._current is None:
+            raise InfraError("no version of the weights is held", "pull a whole version")
+        return self._current
 
     def stage(self, links: Sequence[Link]) -> Staged:
         """Builds the version that the last link is of.
@@ -72,11 +82,10 @@ class Replica:
             if delta.checksum(bucket) != spec.checksum:
                 raise InfraError(f"{_name(spec)} is corrupt", "the weights are pulled again")
         whole = tuple(replace(spec, encoded_bytes=None) for spec in manifest.buckets)
-        first = links[0][0] if self._is_whole(links) else self._in_use.manifest
+        first = links[0][0] if self._is_whole(links) else self.current.manifest
         self._staged = Staged(
             manifest=replace(manifest, kind=first.kind, base_version=None, buckets=whole),
             buckets=buckets,
-            sent_bytes=sum(link.sent_bytes for link, _ in links),
         )
         self._links = () if self._is_whole(links) else tuple(links)
         return self._staged
@@ -91,12 +100,6 @@ class Replica:
             raise InfraError(f"version {tuple(staged.manifest.version)} is not staged")
         self._spare, self._current, self._staged = self._current, staged, None
         self._trail, self._links = self._links, ()
-
-    @property
-    def _in_use(self) -> Staged:
-        if self._current is None:
-            raise InfraError("a delta came before any whole version", "pull a whole version")
-        return self._current
 
     @staticmethod
     def _is_whole(links: Sequence[Link]) -> bool:
@@ -145,7 +148,7 @@ class Replica:
             np.copyto(out, arrays[index])
             _patch(index, out, manifest.buckets[index], links[whole[-1] + 1 :])
             return
-        in_use = self._in_use
+        in_use = self.current
         num_bytes = sum(manifest.buckets[index].sent_bytes for manifest, _ in trail)
         if self._spare and trail and num_bytes <= MAX_TRAIL_FRAC * out.nbytes:
             _patch(index, out, self._spare.manifest.buckets[index], trail)

@@ -188,17 +188,17 @@ def test_corrupt_weights_are_refused_and_the_next_version_serves(cluster: Cluste
 def test_the_store_keeps_order(cluster: Cluster) -> None:
     data = np.arange(8, dtype=np.uint8)
     with pytest.raises(InfraError, match="empty"):
-        resolve(cluster.store.latest.remote(), "store")
+        resolve(cluster.store.plan.remote(), "store")
     cluster.publish(Version(2, 5))
     for stale in (Version(2, 5), Version(2, 4), Version(1, 9)):
         with pytest.raises(InfraError, match="not newer"):
             resolve(cluster.store.put.remote(stale, 0, data), "store")
-    manifest, refs = resolve(cluster.store.latest.remote(), "store")
+    ((manifest, refs),) = resolve(cluster.store.plan.remote(), "store")
     incomplete = replace(manifest, version=Version(3, 5))
     resolve(cluster.store.put.remote(Version(3, 5), len(refs) + 3, data), "store")
     with pytest.raises(InfraError, match="incomplete"):
         resolve(cluster.store.commit.remote(incomplete), "store")
-    assert resolve(cluster.store.latest.remote(), "store")[0].version == Version(2, 5)
+    assert resolve(cluster.store.newest.remote(), "store") == Version(2, 5)
 
 
 def test_a_dead_store_is_not_the_generators_fault(cluster: Cluster) -> None:

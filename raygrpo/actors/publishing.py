@@ -1,0 +1,211 @@
+"""Publishing: from the learner's tensors to a version in the weight store, whole or as a delta.
+
+The rule. The first version of a process, and so of an incarnation, is whole. After that a bucket
+travels as a delta unless more than a certain share of its elements changed, or the delta is
+not the smaller: on one machine (LOCAL_FRAC) past what coding and applying cost more time than
+copies through shared memory; over a network (`delta.DENSE_FRAC`) past what a link of 1 Gbit/s
+carries as soon. A version of which no bucket is a delta is whole. Once the deltas since the last
+whole version outweigh it, a version goes both ways: the whole one serves those who come late or lag
+far, the delta everybody else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import ray
+
+from raygrpo.types import BucketSpec, ByteArray, Probe, Version, WeightsManifest
+from raygrpo.weights import delta
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WholeKind = Literal["full", "adapter"]
+
+LOCAL_FRAC = 0.03
+_PUTS_IN_FLIGHT = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublishReport:
+    """A finished publish: ``num_bytes`` are what a generator pulls that holds the version before.
+
+    ``changed_frac`` is the share of elements whose bits changed; None without a version before.
+    """
+
+    version: Version
+    kind: Literal["full", "delta", "adapter"]
+    num_bytes: int
+    full_bytes: int
+    changed_frac: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Compared:
+    """A bucket of the version under way, and what comparing it with the base brought."""
+
+    spec: BucketSpec
+    data: ByteArray
+    held: ByteArray
+    encoded: delta.Encoded | None
+
+
+class Publisher:
+    """Publishes one model's versions; keeps a copy of the bytes that it published last.
+
+    Bucket i is compared on a thread of its own while bucket i + 1 is gathered.
+    """
+
+    def __init__(self, store: Any, *, local: bool, timeout_s: float) -> None:
+        self._store, self._timeout_s = store, timeout_s
+        self._max_changed_frac = LOCAL_FRAC if local else delta.DENSE_FRAC
+        self._base: list[tuple[BucketSpec, ByteArray]] = []
+        self._base_version: Version | None = None
+        self._chain_bytes = 0
+        self._room = deque([np.empty(0, np.uint8)] * 2)
+        self._puts: deque[Any] = deque()
+
+    def publish(
+        self,
+        version: Version,
+        tensors: Iterable[tuple[str, Tensor]],
+        kind: WholeKind = "full",
+        probe: Probe | None = None,
+    ) -> PublishReport:
+        """Puts a version into the store bucket by bucket, then makes it readable.
+
+        ``kind`` is what a whole version of these tensors is.
+
+        Raises:
+            InfraError: the store refuses it; the next version is whole then.
+            GetTimeoutError: the store does not answer within the deadline.
+        """
+        # Until the store has this version, there is nothing that a delta could be based on.
+        base, self._base = self._base, []
+        self._puts.clear()
+        newest = self._get(self._store.newest.remote())  # none where the store was lost meanwhile
+        if newest is None or newest != self._base_version or version.incarnation != newest[0]:
+            base = []
+        whole = not base or self._chain_bytes > sum(spec.num_bytes for spec, _ in base)
+        buckets: list[_Compared] = []
+        for bucket in self._compare_all(tensors, base):
+            self._send(version, len(buckets), bucket, whole=whole)
+            buckets.append(bucket)
+        self._finish_puts(0)
+        link, manifests = _manifests(version, self._base_version, buckets, kind, probe, whole=whole)
+        self._get(self._store.commit.remote(*manifests))
+        self._base = [(bucket.spec, bucket.held) for bucket in buckets]
+        self._base_version = version
+        is_whole = any(manifest.kind != "delta" for manifest in manifests)
+        self._chain_bytes = 0 if is_whole else self._chain_bytes + link.sent_bytes
+        return _report(link, buckets)
+
+    def _compare_all(
+        self, tensors: Iterable[tuple[str, Tensor]], base: list[tuple[BucketSpec, ByteArray]]
+    ) -> Iterator[_Compared]:
+        """Packs buckets into two rooms by turns; a yielded one's data is good until the next."""
+        from raygrpo.weights.buckets import make_buckets
+
+        held = iter(base)
+        with ThreadPoolExecutor(1, "compare") as worker:
+            before: Future[_Compared] | None = None
+            for spec, data in make_buckets(tensors, take=self._take_room):
+                after = worker.submit(self._compare, spec, data, next(held, None))
+                if before is not None:
+                    yield before.result()
+                before = after
+            if before is not None:
+                yield before.result()
+
+    def _take_room(self, num_bytes: int) -> ByteArray:
+        self._room.rotate()
+        if self._room[0].nbytes < num_bytes:
+            self._room[0] = np.empty(num_bytes, np.uint8)
+        return self._room[0][:num_bytes]
+
+    def _compare(
+        self, spec: BucketSpec, data: ByteArray, base: tuple[BucketSpec, ByteArray] | None
+    ) -> _Compared:
+        """Compares a bucket with the base, and brings the base up to it."""
+        if base is None:
+            return _Compared(spec=spec, data=data, held=data.copy(), encoded=None)
+        old, held = base
+        encoded = delta.compare(
+            held, data, old.checksum, spec.checksum, _itemsize(spec), self._max_changed_frac
+        )
+        if encoded.data is None:
+            np.copyto(held, data)
+        else:
+            delta.patch(held, encoded.data, old.checksum)
+        return _Compared(spec=spec, data=data, held=held, encoded=encoded)
+
+    def _send(self, version: Version, index: int, bucket: _Compared, *, whole: bool) -> None:
+        put, coded = self._store.put.remote, bucket.encoded.data if bucket.encoded else None
+        # Ray has copied the bytes when the call returns: their room is free then.
+        if coded is not None:
+            self._puts.append(put(version, index, np.frombuffer(coded, np.uint8), True))
+        if coded is None or whole:
+            self._puts.append(put(version, index, bucket.data))
+        self._finish_puts(_PUTS_IN_FLIGHT)
+
+    def _finish_puts(self, num_left: int) -> None:
+        while len(self._puts) > num_left:
+            self._get(self._puts.popleft())
+
+    def _get(self, ref: Any) -> Any:
+        return ray.get(ref, timeout=self._timeout_s)
+
+
+def _manifests(
+    version: Version,
+    base_version: Version | None,
+    buckets: Sequence[_Compared],
+    kind: WholeKind,
+    probe: Probe | None,
+    *,
+    whole: bool,
+) -> tuple[WeightsManifest, list[WeightsManifest]]:
+    """What an up-to-date generator takes, and all that the store is given."""
+    specs = tuple(bucket.spec for bucket in buckets)
+    complete = WeightsManifest(
+        version=version, kind=kind, base_version=None, buckets=specs, probe=probe
+    )
+    coded = [bucket.encoded.data if bucket.encoded else None for bucket in buckets]
+    if not any(coded):
+        return complete, [complete]
+    sparse = tuple(
+        replace(spec, encoded_bytes=len(data) if data else None)
+        for spec, data in zip(specs, coded, strict=True)
+    )
+    link = replace(complete, kind="delta", base_version=base_version, buckets=sparse)
+    return link, [link, complete] if whole else [link]
+
+
+def _report(link: WeightsManifest, buckets: Sequence[_Compared]) -> PublishReport:
+    compared = [bucket.encoded for bucket in buckets if bucket.encoded]
+    num_elements = sum(encoded.num_elements for encoded in compared)
+    num_changed = sum(encoded.num_changed for encoded in compared)
+    return PublishReport(
+        version=link.version,
+        kind=link.kind,
+        num_bytes=link.sent_bytes,
+        full_bytes=link.num_bytes,
+        changed_frac=num_changed / num_elements if num_elements else None,
+    )
+
+
+def _itemsize(spec: BucketSpec) -> int:
+    """The width, of those that deltas know, that most of a bucket's bytes have."""
+    widths: Counter[int] = Counter()
+    for tensor in spec.tensors:
+        width = tensor.num_bytes // max(math.prod(tensor.shape), 1)
+        widths[min(width, delta.WORD)] += tensor.num_bytes
+    width = widths.most_common(1)[0][0]
+    return width if width in (1, 2, 4, 8) else 1
