@@ -11,7 +11,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from raygrpo.config_file import describe_keys, dump_config, load_config
+from raygrpo.config_file import describe_keys, dump_config, dump_recipe, load_config
 from raygrpo.errors import ConfigError, DataError, RayGrpoError, RewardError
 from raygrpo.signals import Stopped
 
@@ -255,15 +255,23 @@ def replay(
 def show_config(
     context: typer.Context,
     path: Annotated[Path | None, typer.Argument(help="YAML file to resolve.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Recipe to print, or to resolve with.")] = None,
 ) -> None:
-    """List every key with its default, unit and meaning; with PATH, print the resolved file."""
+    """List every key with its default, unit and meaning; with PATH, print the resolved file.
+
+    --recipe NAME alone prints what that recipe sets.
+    """
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Column, Table
 
-    if path is not None:
+    if path is not None or recipe is not None:
+        chosen = [] if recipe is None else [f"recipe={recipe}"]
         try:
-            typer.echo(dump_config(load_config(path, context.args)))
+            if path is None:
+                typer.echo(dump_recipe(recipe or ""), nl=False)
+            else:
+                typer.echo(dump_config(load_config(path, [*chosen, *context.args])))
         except RayGrpoError as error:
             _fail(error, EXIT_BAD_INPUT)
         return

@@ -57,12 +57,32 @@ def load_config(source: Path | str | Mapping[str, Any], overrides: Sequence[str]
     for override in overrides:
         _apply_override(user, override)
     recipe = str(user.get("recipe", "default"))
-    if recipe not in RECIPES:
-        raise ConfigError(f"unknown recipe {recipe!r}", nearest(recipe, list(RECIPES)))
+    overridden = recipe_overrides(recipe)
     try:
-        return RunConfig.model_validate(merged_sections(RECIPES[recipe], user))
+        return RunConfig.model_validate(merged_sections(overridden, user))
     except ValidationError as error:
         raise _explain(error) from None
+
+
+def recipe_overrides(name: str) -> Mapping[str, Any]:
+    """What a recipe sets.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    if name not in RECIPES:
+        raise ConfigError(f"unknown recipe {name!r}", nearest(name, list(RECIPES)))
+    return RECIPES[name]
+
+
+def dump_recipe(name: str) -> str:
+    """What a recipe sets, as YAML that a configuration can hold.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    text: str = yaml.safe_dump({"recipe": name, **recipe_overrides(name)}, sort_keys=False)
+    return text
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def test_dump_loads_to_the_same(tmp_path: Path) -> None:
         ({"train": {"step": 3}}, "unknown key train.step\n  fix: did you mean 'steps'"),
         ({"modle": {}}, "unknown key modle\n  fix: did you mean 'model'"),
         ({"rewards": [{"fnc": "exact"}]}, "did you mean 'func'"),
-        ({"recipe": "dpao"}, "did you mean 'dapo'"),
+        ({"recipe": "dap0"}, "did you mean 'dapo'"),
         ({"train": {"groups_per_step": 8, "num_minibatches": 3}}, "no multiple"),
         ({"sampling": {"num_completions": 1}}, "baseline"),
         ({"sampling": {"filters": {"min_tokens": 9}, "max_tokens": 4}}, "min_tokens is larger"),

@@ -98,8 +98,10 @@ def learner_stats() -> dict[str, Stat]:
         sequence_ids=ids,
         loss_weights=torch.ones(1),
     )
-    _, stats = policy_loss(inputs, LossConfig(beta=0.1, correction="tis"))
-    return stats | {name: Stat.of(1.0) for name in ("loss", "grad_norm", "learning_rate")}
+    config = LossConfig(beta=0.1, correction="tis", off_policy_threshold=0.1)
+    stats = policy_loss(inputs, LossConfig(loss="cispo"))[1] | policy_loss(inputs, config)[1]
+    totals = ("loss", "grad_norm", "learning_rate", "entropy_coef")
+    return stats | {name: Stat.of(1.0) for name in totals}
 
 
 @cache
@@ -178,8 +180,8 @@ def test_trls_names_are_those_that_trl_logs() -> None:
     assert {name for name in theirs if documented(name.replace("{name}", "x"))} == ours
     # What only options bring that raygrpo does not have.
     assert theirs - ours == {
-        "aux_loss", "cispo_clip_ratio", "entropy_coef", "policy_loss", "tools/call_frequency",
-        "tools/failure_frequency", "vespo/phi_seq_mean",
+        "aux_loss", "policy_loss", "tools/call_frequency", "tools/failure_frequency",
+        "vespo/phi_seq_mean",
     }  # fmt: skip
 
 
