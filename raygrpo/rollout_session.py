@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from raygrpo.actors.scorer import ScoreReport
-from raygrpo.algorithm.advantages import has_signal
+from raygrpo.algorithm.plan import teaches
 from raygrpo.algorithm.window import FinishedGroup
 from raygrpo.checkpoint import verify
 from raygrpo.config import RunConfig
@@ -23,7 +23,7 @@ from raygrpo.run_dir import write_atomically
 from raygrpo.session import Session
 from raygrpo.signals import Stopped
 from raygrpo.tracking.metrics import completion_metrics, reward_metrics
-from raygrpo.types import Group, GroupRequest, GroupSummary, Version
+from raygrpo.types import Group, GroupRequest, Version
 
 OnEvent = Callable[[str, Mapping[str, Any]], None]
 _LOADED = Version(0, 0)  # what generators call the weights that they read from disk
@@ -127,7 +127,7 @@ class RolloutSession(Session):
         """
         started = time.monotonic()
         evaluation = Evaluation(self._eval_prompts, _LOADED, self.config, self._constants)
-        for group, _ in self._roll(evaluation.orders):
+        for group, _ in self._roll(evaluation.orders, evaluation.drop):
             evaluation.finish(group.summary)
         constant = evaluation.best_constant()
         metrics = evaluation.metrics()
@@ -154,14 +154,17 @@ class RolloutSession(Session):
 
         requests = [self._request(index) for index in range(num_groups)]
         started = time.monotonic()
-        rolled = sorted(self._roll(requests), key=lambda pair: pair[0].summary.group_id)
+        dropped: list[int] = []
+        found = self._roll(requests, dropped.append)
+        rolled = sorted(found, key=lambda pair: pair[0].summary.group_id)
         seconds = time.monotonic() - started
         payloads = {
             group.summary.group_id: resolve(group.payload, "a generated group")
             for group, _ in rolled
         }
-        path = _write(out, rolled, payloads, complete=len(rolled) == num_groups)
         summaries = [group.summary for group, _ in rolled]
+        taught = {summary.group_id for summary in summaries if teaches(summary, self.config)}
+        path = _write(out, rolled, payloads, taught, complete=len(rolled) == num_groups)
         num_tokens = sum(sum(summary.lengths) for summary in summaries)
         return Generated(
             model=self.config.model.path,
@@ -171,7 +174,8 @@ class RolloutSession(Session):
             metrics={
                 **reward_metrics(summaries),
                 **completion_metrics(summaries),
-                "frac_groups_with_signal": sum(map(_teaches, summaries)) / max(len(rolled), 1),
+                "frac_groups_with_signal": len(taught) / max(len(rolled), 1),
+                "num_dropped": float(len(dropped)),
                 "tokens_per_s": num_tokens / seconds,
             },
         )
@@ -187,8 +191,10 @@ class RolloutSession(Session):
             min_version=_LOADED,
         )
 
-    def _roll(self, orders: Sequence[Order]) -> Iterator[tuple[FinishedGroup, ScoreReport]]:
-        """Yields groups as they finish; those that cannot be served are events, and left out."""
+    def _roll(
+        self, orders: Sequence[Order], drop: Callable[[int], None]
+    ) -> Iterator[tuple[FinishedGroup, ScoreReport]]:
+        """Yields groups as they finish; ``drop`` gets the ids of those that cannot be served."""
         waiting = {_id(order): order for order in orders}
         scores = errored = 0
         first: str | None = None
@@ -207,6 +213,7 @@ class RolloutSession(Session):
                 self._pool.submit(waiting[group_id])
             for _, group_id in done.dropped:
                 del waiting[group_id]
+                drop(group_id)
             for group, report in done.groups:
                 del waiting[group.summary.group_id]
                 scores += len(group.summary.scores)
@@ -278,15 +285,11 @@ def _id(order: Order) -> int:
     return order.request.group_id if isinstance(order, Group) else order.group_id
 
 
-def _teaches(summary: GroupSummary) -> bool:
-    values = [score.value for score in summary.scores]
-    return has_signal(values, [tokens > 0 for tokens in summary.num_loss_tokens])
-
-
 def _write(
     out: Path,
     rolled: Sequence[tuple[FinishedGroup, ScoreReport]],
     payloads: Mapping[int, Group],
+    taught: Set[int],
     *,
     complete: bool,
 ) -> Path:
@@ -295,7 +298,7 @@ def _write(
     stored = [
         StoredGroup(
             summary=group.summary,
-            fate="generated" if _teaches(group.summary) else "no_signal",
+            fate="generated" if group.summary.group_id in taught else "no_signal",
             extras=report.extras,
         )
         for group, report in rolled

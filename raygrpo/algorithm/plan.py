@@ -64,7 +64,7 @@ def make_step_batch(step: int, groups: Sequence[FinishedGroup], config: RunConfi
         versions={
             summary.group_id: (min(summary.oldest), max(summary.newest)) for summary in summaries
         },
-        has_signal=any(_teaches(summary, config) for summary in summaries),
+        has_signal=any(teaches(summary, config) for summary in summaries),
     )
 
 
@@ -86,7 +86,8 @@ def signal_values(summary: GroupSummary, config: RunConfig) -> list[float | None
     ]
 
 
-def _teaches(summary: GroupSummary, config: RunConfig) -> bool:
+def teaches(summary: GroupSummary, config: RunConfig) -> bool:
+    """Whether a group has signal in a completion that is trained."""
     section = config.advantage
     trained = [num_trained_tokens(summary, i, section) > 0 for i in range(len(summary.scores))]
     return has_signal(signal_values(summary, config), trained)
