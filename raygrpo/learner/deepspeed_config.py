@@ -8,6 +8,7 @@ from typing import Any
 from raygrpo.config import RunConfig
 from raygrpo.config_file import merged_sections
 from raygrpo.errors import ConfigError
+from raygrpo.learner.sequence_parallel import KEY, sequence_ranks
 
 # Elements of a communication bucket; DeepSpeed's own 5e8 would hold 2 GB of fp32 for one.
 BUCKET_ELEMENTS = 50_000_000
@@ -42,7 +43,8 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     Raises:
         ConfigError: a key in ``learner.deepspeed`` that would change what an update is.
     """
-    user = config.learner.deepspeed
+    sequence_ranks(config)
+    user = {name: value for name, value in config.learner.deepspeed.items() if name != KEY}
     _refuse(user)
     stage = config.learner.zero_stage
     bf16 = config.model.dtype == "bfloat16"

@@ -1,0 +1,185 @@
+"""Sequence parallelism (DeepSpeed Ulysses, arXiv 2309.14509): ranks share a row's tokens.
+
+Consecutive ranks form a group that computes the same microbatches. Each holds a run of every row's
+columns; around attention an all-to-all trades columns for heads, so that attention sees whole rows,
+with any mask. Each rank computes the logprobs that its hidden states predict, and all ranks of the
+group get all of them: the loss is that of whole rows, whatever its level, and is the same on each.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from raygrpo.config import RunConfig
+from raygrpo.errors import ConfigError
+from raygrpo.models import attention_masks
+
+if TYPE_CHECKING:
+    from raygrpo.learner.policy import PolicyInputs, PolicyModel
+
+KEY = "sequence_parallel_size"
+_ATTENTION = "raygrpo_ulysses"
+
+
+def sequence_ranks(config: RunConfig) -> int:
+    """Ranks that share a row's tokens: ``learner.deepspeed.sequence_parallel_size``, or 1.
+
+    Raises:
+        ConfigError: no divisor of the number of ranks.
+    """
+    size = config.learner.deepspeed.get(KEY, 1)
+    ranks = config.learner.num_ranks
+    if not isinstance(size, int) or size < 1 or ranks % size:
+        raise ConfigError(
+            f"learner.deepspeed.{KEY} is {size!r}, no divisor of learner.num_ranks ({ranks})",
+            f"set learner.num_ranks to a multiple of {size}",
+        )
+    return size
+
+
+class SequenceShard:
+    """One rank's part in computing a policy's rows; see `PolicyModel.shard`.
+
+    Made on every rank at once, after the process group.
+
+    Raises:
+        ConfigError: the model's attention heads cannot be divided among the ranks.
+    """
+
+    def __init__(self, model: Any, *, rank: int, num_ranks: int, size: int) -> None:
+        heads = model.config.get_text_config().num_attention_heads
+        if heads % size:
+            raise ConfigError(
+                f"learner.deepspeed.{KEY} {size} does not divide the model's {heads} heads",
+                "choose a divisor",
+            )
+        groups = [dist.new_group(list(range(r, r + size))) for r in range(0, num_ranks, size)]
+        self._group, self._index, self._size = groups[rank // size], rank % size, size
+
+    def attach(self, *policies: PolicyModel | None) -> None:
+        """Makes the policies compute their forward passes together with the group's other ranks."""
+        from transformers import AttentionInterface
+
+        AttentionInterface.register(_ATTENTION, _UlyssesAttention(self._group, self._size))
+        for policy in policies:
+            if policy is not None:
+                policy.model.set_attn_implementation(_ATTENTION)
+                policy.shard = self
+
+    def forward(self, policy: PolicyModel, inputs: PolicyInputs) -> tuple[Tensor, Tensor]:
+        """Logprobs and entropies [N] of all trained tokens, with gradient, on every rank."""
+        start, hidden = self._hidden(policy, inputs)
+        local = inputs.predictors - start
+        mine = (local >= 0) & (local < hidden.shape[1])
+        # Every rank passes through the head: under ZeRO-3 they gather its weight together.
+        picked = mine.nonzero()[:, 0] if mine.any() else torch.zeros_like(local[:1])
+        columns = local[picked].clamp(0, hidden.shape[1] - 1)
+        targets = inputs.token_ids[inputs.rows, inputs.columns][picked]
+        values = policy.logprob_head(hidden[inputs.rows[picked], columns], targets)
+        kept = mine[picked]
+        written = (v.new_zeros(len(mine)).index_put((picked,), v * kept) for v in values)
+        logprobs, entropies = (_sum_over_group(value, self._group) for value in written)
+        return logprobs, entropies
+
+    def _hidden(self, policy: PolicyModel, inputs: PolicyInputs) -> tuple[int, Tensor]:
+        """The first column of this rank's run, and its last hidden states [B, T / size, H]."""
+        num_rows, length = inputs.token_ids.shape
+        padding = -length % self._size
+        run = (length + padding) // self._size
+        here = slice(self._index * run, (self._index + 1) * run)
+        positions = torch.arange(length + padding, device=inputs.token_ids.device)
+        positions = positions.expand(num_rows, -1)
+        masks = None
+        model = policy.model
+        if inputs.tree is not None:
+            positions = _pad(inputs.tree.positions, padding)
+            allowed = torch.nn.functional.pad(inputs.tree.allowed(), (0, padding, 0, padding))
+            masks = attention_masks(model.config, allowed, positions, positions, policy.dtype)
+        output = model.base_model(
+            input_ids=_pad(inputs.token_ids, padding)[:, here],
+            position_ids=positions[:, here],
+            attention_mask=masks,
+            use_cache=False,
+        )
+        return here.start, output.last_hidden_state
+
+
+def _pad(values: Tensor, count: int) -> Tensor:
+    return torch.nn.functional.pad(values, (0, count))
+
+
+def _sum_over_group(value: Tensor, group: Any) -> Tensor:
+    total: Tensor = _SumOverGroup.apply(value, group)  # type: ignore[no-untyped-call]
+    return total
+
+
+class _SumOverGroup(torch.autograd.Function):
+    """Adds up tensors of which each rank wrote its own part. Every rank has the same loss, so a
+    part's gradient is that of the sum, counted once."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, group: Any) -> Tensor:
+        total = value.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+class _UlyssesAttention:
+    """An attention function for transformers, over columns that the ranks of a group share."""
+
+    def __init__(self, group: Any, size: int) -> None:
+        from deepspeed.sequence.layer import DistributedAttention
+
+        self._attention = DistributedAttention(_attend, group, scatter_idx=2, gather_idx=1)
+        self._size = size
+
+    def __call__(
+        self,
+        module: Any,
+        query: Tensor,  # [B, heads, T / size, D], as are key and value with their heads
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        if key.shape[1] % self._size:
+            repeats = query.shape[1] // key.shape[1]
+            key, value = (t.repeat_interleave(repeats, 1) for t in (key, value))
+        parts = (t.transpose(1, 2).contiguous() for t in (query, key, value))
+        options = {"mask": attention_mask, "scale": scaling, "window": sliding_window}
+        return self._attention(*parts, 0, None, **options), None
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Tensor | None,
+    scale: float | None,
+    window: int | None,
+) -> Tensor:
+    """Attention over whole rows [B, T, heads, D]; causal, within the window, without a mask."""
+    length, repeats = query.shape[1], query.shape[2] // key.shape[2]
+    if mask is None and window is not None and window < length:
+        index = torch.arange(length, device=query.device)
+        distance = index[:, None] - index
+        mask = torch.zeros(length, length, dtype=query.dtype, device=query.device)
+        mask.masked_fill_((distance < 0) | (distance >= window), torch.finfo(query.dtype).min)
+    query, key, value = (t.transpose(1, 2) for t in (query, key, value))
+    key, value = (t.repeat_interleave(repeats, 1) for t in (key, value))
+    output = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=scale, is_causal=mask is None
+    )
+    return output.transpose(1, 2).contiguous()

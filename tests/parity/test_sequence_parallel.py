@@ -1,0 +1,98 @@
+"""Ranks that share their rows' tokens against one process that computes whole rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raygrpo.errors import ConfigError
+from raygrpo.learner.deepspeed_config import deepspeed_config
+from raygrpo.learner.sequence_parallel import SequenceShard, sequence_ranks
+from raygrpo.types import merge_stats
+from tests.parity.learner_cases import make_config
+from tests.parity.test_deepspeed import make_case, reference_run, relative, run_ranks
+from tests.tiny import save_tiny_model
+
+pytestmark = pytest.mark.timeout(600)
+SHARED: dict[str, Any] = {"deepspeed": {"sequence_parallel_size": 2}}
+SHARDED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+# Several updates, a KL, and a ratio of whole sequences, which are cut in the middle. Llama has a
+# head of its own, Qwen2 a tied one, and Gemma 3 a sliding window shorter than its rows.
+MANY: dict[str, Any] = {
+    "loss": {"loss": "gspo", "beta": 0.1},
+    "train": {"num_minibatches": 2, "num_iterations": 2},
+}
+CASES: dict[str, tuple[str, int, dict[str, Any], dict[str, Any]]] = {
+    "llama-0": ("llama", 0, {}, MANY),
+    "qwen2-2": ("qwen2", 2, {}, MANY),
+    "gemma3-3": ("gemma3", 3, SHARDED, {}),
+    "recompute-3": ("qwen2", 3, SHARDED, MANY),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {kind: save_tiny_model(root / kind, kind) for kind in ("llama", "qwen2", "gemma3")}
+
+
+@pytest.fixture(scope="module")
+def two_ranks(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    cases = {}
+    for name, (kind, stage, settings, config) in CASES.items():
+        learner = {"deepspeed": {**SHARED["deepspeed"], **settings}}
+        learner["gradient_checkpointing"] = name.startswith("recompute")
+        cases[name] = make_case(models[kind], stage, "train", **config, learner=learner)
+    return run_ranks(tmp_path_factory.mktemp("ranks") / "two", 2, cases)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_shared_rows_equal_whole_rows(case: str, two_ranks: Any, models: dict[str, Path]) -> None:
+    """Weights, and the statistics of each step: 1e-5, as for ranks that share nothing."""
+    kind, _, _, config = CASES[case]
+    history, expected = reference_run(models[kind], **config)
+    for rank in two_ranks:
+        assert relative(rank[case]["after"], expected) < 1e-5
+    assert relative(expected, two_ranks[0][case]["before"]) > 1e-3
+    steps = zip(*(rank[case]["history"] for rank in two_ranks), strict=True)
+    for ours, theirs in zip(map(merge_stats, map(list, steps)), history, strict=True):
+        assert set(ours) == set(theirs)
+        for name, stat in theirs.items():
+            assert ours[name].count == stat.count, name
+            assert ours[name].sum == pytest.approx(stat.sum, rel=1e-4, abs=1e-5), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])
+def test_four_ranks(size: int, models: dict[str, Path], tmp_path: Path) -> None:
+    """Two groups of two, and one of four, which is more than there are key heads (2)."""
+    learner = {"deepspeed": {"sequence_parallel_size": size, **SHARDED}}
+    cases = {"four": make_case(models["llama"], 3, "train", **MANY, learner=learner)}
+    ranks = run_ranks(tmp_path / "four", 4, cases)
+    _, expected = reference_run(models["llama"], **MANY)
+    for rank in ranks:
+        assert relative(rank["four"]["after"], expected) < 1e-5
+    assert [not any(rank["four"]["history"]) for rank in ranks] == [r % size > 0 for r in range(4)]
+
+
+@pytest.mark.parametrize(("size", "num_ranks"), [(2, 3), (0, 2), ("two", 2), (4, 2)])
+def test_a_size_that_does_not_divide_the_ranks_is_refused(size: Any, num_ranks: int) -> None:
+    learner = {"num_ranks": num_ranks, "deepspeed": {"sequence_parallel_size": size}}
+    with pytest.raises(ConfigError, match=r"no divisor of learner\.num_ranks"):
+        deepspeed_config(make_config("model", learner=learner))
+
+
+def test_deepspeed_does_not_see_the_key() -> None:
+    config = make_config("model", learner={"num_ranks": 4, **SHARED})
+    assert sequence_ranks(config) == 2
+    assert "sequence_parallel_size" not in deepspeed_config(config)
+
+
+def test_heads_that_cannot_be_divided_are_refused() -> None:
+    from tests.tiny import tiny_config
+
+    model = type("Model", (), {"config": tiny_config("llama")})
+    with pytest.raises(ConfigError, match="does not divide the model's 4 heads"):
+        SequenceShard(model, rank=0, num_ranks=3, size=3)
