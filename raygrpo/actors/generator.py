@@ -14,8 +14,10 @@ from typing import Any, Literal
 from raygrpo.actors.spawn import log_to
 from raygrpo.config import RunConfig
 from raygrpo.engines.base import Engine
+from raygrpo.errors import ProbeFailed
 from raygrpo.profiling import EngineTracer, ProfileRequest
 from raygrpo.types import Group, GroupRequest, Version
+from raygrpo.weights.probe import ProbeCheck
 from raygrpo.weights.replica import Link, Replica, Staged
 
 
@@ -32,7 +34,7 @@ class LoadReport:
 
     ``num_bytes`` were pulled for ``full_bytes`` of weights: nothing (kind ``none``), a chain of
     deltas, or a whole version with those on it (``full``). ``load_s`` is from call to loaded,
-    ``stall_s`` what decoding lost of it.
+    ``stall_s`` what decoding lost of it, the probe included; ``probe_gap`` is the last probe's.
     """
 
     version: Version
@@ -41,6 +43,7 @@ class LoadReport:
     full_bytes: int
     load_s: float
     stall_s: float
+    probe_gap: float | None = None
 
 
 class GeneratorActor:
@@ -61,6 +64,7 @@ class GeneratorActor:
         self._commands = queue.SimpleQueue()
         self._waiting: dict[tuple[str, int, int], asyncio.Future[Group]] = {}
         self._replica = Replica()
+        self._probe = ProbeCheck(config.model.dtype, config.sampling.temperature)
         self._loading = asyncio.Lock()
 
     async def start(self, log: str | None) -> int:
@@ -118,6 +122,7 @@ class GeneratorActor:
             full_bytes=held.num_bytes,
             load_s=time.monotonic() - started,
             stall_s=stall_s,
+            probe_gap=self._probe.last_gap,
         )
 
     def _stage(self, links: Sequence[Link]) -> Staged:
@@ -133,6 +138,8 @@ class GeneratorActor:
         started = time.monotonic()
         self._engine.commit_weights()
         self._replica.commit(staged)
+        if (probe := staged.manifest.probe) is not None:
+            self._probe.check(self._engine, probe, staged.manifest.version)
         return time.monotonic() - started
 
     async def _submit(self, request: GroupRequest) -> Group:
@@ -176,6 +183,8 @@ class GeneratorActor:
                 outcome = call()
             except Exception as error:
                 self._loop.call_soon_threadsafe(_fail, done, error)
+                if isinstance(error, ProbeFailed):
+                    self._serve_nothing(error)
             else:
                 self._loop.call_soon_threadsafe(_resolve, done, outcome)
 

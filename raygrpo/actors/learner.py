@@ -12,7 +12,7 @@ import ray
 
 from raygrpo.actors.futures import Pending
 from raygrpo.actors.placement import actor_options, labels_of, learner_threads
-from raygrpo.actors.publishing import Publisher, PublishReport
+from raygrpo.actors.publishing import Publisher, PublishReport, WholeKind
 from raygrpo.actors.spawn import log_path, log_to, spawn
 from raygrpo.algorithm.packing import make_microbatch, place
 from raygrpo.config import RunConfig
@@ -86,6 +86,9 @@ class LearnerActor:
 
     def publish(self, version: Version, store: Any, local: bool) -> PublishReport | None:
         """Publishes the weights; rank 0 sends, others help gather. ``local``: on one machine."""
+        from raygrpo.learner.probe import score_probe
+
+        probe = score_probe(self._learner)
         lora = bool(self._config.learner.lora)
         learner = self._learner
         tensors = learner.adapter_weights() if lora else learner.named_weights()
@@ -97,7 +100,8 @@ class LearnerActor:
             self._publisher = Publisher(
                 store, local=local, timeout_s=self._config.ray.timeouts_s.update
             )
-        return self._publisher.publish(version, tensors, "adapter" if lora else "full")
+        kind: WholeKind = "adapter" if lora else "full"
+        return self._publisher.publish(version, tensors, kind, probe)
 
     def save(self, directory: str) -> None:
         """Saves this rank's state under ``learner/``; rank 0 adds the model under ``model/``.

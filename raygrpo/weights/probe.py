@@ -34,12 +34,14 @@ class ProbeCheck:
 
     Attributes:
         first_gap: the gap of the first version checked; None before.
+        last_gap: the gap of the last one; None before.
     """
 
     def __init__(self, dtype: str, temperature: float) -> None:
         self._floor = FLOORS[dtype]
         self._temperature = temperature
         self.first_gap: float | None = None
+        self.last_gap: float | None = None
 
     @property
     def tolerance(self) -> float:
@@ -62,4 +64,5 @@ class ProbeCheck:
             raise ProbeFailed(version, gap, self.tolerance)
         if self.first_gap is None:
             self.first_gap = gap
+        self.last_gap = gap
         return gap

@@ -1,0 +1,360 @@
+"""Weight syncs with real Ray actors that die, stop or go wrong at chosen moments.
+
+One pool with one generator for the whole module: each test publishes newer versions, does its
+damage, and leaves a generator that serves.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from raygrpo.actors import pool as pool_module
+from raygrpo.actors.connect import connect, disconnect
+from raygrpo.actors.futures import resolve
+from raygrpo.actors.generator import GeneratorActor
+from raygrpo.actors.placement import demand_of
+from raygrpo.actors.pool import RolloutPool
+from raygrpo.actors.publishing import Publisher
+from raygrpo.actors.weight_store import WeightStoreActor, end_store, start_store
+from raygrpo.actors.workers import Done, Worker
+from raygrpo.config import RunConfig
+from raygrpo.config_file import load_config
+from raygrpo.models import load_model
+from raygrpo.rewards.contract import TrainerState
+from raygrpo.types import GroupRequest, Probe, Prompt, Sampling, Version
+from raygrpo.weights.probe import probe_tokens
+from tests import runs
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+# Of a load and of a group: long enough for a tiny model on a machine that is busy otherwise.
+DEADLINE_S = 10.0
+
+
+class FaultyGenerator(GeneratorActor):
+    """A generator that does damage while a file of that name is in ``model.path``.
+
+    ``hold_stage`` and ``hold_step`` stop it there, and say so with a file ``at_stage``,
+    ``at_step``; ``perturb`` changes one norm by 1 % after the next commit, once.
+    """
+
+    async def start(self, log: str | None) -> int:
+        pid = await super().start(log)
+        engine: Any = self._engine
+        place = Path(self._config.model.path)
+        stage, step, commit = engine.stage_weights, engine.step, engine.commit_weights
+
+        def hold(what: str) -> None:
+            while (place / f"hold_{what}").exists():
+                (place / f"at_{what}").touch()
+                time.sleep(0.01)
+
+        def held_stage(*arguments: Any) -> None:
+            hold("stage")
+            stage(*arguments)
+
+        def held_step() -> Any:
+            hold("step")
+            return step()
+
+        def perturbed_commit() -> None:
+            commit()
+            if (place / "perturb").exists():
+                (place / "perturb").unlink()
+                with torch.no_grad():
+                    engine._weights.targets["model.norm.weight"].mul_(1.01)
+
+        engine.stage_weights, engine.commit_weights = held_stage, perturbed_commit
+        engine.step = held_step
+        return pid
+
+
+class StoreWithPid(WeightStoreActor):
+    """The store, which says which process it is."""
+
+    def pid(self) -> int:
+        return os.getpid()
+
+
+@dataclass
+class Cluster:
+    config: RunConfig
+    store: Any
+    pool: RolloutPool
+    place: Path
+    step: int = -1
+    events: list[tuple[str, Any]] = field(default_factory=list)
+    group_id: int = -1
+
+    def __post_init__(self) -> None:
+        self.model = load_model(self.config.model, seed=0, dtype=torch.float32)
+        self.publisher = self.new_publisher()
+
+    def new_publisher(self) -> Publisher:
+        return Publisher(self.store, timeout_s=60.0, local=True)
+
+    def publish(self) -> Version:
+        """A newer version, a little different, as a learner would publish it."""
+        self.step += 1
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter.mul_(1.01)
+        version = Version(1, self.step)
+        self.publisher.publish(version, self.model.named_parameters(), probe=self.probe())
+        return version
+
+    def probe(self) -> Probe:
+        tokens = probe_tokens(self.model.config.vocab_size, 0)
+        ids = torch.tensor([tokens])
+        with torch.no_grad():
+            logprobs = self.model(ids).logits[0, :-1].log_softmax(-1)
+        chosen = logprobs.gather(-1, ids[0, 1:, None])[:, 0]
+        return Probe(token_ids=tokens, logprobs=(0.0, *chosen.tolist()))
+
+    @property
+    def generator(self) -> Worker:
+        return self.pool._generators[0]
+
+    def wait_until(self, condition: Callable[[Done], bool]) -> Done:
+        """Waits of the pool until one brings what is asked for; lost groups are sent again."""
+        deadline = time.monotonic() + 120
+        while True:
+            done = self.pool.wait([], 0.2)
+            self.events += done.events
+            for stream, group_id in done.lost:
+                assert stream == "train"
+                self.pool.submit(self.order(group_id, attempt=1))
+            if condition(done):
+                return done
+            assert time.monotonic() < deadline, f"it never came; events: {self.events}"
+
+    def order(self, group_id: int, attempt: int = 0) -> GroupRequest:
+        return GroupRequest(
+            stream="train",
+            group_id=group_id,
+            attempt=attempt,
+            prompt=Prompt(id="p", token_ids=np.array([5, 6, 7], np.int32), text="123"),
+            seed=0,
+            sampling=Sampling(num_completions=2, max_tokens=4),
+            min_version=Version(1, self.step),
+        )
+
+    def submit(self) -> None:
+        self.group_id += 1
+        self.pool.submit(self.order(self.group_id))
+
+    def wait_for_group(self) -> None:
+        """The group that was submitted comes, written by the current version alone."""
+        done = self.wait_until(lambda d: bool(d.groups))
+        (summary,) = [group.summary for group, _ in done.groups]
+        assert summary.group_id == self.group_id
+        assert set(summary.oldest) == set(summary.newest) == {Version(1, self.step)}
+
+    def wait_for_load(self, version: Version) -> Any:
+        done = self.wait_until(lambda d: any(load.version == version for load in d.loads))
+        return next(load for load in done.loads if load.version == version)
+
+    def hold(self, what: str) -> None:
+        (self.place / f"at_{what}").unlink(missing_ok=True)
+        (self.place / f"hold_{what}").touch()
+
+    def wait_held(self, what: str) -> None:
+        self.wait_until(lambda _: (self.place / f"at_{what}").exists())
+
+    def release(self, what: str) -> None:
+        (self.place / f"hold_{what}").unlink()
+
+    def take_events(self) -> list[str]:
+        events, self.events = self.events, []
+        return [kind for kind, _ in events]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    directory = tmp_path_factory.mktemp("sync")
+    timeouts = {"start": 120.0, "generate": DEADLINE_S, "update": DEADLINE_S}
+    path = runs.write_run(directory, "sync", deterministic=False, ray={"timeouts_s": timeouts})
+    config = load_config(path)
+    connection = connect(config, demand_of(config))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pool_module, "GeneratorActor", FaultyGenerator)
+        patch.setattr("raygrpo.actors.weight_store.WeightStoreActor", StoreWithPid)
+        store = start_store()
+        pool = RolloutPool(config, store, config.rewards, {}, local=True)
+        pool.trainer_state = TrainerState(global_step=0, max_steps=1)
+        pool.start()
+        yield Cluster(config=config, store=store, pool=pool, place=directory / "model")
+        pool.close()
+        end_store(store)
+        disconnect(connection)
+
+
+def test_syncs_load_while_groups_are_generated(cluster: Cluster) -> None:
+    for _ in range(3):
+        version = cluster.publish()
+        cluster.pool.load()
+        cluster.submit()
+        report = cluster.wait_for_load(version)
+        # fp32 of two orders of summation; the tolerance is 1e-3.
+        assert report.probe_gap is not None
+        assert report.probe_gap < 1e-4
+        assert 0 < report.stall_s < report.load_s
+        cluster.wait_for_group()
+    assert cluster.take_events() == []
+
+
+def test_a_generator_killed_during_a_sync(cluster: Cluster) -> None:
+    """And its successor, which is given groups once it holds the newest version, not before."""
+    cluster.hold("stage")
+    cluster.publish()
+    cluster.pool.load()
+    cluster.wait_held("stage")
+    os.kill(cluster.generator.pid, signal.SIGKILL)
+    cluster.wait_until(lambda d: any(kind == "worker_replaced" for kind, _ in d.events))
+    cluster.hold("stage")
+    cluster.submit()
+    cluster.wait_held("stage")  # by the successor, of the version that was newest as it began
+    version = cluster.publish()
+    cluster.pool.load()
+    assert cluster.generator.joining
+    assert cluster.pool._flights[("train", cluster.group_id)].worker is None
+    cluster.release("stage")
+    cluster.wait_for_load(Version(1, version.step - 1))
+    assert cluster.pool._flights[("train", cluster.group_id)].worker is None
+    cluster.wait_for_load(version)
+    assert not cluster.generator.joining
+    cluster.wait_for_group()
+    assert cluster.take_events() == ["worker_replaced"]
+
+
+def test_a_generator_killed_between_sync_and_decode(cluster: Cluster) -> None:
+    version = cluster.publish()
+    cluster.pool.load()
+    cluster.wait_for_load(version)
+    os.kill(cluster.generator.pid, signal.SIGKILL)
+    cluster.submit()
+    cluster.wait_for_group()
+    assert cluster.take_events() == ["worker_replaced"]
+
+
+def test_a_generator_killed_during_a_decode(cluster: Cluster) -> None:
+    cluster.hold("step")
+    cluster.submit()
+    cluster.wait_held("step")
+    os.kill(cluster.generator.pid, signal.SIGKILL)
+    cluster.release("step")
+    cluster.wait_for_group()
+    assert cluster.take_events() == ["worker_replaced"]
+
+
+def test_an_engine_whose_probe_is_off_serves_nothing(cluster: Cluster) -> None:
+    """The bytes are right, their checksums agreed; one norm is 1 % off when it is used."""
+    (cluster.place / "perturb").touch()
+    version = cluster.publish()
+    cluster.submit()
+    cluster.pool.load()
+    done = cluster.wait_until(lambda d: bool(d.events))
+    kinds = [kind for kind, _ in done.events]
+    assert kinds == ["probe_failed", "worker_replaced"]
+    figures = done.events[0][1]
+    assert figures["version"] == version
+    assert figures["tolerance"] == 1e-3
+    assert figures["gap"] > 1e-3
+    cluster.wait_for_group()  # the successor, on the same version
+    cluster.take_events()
+
+
+def test_a_stopped_generator_is_replaced_at_its_deadline(cluster: Cluster) -> None:
+    """Publishes go on meanwhile: they do not put the deadline off."""
+    stopped = cluster.generator.pid
+    os.kill(stopped, signal.SIGSTOP)
+    started = time.monotonic()
+    while not cluster.take_events():
+        cluster.publish()
+        cluster.pool.load()
+        cluster.wait_until(lambda _: True)
+        assert time.monotonic() - started < 2 * DEADLINE_S
+    assert time.monotonic() - started > DEADLINE_S - 1
+    cluster.submit()
+    cluster.wait_for_group()
+    # Ray asks a worker to exit, and kills one that does not answer a few seconds later.
+    cluster.wait_until(lambda _: not _runs(stopped))
+
+
+@pytest.mark.slow
+def test_a_generator_stopped_during_a_decode_is_replaced(cluster: Cluster) -> None:
+    cluster.hold("step")
+    cluster.submit()
+    cluster.wait_held("step")
+    os.kill(cluster.generator.pid, signal.SIGSTOP)
+    cluster.release("step")
+    cluster.wait_for_group()
+    assert cluster.take_events() == ["worker_replaced"]
+
+
+def test_a_store_that_dies_is_filled_again(cluster: Cluster) -> None:
+    pid, generator = ray.get(cluster.store.pid.remote(), timeout=60), cluster.generator.pid
+    os.kill(pid, signal.SIGKILL)
+    cluster.pool.load()
+    done = cluster.wait_until(lambda d: d.weights_lost)
+    assert [kind for kind, _ in done.events] == ["weights_lost"]
+    # A delta on what the store has lost is refused; the publisher then sends the whole version.
+    version = cluster.publish()
+    cluster.pool.load()
+    assert cluster.wait_for_load(version).kind == "full"
+    cluster.submit()
+    cluster.wait_for_group()
+    assert cluster.generator.pid == generator, "it was not the generator's fault"
+    cluster.take_events()
+
+
+def test_a_corrupt_version_is_refused_and_the_next_one_serves(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = cluster.new_publisher()
+
+    def damaged(version: Version, index: int, bucket: Any, **_: Any) -> None:
+        data = bucket.data.copy()
+        data[data.size // 2] ^= 1
+        resolve(cluster.store.put.remote(version, index, data), "store")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(whole, "_send", damaged)
+        cluster.publisher = whole
+        cluster.publish()
+    cluster.pool.load()
+    done = cluster.wait_until(lambda d: bool(d.events))
+    ((kind, fields),) = done.events
+    assert kind == "worker_replaced"
+    assert "corrupt" in fields["error"]
+    cluster.publisher = cluster.new_publisher()
+    cluster.publish()
+    cluster.pool.load()
+    cluster.submit()
+    cluster.wait_for_group()
+
+
+def _runs(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"
