@@ -24,6 +24,7 @@ from raygrpo.checkpoint import RunState
 from raygrpo.errors import DataError, RewardError
 from raygrpo.rewards.contract import TrainerState
 from raygrpo.tracking.metrics import StepFacts, step_metrics
+from raygrpo.tracking.sync_metrics import publish_metrics, with_load
 from raygrpo.types import GroupRequest, GroupSummary, StepBatch, StepResult, Version
 
 _TICK_S = 1.0  # how soon a signal is noticed while nothing else happens
@@ -160,7 +161,7 @@ class Trainer:
         for kind, fields in done.events:
             self._tracker.event(kind, step=self.step, **fields)
         for load in done.loads:
-            self._sync["sync/load_s"] = max(self._sync.get("sync/load_s", 0.0), load.load_s)
+            self._sync = with_load(self._sync, load)
         for group, report in done.groups:
             self._take_group(group, report)
         for stream, group_id in done.lost:
@@ -247,10 +248,7 @@ class Trainer:
 
     def _take_publish(self) -> None:
         assert self._publish is not None
-        self._sync = {
-            "sync/publish_s": self._publish.seconds,
-            "sync/bytes": float(self._publish.value.num_bytes),
-        }
+        self._sync = publish_metrics(self._publish.value, self._publish.seconds)
         self._publish = None
         self._pool.load()
 

@@ -1,0 +1,26 @@
+"""Metrics of a version on its way from the learner to the generators: see docs/metrics.md."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from raygrpo.actors.generator import LoadReport
+from raygrpo.actors.publishing import PublishReport
+
+
+def publish_metrics(report: PublishReport, publish_s: float) -> dict[str, float]:
+    """What is known of a version once it is published; ``publish_s`` is what that took."""
+    metrics = {
+        "sync/publish_s": publish_s,
+        "sync/bytes": float(report.num_bytes),
+        "sync/full_bytes": float(report.full_bytes),
+    }
+    if report.changed_frac is not None:
+        metrics["sync/changed_frac"] = report.changed_frac
+    return metrics
+
+
+def with_load(metrics: Mapping[str, float], load: LoadReport) -> dict[str, float]:
+    """The metrics with one more generator's load: of several, the slowest counts."""
+    times = {"sync/load_s": load.load_s, "sync/stall_s": load.stall_s}
+    return {**metrics, **{name: max(metrics.get(name, 0.0), s) for name, s in times.items()}}
