@@ -105,6 +105,12 @@ class GroupRequest:
         if self.partials and len(self.partials) != self.sampling.num_completions:
             raise ValueError(f"group {self.group_id} has the wrong number of partial completions")
 
+    @property
+    def unfinished(self) -> tuple[int, ...]:
+        """Indices of the completions that are still to be written."""
+        ended = {i for i, partial in enumerate(self.partials) if partial.finish != "abort"}
+        return tuple(i for i in range(self.sampling.num_completions) if i not in ended)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:

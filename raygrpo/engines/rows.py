@@ -11,6 +11,7 @@ from raygrpo.engines.randomness import KeyArray
 from raygrpo.types import Completion, Finish, GroupRequest, Version
 
 Indices = npt.NDArray[np.int64]
+Runs = tuple[tuple[Version, int], ...]
 
 
 class RowTable:
@@ -51,21 +52,28 @@ class RowTable:
         return self.length[rows] - self.prompt_length[rows]
 
     def add(self, request: GroupRequest, group: int, setting: int, keys: KeyArray) -> int:
-        """Takes in a group's rows after its prompt; returns the first row."""
+        """Takes in a row for each completion to be written, after the prompt and what is written
+        of it; returns the first row."""
         sampling, prompt = request.sampling, request.prompt.token_ids
-        first, count = self.num_rows, sampling.num_completions
+        unfinished = list(request.unfinished)
+        first, count = self.num_rows, len(unfinished)
         self._reserve(first + count, prompt.size + sampling.max_tokens)
         rows = slice(first, first + count)
         self.num_rows += count
         self.group[rows] = group
-        self.completion[rows] = np.arange(count)
+        self.completion[rows] = unfinished
         self.setting[rows] = setting
-        self.keys[rows] = keys
+        self.keys[rows] = keys[unfinished]
         self.prompt_length[rows] = self.length[rows] = prompt.size
         self.min_length[rows] = prompt.size + sampling.min_tokens
         self.max_length[rows] = prompt.size + sampling.max_tokens
         self.tokens[rows] = prompt[0]
         self.tokens[rows, : prompt.size] = prompt
+        for row, index in enumerate(unfinished if request.partials else [], start=first):
+            written = request.partials[index]
+            self.length[row] += written.token_ids.size
+            span = slice(prompt.size, int(self.length[row]))
+            self.tokens[row, span], self.logprobs[row, span] = written.token_ids, written.logprobs
         return first
 
     def _reserve(self, rows: int, length: int) -> None:
@@ -111,9 +119,15 @@ class RowTable:
         return sources, targets
 
     def make_completion(
-        self, row: int, finish: Finish, tokenizer: Any, versions: list[Version]
+        self,
+        row: int,
+        finish: Finish,
+        tokenizer: Any,
+        versions: list[Version],
+        before: Runs = (),
     ) -> Completion:
-        """A row's completion so far; ``versions`` gives the meaning of the version column."""
+        """A row's completion so far; ``versions`` gives the meaning of the version column, and
+        ``before`` the versions of what another engine wrote of it."""
         span = slice(int(self.prompt_length[row]), int(self.length[row]))
         tokens = self.tokens[row, span].astype(np.int32)
         return Completion(
@@ -122,15 +136,17 @@ class RowTable:
             loss_mask=np.ones(tokens.size, np.bool_),
             text=tokenizer.decode(tokens.tolist(), skip_special_tokens=True),
             finish=finish,
-            version_runs=_run_lengths(self.versions[row, span], versions),
+            version_runs=_run_lengths(self.versions[row, span], versions, before),
         )
 
 
-def _run_lengths(
-    column: npt.NDArray[np.int32], versions: list[Version]
-) -> tuple[tuple[Version, int], ...]:
-    starts = [0, *(np.flatnonzero(np.diff(column)) + 1).tolist()]
-    counts = np.diff([*starts, column.size]).tolist()
-    return tuple(
-        (versions[column[start]], count) for start, count in zip(starts, counts, strict=True)
-    )
+def _run_lengths(column: npt.NDArray[np.int32], versions: list[Version], before: Runs) -> Runs:
+    runs, done = list(before), sum(count for _, count in before)
+    starts = [0, *(np.flatnonzero(np.diff(column[done:])) + 1).tolist()]
+    for start, count in zip(starts, np.diff([*starts, column.size - done]), strict=True):
+        if count:
+            version, same = versions[column[done + start]], 0
+            if runs and runs[-1][0] == version:
+                _, same = runs.pop()
+            runs.append((version, same + int(count)))
+    return tuple(runs)

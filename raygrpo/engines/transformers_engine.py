@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -62,7 +62,7 @@ class Running:
     def finished(self) -> Group:
         """The group, once all of its completions have ended."""
         return Group(
-            request=self.request,
+            request=replace(self.request, partials=()),
             completions=tuple(self.ended[index] for index in sorted(self.ended)),
             generate_s=time.monotonic() - self.started,
         )
@@ -185,7 +185,7 @@ class TransformersEngine:
         for key, request in list(self._waiting.items()):
             if request.min_version > version:
                 continue
-            if not self._fits(request.sampling.num_completions):
+            if not self._fits(len(request.unfinished)):
                 return
             del self._waiting[key]
             self._start(request)
@@ -197,31 +197,36 @@ class TransformersEngine:
 
     def _start(self, request: GroupRequest) -> None:
         serial, self._num_started = self._num_started, self._num_started + 1
-        self._running[serial] = Running(request, time.monotonic())
+        ended = {i: c for i, c in enumerate(request.partials) if c.finish != "abort"}
+        self._running[serial] = Running(request, time.monotonic(), ended)
         if request.sampling not in self._settings:
             self._settings.append(request.sampling)
         sampling, length = request.sampling, request.prompt.token_ids.size
-        count = sampling.num_completions
-        keys = row_keys(request.seed, request.stream, request.group_id, count)
+        keys = row_keys(request.seed, request.stream, request.group_id, sampling.num_completions)
         first = self._rows.add(request, serial, self._settings.index(sampling), keys)
+        rows = slice(first, self._rows.num_rows)
         if self._deterministic:
             self._cache = self._new_cache()
-        self._cache.reserve(first + count, length + min(sampling.max_tokens, FIRST_ROOM))
-        logits = self._prefill(request.prompt.token_ids, first)
-        self._cache.share(first, count - 1, length)
-        self._append(slice(first, first + count), logits.expand(count, -1))
+        room = length + min(sampling.max_tokens, FIRST_ROOM)
+        self._cache.reserve(rows.stop, max(room, self._rows.longest))
+        logits = self._prefill(first, 0, length)
+        self._cache.share(first, rows.stop - first - 1, length)
+        ends = self._rows.length[rows].tolist()
+        parts = [self._prefill(row, length, end, logits) for row, end in enumerate(ends, first)]
+        self._append(rows, torch.cat(parts))
 
-    def _prefill(self, prompt: npt.NDArray[np.int32], row: int) -> Tensor:
-        """Computes a prompt into a row of the cache; returns its last logits [1, V]."""
-        ids = torch.from_numpy(prompt.astype(np.int64)).to(self._device)[None]
-        hidden = None
-        for start in range(0, prompt.size, PREFILL_CHUNK):
-            stop = min(start + PREFILL_CHUNK, prompt.size)
+    def _prefill(self, row: int, begin: int, end: int, last: Tensor | None = None) -> Tensor:
+        """Computes positions [begin, end) of a row into the cache; returns the logits [1, V] after
+        them, which are ``last`` if there are none."""
+        ids = torch.from_numpy(self._rows.tokens[row, begin:end]).to(self._device)[None]
+        for start in range(begin, end, PREFILL_CHUNK):
+            stop = min(start + PREFILL_CHUNK, end)
             self._cache.plan_prefill(row, start, stop)
             positions = torch.arange(start, stop, device=self._device)[None]
-            hidden = self._forward(ids[:, start:stop], positions, stop)
-        assert hidden is not None
-        return self._logits(hidden[:, -1])
+            hidden = self._forward(ids[:, start - begin : stop - begin], positions, stop)
+            last = self._logits(hidden[:, -1])
+        assert last is not None
+        return last
 
     def _decode(self) -> None:
         table = self._rows
@@ -313,8 +318,11 @@ class TransformersEngine:
 
     def _end_row(self, row: int, finish: Finish) -> None:
         group = self._running[int(self._rows.group[row])]
-        completion = self._rows.make_completion(row, finish, self._tokenizer, self._versions)
-        group.ended[int(self._rows.completion[row])] = completion
+        index, partials = int(self._rows.completion[row]), group.request.partials
+        before = partials[index].version_runs if partials else ()
+        group.ended[index] = self._rows.make_completion(
+            row, finish, self._tokenizer, self._versions, before
+        )
 
     def _remove_rows(self, rows: list[int]) -> None:
         sources, targets = self._rows.remove(rows)
