@@ -5,23 +5,37 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass
 class Sequence_:
-    """One completion: per-token values, and its advantage and group."""
+    """One completion: per-token values, and its advantage and group.
+
+    ``still`` and ``still_entropy`` are what stop-gradients hold on to: they keep their values while
+    a test moves ``new`` and ``entropy`` to differentiate by them.
+    """
 
     new: list[float]
     old: list[float]
     sampler: list[float]
     ref: list[float]
+    entropy: list[float]
     mask: list[bool]
     advantage: float
     group: int = 0
     length: int = field(init=False)
+    still: list[float] = field(init=False)
+    still_entropy: list[float] = field(init=False)
 
     def __post_init__(self) -> None:
         self.length = sum(self.mask)
+        self.still, self.still_entropy = list(self.new), list(self.entropy)
+
+    def mean(self, values: list[float]) -> float:
+        """Over the trained tokens."""
+        chosen = [v for v, trained in zip(values, self.mask, strict=True) if trained]
+        return sum(chosen) / len(chosen)
 
 
 def advantages(rewards: Sequence[float | None], baseline: str, scale: str) -> list[float]:
@@ -84,48 +98,112 @@ def correction_token(
     return rho if low <= rho <= high else 0.0
 
 
-def loss(
-    sequences: Sequence[Sequence_],
-    *,
-    aggregation: str,
-    clip_low: float = 0.2,
-    clip_high: float = 0.28,
-    delta: float | None = None,
-    dual_clip: float | None = None,
-    beta: float = 0.0,
-    kl_estimator: str = "k3",
-    kl_unbiased: bool = False,
-    max_completion_length: int = 0,
-    correction: str = "none",
-    correction_level: str = "token",
-    correction_min: float = 0.5,
-    correction_max: float = 2.0,
-) -> float:
+@dataclass(frozen=True)
+class Options:
+    """The names of the project's ``loss`` section."""
+
+    aggregation: str
+    loss: str = "clip"
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    delta: float | None = None
+    dual_clip: float | None = None
+    cispo_cap: float = 5.0
+    sapo_tau_pos: float = 1.0
+    sapo_tau_neg: float = 1.05
+    dppo_tv: float = 0.2
+    beta: float = 0.0
+    kl_estimator: str = "k3"
+    kl_unbiased: bool = False
+    max_completion_length: int = 0
+    ratio_anchor: str = "old"
+    correction: str = "none"
+    correction_level: str = "token"
+    correction_min: float = 0.5
+    correction_max: float = 2.0
+    off_policy_threshold: float | None = None
+    top_entropy_frac: float = 1.0
+    entropy_coef: float = 0.0
+
+
+def policy_token(seq: Sequence_, t: int, o: Options) -> float:
+    """The policy loss of one token."""
+    advantage, new, sampler = seq.advantage, seq.new[t], seq.sampler[t]
+    anchor = seq.sampler if o.ratio_anchor == "sampler" else seq.old
+    if o.loss == "reinforce":
+        return -advantage * new
+    if o.loss == "dppo_tv":
+        moved = math.exp(seq.still[t]) - math.exp(sampler)
+        dropped = moved > o.dppo_tv if advantage > 0 else moved < -o.dppo_tv
+        pull = 0.001 * (new - sampler) ** 2
+        return pull if dropped else pull - advantage * math.exp(new - sampler)
+    if o.loss == "cispo":
+        return -min(math.exp(seq.still[t] - anchor[t]), o.cispo_cap) * advantage * new
+    if o.loss == "gspo":
+        gap = seq.mean([n - a for n, a in zip(seq.new, anchor, strict=True)])
+    else:
+        gap = new - anchor[t]
+    ratio = math.exp(gap)
+    if o.loss == "sapo":
+        tau = o.sapo_tau_pos if advantage > 0 else o.sapo_tau_neg
+        return -advantage * 4 / tau / (1 + math.exp(-tau * (ratio - 1)))
+    return clip_token(ratio, advantage, o.clip_low, o.clip_high, o.delta, o.dual_clip)
+
+
+def entropy_bar(sequences: Sequence[Sequence_], frac: float) -> float:
+    """The smallest entropy within the top share, 1 + floor(frac * (N - 1)) tokens of N."""
+    values = [
+        e
+        for seq in sequences
+        for e, trained in zip(seq.still_entropy, seq.mask, strict=True)
+        if trained
+    ]
+    keep = 1 + math.floor(frac * (len(values) - 1) + 1e-9)
+    return sorted(values, reverse=True)[keep - 1]
+
+
+def loss(sequences: Sequence[Sequence_], **options: Any) -> float:
     """The loss of one optimizer update."""
-    totals: list[float] = []
-    for seq in sequences:
-        total = 0.0
-        for t, trained in enumerate(seq.mask):
-            if not trained:
-                continue
-            ratio = math.exp(seq.new[t] - seq.old[t])
-            value = clip_token(ratio, seq.advantage, clip_low, clip_high, delta, dual_clip)
-            value *= correction_token(
-                seq, t, correction, correction_level, correction_min, correction_max
-            )
-            if beta:
-                kl = kl_token(seq.new[t], seq.ref[t], kl_estimator)
-                value += beta * kl * (ratio if kl_unbiased else 1.0)
-            total += value
-        totals.append(total)
+    o = Options(**options)
+    bar = entropy_bar(sequences, o.top_entropy_frac)
+    totals = [sum(token_loss(seq, t, o, bar) for t in range(len(seq.new))) for seq in sequences]
+    return aggregate(sequences, totals, o)
+
+
+def token_loss(seq: Sequence_, t: int, o: Options, bar: float) -> float:
+    """All that one token adds, before aggregation."""
+    if not seq.mask[t]:
+        return 0.0
+    value = policy_token(seq, t, o)
+    value *= correction_token(
+        seq, t, o.correction, o.correction_level, o.correction_min, o.correction_max
+    )
+    if o.off_policy_threshold is not None and seq.advantage < 0:
+        gap = seq.mean([s - n for s, n in zip(seq.sampler, seq.still, strict=True)])
+        value = 0.0 if gap > o.off_policy_threshold else value
+    if o.top_entropy_frac < 1 and seq.still_entropy[t] < bar:
+        value = 0.0
+    if o.beta:
+        anchor = seq.sampler if "sampler" in (o.ratio_anchor, _anchor_of(o.loss)) else seq.old
+        ratio = math.exp(seq.new[t] - anchor[t]) if o.kl_unbiased else 1.0
+        value += o.beta * ratio * kl_token(seq.new[t], seq.ref[t], o.kl_estimator)
+    return value - o.entropy_coef * seq.entropy[t]
+
+
+def _anchor_of(loss: str) -> str:
+    return "sampler" if loss == "dppo_tv" else "old"
+
+
+def aggregate(sequences: Sequence[Sequence_], totals: list[float], o: Options) -> float:
+    """From each sequence's sum to the loss."""
     lengths = [seq.length for seq in sequences]
-    if aggregation == "token":
+    if o.aggregation == "token":
         return sum(totals) / sum(lengths)
-    if aggregation == "sequence":
+    if o.aggregation == "sequence":
         parts = [total / n if n else 0.0 for total, n in zip(totals, lengths, strict=True)]
         return sum(parts) / len(parts)
-    if aggregation == "constant":
-        return sum(totals) / (len(totals) * max_completion_length)
+    if o.aggregation == "constant":
+        return sum(totals) / (len(totals) * o.max_completion_length)
     groups = sorted({seq.group for seq in sequences})
     means = []
     for group in groups:

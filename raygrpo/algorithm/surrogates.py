@@ -72,7 +72,7 @@ def _cispo(ratio: Tensor, tokens: Tokens, config: LossConfig) -> tuple[Tensor, d
 
 def _sapo(ratio: Tensor, tokens: Tokens, config: LossConfig) -> Tensor:
     positive = tokens.advantages > 0
-    tau = torch.where(positive, config.sapo_tau_pos, config.sapo_tau_neg).to(ratio.dtype)
+    tau = torch.full_like(ratio, config.sapo_tau_neg).masked_fill(positive, config.sapo_tau_pos)
     return -tokens.advantages * torch.sigmoid(tau * (ratio - 1)) * 4 / tau
 
 
