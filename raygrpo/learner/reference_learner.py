@@ -79,6 +79,10 @@ class ReferenceLearner(Learner):
         self._optimizer.zero_grad()
         return float(norm)
 
+    def _master_weights(self) -> Iterator[tuple[str, Tensor]]:
+        named = self._policy.model.named_parameters()
+        return ((name, parameter) for name, parameter in named if parameter.requires_grad)
+
     def _sum_over_ranks(self, value: float) -> float:
         return value
 

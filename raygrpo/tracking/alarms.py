@@ -59,6 +59,10 @@ def _at_once(limit: float, *, below: bool) -> Judge:
     return judge
 
 
+def _any(first: Sequence[float], newest: Sequence[float]) -> tuple[float, float] | None:
+    return (newest[-1], 0.0) if newest[-1] > 0 else None
+
+
 def _collapsed(first: Sequence[float], newest: Sequence[float]) -> tuple[float, float] | None:
     if len(newest) < 2 * WINDOW:
         return None
@@ -76,6 +80,12 @@ def _spiked(first: Sequence[float], newest: Sequence[float]) -> tuple[float, flo
 
 
 RULES = (
+    _Rule(
+        "skipped_updates",
+        "skipped_updates_frac",
+        _any,
+        "a loss or gradient was not finite: lower optimizer.lr if it happens again",
+    ),
     _Rule(
         "no_signal",
         "frac_reward_zero_std",

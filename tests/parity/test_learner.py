@@ -20,6 +20,7 @@ from raygrpo.errors import ConfigError, NumericError, StorageError
 from raygrpo.learner.policy import PolicyModel, load_policy, policy_inputs, probe
 from raygrpo.learner.reference_learner import ReferenceLearner
 from raygrpo.learner.schedule import learning_rate
+from raygrpo.learner.watch import PATIENCE
 from raygrpo.types import Microbatch
 from tests.parity.learner_cases import (
     Tree,
@@ -302,14 +303,52 @@ def test_named_weights_load_into_the_hugging_face_model(models: dict[str, Path])
         )
 
 
-def test_nan_raises_and_leaves_the_weights(models: dict[str, Path]) -> None:
+def test_nan_is_skipped_within_a_budget(models: dict[str, Path]) -> None:
     learner = ReferenceLearner(make_config(models["llama"]))
     before = dict(learner.named_weights())
     batch = microbatch(random_trees(0, 1))
     poisoned = dataclasses.replace(batch, advantages=batch.advantages * np.float32("nan"))
-    with pytest.raises(NumericError, match="optimizer update 0"):
+    for _ in range(3):
+        stats = learner.update([[batch, poisoned]])
+        assert stats["skipped_updates_frac"].mean == 1
+    with pytest.raises(NumericError, match="4 optimizer updates in a row"):
         learner.update([[batch, poisoned]])
     assert all(torch.equal(w, before[name]) for name, w in learner.named_weights())
+    assert learner.update([[batch]])["skipped_updates_frac"].mean == 0
+    assert learner.update([[batch, poisoned]])["skipped_updates_frac"].mean == 1
+
+
+@pytest.mark.parametrize("how", ["frozen", "unreached"])
+def test_a_tensor_that_does_not_train_is_named(models: dict[str, Path], how: str) -> None:
+    learner = ReferenceLearner(make_config(models["llama"], train={"steps": 20}))
+    name = "model.layers.0.mlp.up_proj.weight"
+    victim = learner._policy.model.get_parameter(name)
+    batch = microbatch(random_trees(0, 2))
+    if how == "frozen":
+        learner._optimizer.param_groups[0]["params"] = [
+            p for p in learner._optimizer.param_groups[0]["params"] if p is not victim
+        ]
+        message = f"1 tensors have not moved, the first being {name}"
+    else:
+        layer = learner._policy.model.model.layers[0].mlp.up_proj
+        layer.forward = lambda x: torch.nn.functional.linear(x, layer.weight.detach())
+        # Weight decay moves it all the same: moving alone proves nothing.
+        victim.grad = torch.zeros_like(victim)
+        learner._optimizer.zero_grad = lambda: [  # type: ignore[method-assign, misc, assignment]
+            p.grad.zero_() for p in learner._policy.parameters() if p.grad is not None
+        ]
+        message = f"1 tensors have had no gradient, the first being {name}"
+    for _ in range(PATIENCE - 1):
+        learner.update([[batch]])
+    with pytest.raises(NumericError, match=message):
+        learner.update([[batch]])
+
+
+def test_a_sound_model_is_watched_for_one_update(models: dict[str, Path]) -> None:
+    learner = ReferenceLearner(make_config(models["qwen2"]))
+    for step in make_steps(2, 1, 1):
+        learner.update(step[0])
+    assert learner._watch is not None and learner._watch._hooks == []
 
 
 def test_resume_is_bit_exact(models: dict[str, Path], tmp_path: Path) -> None:

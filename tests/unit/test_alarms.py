@@ -57,6 +57,11 @@ def test_a_spike_is_against_the_median_before_it() -> None:
     assert ring("grad_norm", [1.0, 50.0]) == []
 
 
+def test_a_skipped_update_rings_at_once() -> None:
+    name = "skipped_updates"
+    assert ring("skipped_updates_frac", [0, 0, 0.5, 1, 0, 0.25]) == [(2, name), (5, name)]
+
+
 def test_a_step_without_the_metric_changes_nothing() -> None:
     alarms = Alarms()
     for _ in range(WINDOW):
