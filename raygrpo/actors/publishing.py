@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import ray
 
+from raygrpo.errors import InfraError
 from raygrpo.types import BucketSpec, ByteArray, Probe, Version, WeightsManifest
 from raygrpo.weights import delta
 
@@ -100,7 +101,14 @@ class Publisher:
             buckets.append(bucket)
         self._finish_puts(0)
         link, manifests = _manifests(version, self._base_version, buckets, kind, probe, whole=whole)
-        self._get(self._store.commit.remote(*manifests))
+        try:
+            self._get(self._store.commit.remote(*manifests))
+        except InfraError:
+            if self._get(self._store.newest.remote()) is not None:
+                raise
+            # The store was lost in the midst of this: the kept bytes are the version's own.
+            link = self._send_again(link, [bucket.held for bucket in buckets], kind)
+            manifests = [link]
         self._base = [(bucket.spec, bucket.held) for bucket in buckets]
         self._base_version = version
         is_whole = any(manifest.kind != "delta" for manifest in manifests)
@@ -154,6 +162,19 @@ class Publisher:
         if coded is None or whole:
             self._puts.append(put(version, index, bucket.data))
         self._finish_puts(_PUTS_IN_FLIGHT)
+
+    def _send_again(
+        self, link: WeightsManifest, data: Sequence[ByteArray], kind: WholeKind
+    ) -> WeightsManifest:
+        """Gives an empty store the whole version; returns its manifest."""
+        specs = tuple(replace(spec, encoded_bytes=None) for spec in link.buckets)
+        whole = replace(link, kind=kind, base_version=None, buckets=specs)
+        for index, bucket in enumerate(data):
+            self._puts.append(self._store.put.remote(link.version, index, bucket))
+            self._finish_puts(_PUTS_IN_FLIGHT)
+        self._finish_puts(0)
+        self._get(self._store.commit.remote(whole))
+        return whole
 
     def _finish_puts(self, num_left: int) -> None:
         while len(self._puts) > num_left:

@@ -21,6 +21,8 @@ def publish_metrics(report: PublishReport, publish_s: float) -> dict[str, float]
 
 
 def with_load(metrics: Mapping[str, float], load: LoadReport) -> dict[str, float]:
-    """The metrics with one more generator's load: of several, the slowest counts."""
-    times = {"sync/load_s": load.load_s, "sync/stall_s": load.stall_s}
-    return {**metrics, **{name: max(metrics.get(name, 0.0), s) for name, s in times.items()}}
+    """The metrics with one more generator's load: of several, the worst counts."""
+    worst = {"sync/load_s": load.load_s, "sync/stall_s": load.stall_s}
+    if load.probe_gap is not None:
+        worst["sync/probe_gap"] = load.probe_gap
+    return {**metrics, **{name: max(metrics.get(name, 0.0), x) for name, x in worst.items()}}

@@ -6,6 +6,7 @@ damage, and leaves a generator that serves.
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import sys
@@ -34,6 +35,7 @@ from raygrpo.config_file import load_config
 from raygrpo.models import load_model
 from raygrpo.rewards.contract import TrainerState
 from raygrpo.types import GroupRequest, Probe, Prompt, Sampling, Version
+from raygrpo.weights.buckets import make_buckets
 from raygrpo.weights.probe import probe_tokens
 from tests import runs
 
@@ -324,6 +326,34 @@ def test_a_store_that_dies_is_filled_again(cluster: Cluster) -> None:
     cluster.wait_for_group()
     assert cluster.generator.pid == generator, "it was not the generator's fault"
     cluster.take_events()
+
+
+def test_a_store_that_dies_during_a_publish_gets_it_all(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before the last bucket is sent: the restarted one has that bucket alone."""
+    pid = ray.get(cluster.store.pid.remote(), timeout=60)
+    publisher = cluster.publisher = cluster.new_publisher()
+    compare = publisher._compare_all
+
+    def killing(*arguments: Any) -> Iterator[Any]:
+        *first, last = compare(*arguments)
+        yield from first
+        publisher._finish_puts(0)
+        os.kill(pid, signal.SIGKILL)
+        yield last
+
+    with monkeypatch.context() as patch:
+        many = functools.partial(make_buckets, bucket_bytes=2**14)
+        patch.setattr("raygrpo.weights.buckets.make_buckets", many)
+        patch.setattr(publisher, "_compare_all", killing)
+        version = cluster.publish()
+    cluster.pool.load()
+    assert cluster.wait_for_load(version).kind == "full"
+    cluster.submit()
+    cluster.wait_for_group()
+    assert cluster.take_events() == []
+    cluster.publisher = cluster.new_publisher()
 
 
 def test_a_corrupt_version_is_refused_and_the_next_one_serves(
