@@ -7,15 +7,15 @@ Request: ``{"prompts": [...], "completions": [...], "columns": {name: [...]}}``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raygrpo.rewards.contract import Setup
 from raygrpo.rewards.params import HttpParams
-from raygrpo.rewards.service import Service, ServiceError, quoted, secret
+from raygrpo.rewards.service import LogMetric, ServiceError, ServiceReward, quoted, secret
 
 
-class HttpReward:
+class HttpReward(ServiceReward[HttpParams]):
     """Scores a group by requests of ``batch_size`` completions.
 
     A request that fails for good errors its completions; the group's others keep their rewards.
@@ -26,19 +26,14 @@ class HttpReward:
 
     def __init__(self, params: HttpParams, setup: Setup) -> None:
         headers = {header: secret(name) for header, name in params.headers_env.items()}
-        self._params = params
-        self._name = setup.name
-        self._service = Service(params, headers, setup.timeout_s)
+        super().__init__(params, headers, setup)
 
-    async def __call__(
+    async def _score(
         self,
         prompts: Sequence[Any],
         completions: Sequence[Any],
-        completion_ids: Sequence[Any],
-        trainer_state: Any,
-        log_extra: Callable[..., None],
-        log_metric: Callable[[str, float], None],
-        **columns: Sequence[Any],
+        columns: Mapping[str, Sequence[Any]],
+        log_metric: LogMetric,
     ) -> list[Any]:
         chosen = self._choose(columns)
         size = self._params.batch_size or len(completions)
@@ -52,7 +47,6 @@ class HttpReward:
             for part in parts
         ]
         answers = await self._service.gather([self._ask(body, log_metric) for body in bodies])
-        log_metric(f"rewards/{self._name}/retries", self._service.num_retries)
         rewards: list[Any] = []
         for body, answer in zip(bodies, answers, strict=True):
             if isinstance(answer, ServiceError):
@@ -69,9 +63,7 @@ class HttpReward:
             raise ValueError(f"the row has no column {', '.join(missing)} to send")
         return {name: columns[name] for name in wanted}
 
-    async def _ask(
-        self, body: Mapping[str, Any], log_metric: Callable[[str, float], None]
-    ) -> list[Any]:
+    async def _ask(self, body: Mapping[str, Any], log_metric: LogMetric) -> list[Any]:
         url, size = self._params.url, len(body["completions"])
         answer = await self._service.post(url, body)
         rewards = answer.get("rewards") if isinstance(answer, dict) else None

@@ -11,12 +11,12 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raygrpo.rewards.contract import Setup
 from raygrpo.rewards.params import JudgeParams, rubric_fields
-from raygrpo.rewards.service import Service, ServiceError, quoted, secret
+from raygrpo.rewards.service import LogMetric, ServiceError, ServiceReward, quoted, secret
 from raygrpo.rewards.text import completion_text
 
 LAST_LINE = re.compile(r"SCORE:\s*([-+]?[0-9]+(?:\.[0-9]+)?)")
@@ -33,7 +33,7 @@ REMINDER = (
 )
 
 
-class JudgeReward:
+class JudgeReward(ServiceReward[JudgeParams]):
     """Grades each completion by a request of its own; grades are scaled to 0..1.
 
     A grade that is missing or out of range is asked for once more, with a reminder; then the
@@ -46,20 +46,15 @@ class JudgeReward:
     def __init__(self, params: JudgeParams, setup: Setup) -> None:
         key = secret(params.api_key_env) if params.api_key_env else None
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._params = params
-        self._name = setup.name
+        super().__init__(params, headers, setup)
         self._fields = rubric_fields(params.rubric)
-        self._service = Service(params, headers, setup.timeout_s)
 
-    async def __call__(
+    async def _score(
         self,
         prompts: Sequence[Any],
         completions: Sequence[Any],
-        completion_ids: Sequence[Any],
-        trainer_state: Any,
-        log_extra: Callable[..., None],
-        log_metric: Callable[[str, float], None],
-        **columns: Sequence[Any],
+        columns: Mapping[str, Sequence[Any]],
+        log_metric: LogMetric,
     ) -> list[Any]:
         if missing := sorted(self._fields - {"prompt", "completion"} - set(columns)):
             raise ValueError(f"the rubric names {', '.join(missing)}, which is no column")
@@ -71,7 +66,6 @@ class JudgeReward:
             calls.append(self._grade(row, completion_text(completion), reminders))
         grades = await self._service.gather(calls)
         log_metric(f"rewards/{self._name}/reminded_frac", len(reminders) / len(completions))
-        log_metric(f"rewards/{self._name}/retries", self._service.num_retries)
         return list(grades)
 
     async def _grade(self, row: Mapping[str, Any], text: str, reminders: list[float]) -> float:

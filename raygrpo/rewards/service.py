@@ -8,8 +8,8 @@ import email.utils
 import json
 import os
 import time
-from collections.abc import Coroutine, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any, Generic, TypeVar
 
 import httpx
 from tenacity import (
@@ -22,9 +22,12 @@ from tenacity import (
 )
 
 from raygrpo.errors import RewardError
+from raygrpo.rewards.contract import Setup
 from raygrpo.rewards.params import ServiceParams
 
 T = TypeVar("T")
+P = TypeVar("P", bound=ServiceParams)
+LogMetric = Callable[[str, float], None]
 
 # The share of a reward's deadline within which all requests end, so that the error names the
 # service's last failure. Past the whole deadline the process would be ended with less to say.
@@ -113,6 +116,38 @@ class Service:
         except httpx.TransportError as error:
             raise _Passing(f"{url}: {type(error).__name__}: {error}") from None
         return _read(url, response)
+
+
+class ServiceReward(Generic[P]):
+    """A reward that a service gives; `_score` asks it."""
+
+    def __init__(self, params: P, headers: Mapping[str, str], setup: Setup) -> None:
+        self._params = params
+        self._name = setup.name
+        self._service = Service(params, headers, setup.timeout_s)
+
+    async def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Any],
+        trainer_state: Any,
+        log_extra: Callable[..., None],
+        log_metric: LogMetric,
+        **columns: Sequence[Any],
+    ) -> list[Any]:
+        rewards = await self._score(prompts, completions, columns, log_metric)
+        log_metric(f"rewards/{self._name}/retries", self._service.num_retries)
+        return rewards
+
+    async def _score(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        columns: Mapping[str, Sequence[Any]],
+        log_metric: LogMetric,
+    ) -> list[Any]:
+        raise NotImplementedError
 
 
 def _encode(url: str, body: Mapping[str, Any]) -> bytes:
