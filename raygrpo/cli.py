@@ -62,7 +62,7 @@ def train(
             outcome = session.run()
     except RayGrpoError as error:
         started = session is not None and session.started
-        _fail(error, EXIT_BAD_INPUT if isinstance(error, _INPUT) and not started else EXIT_FAILED)
+        _fail(error, started=started)
     except Stopped:
         typer.echo("stopped before the first step; run the same command to start or resume")
         raise typer.Exit(EXIT_STOPPED) from None
@@ -105,7 +105,7 @@ def export(
         else:
             path = publish_run(run, push_to_hub, step=step, public=public, branch=revision)
     except RayGrpoError as error:
-        _fail(error, EXIT_BAD_INPUT if isinstance(error, _INPUT) else EXIT_FAILED)
+        _fail(error)
     typer.echo(str(path))
 
 
@@ -205,8 +205,7 @@ def _watched() -> Iterator[_Watch]:
     try:
         yield watch
     except RayGrpoError as error:
-        bad_input = isinstance(error, _INPUT) and not watch.started
-        _fail(error, EXIT_BAD_INPUT if bad_input else EXIT_FAILED)
+        _fail(error, started=watch.started)
     except Stopped:
         typer.echo("stopped", err=True)
         raise typer.Exit(EXIT_STOPPED) from None
@@ -242,7 +241,7 @@ def replay(
     try:
         done = replay(run, out, steps=steps, overrides=context.args, on_step=show)
     except RayGrpoError as error:
-        _fail(error, EXIT_BAD_INPUT if isinstance(error, _INPUT) else EXIT_FAILED)
+        _fail(error)
     except Stopped:
         typer.echo("stopped; the same command starts again")
         raise typer.Exit(EXIT_STOPPED) from None
@@ -273,7 +272,7 @@ def show_config(
             else:
                 typer.echo(dump_config(load_config(path, [*chosen, *context.args])))
         except RayGrpoError as error:
-            _fail(error, EXIT_BAD_INPUT)
+            _fail(error)
         return
     table = Table("key", Column("default", max_width=45), "unit", "meaning", box=None)
     for row in describe_keys():
@@ -282,9 +281,11 @@ def show_config(
     (console if console.is_terminal else Console(width=180)).print(table)
 
 
-def _fail(error: RayGrpoError, code: int) -> NoReturn:
+def _fail(error: RayGrpoError, *, started: bool = False) -> NoReturn:
+    """Ends the command: bad input is what is found wrong with it before anything ``started``."""
     typer.echo(f"{type(error).__name__}: {error}", err=True)
-    raise typer.Exit(code)
+    bad_input = isinstance(error, _INPUT) and not started
+    raise typer.Exit(EXIT_BAD_INPUT if bad_input else EXIT_FAILED)
 
 
 def main() -> None:
