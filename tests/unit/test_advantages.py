@@ -15,11 +15,13 @@ from raygrpo.algorithm.advantages import (
     has_signal,
     normalised_sum,
 )
+from raygrpo.algorithm.overlong import overlong_penalty
 from raygrpo.algorithm.plan import make_step_batch, signal_values
 from raygrpo.algorithm.window import FinishedGroup, Window
 from raygrpo.config import RunConfig
 from raygrpo.config_file import load_config
 from raygrpo.errors import ConfigError
+from raygrpo.rewards.text import length
 from raygrpo.types import Score
 from tests import oracle
 from tests.builders import request, summary
@@ -82,6 +84,46 @@ def test_mean_baseline_laws(values: list[int], shift: int) -> None:
     base = group_advantages(rewards, baseline="mean", scale="group")
     # Invariant up to the epsilon, 1e-4 of a deviation that is at least 0.04 here unless it is 0.
     assert torch.allclose(base, scaled, rtol=3e-3, atol=1e-6)
+
+
+def test_max_rl_without_success_teaches_nothing() -> None:
+    assert group_advantages(
+        [[0.0, 0.0], [-1.0, 1.0]], baseline="max_rl", scale="none"
+    ).tolist() == [
+        [0.0, 0.0],
+        [0.0, 0.0],
+    ]
+    # The mean of 1, 0, 0, 0 is 1/4: (1 - 1/4) / (1/4), and -1.
+    rare = group_advantages([[1.0, 0.0, 0.0, 0.0]], baseline="max_rl", scale="none")
+    assert rare.tolist() == [[3.0, -1.0, -1.0, -1.0]]
+
+
+def test_soft_overlong_penalty_by_hand() -> None:
+    """DAPO, equation 13, with its own lengths: 20480 tokens, the last 4096 of them penalised."""
+    expected = {16384: 0.0, 16385: -1 / 4096, 18432: -0.5, 20480: -1.0, 20481: -1.0, 1: 0.0}
+    for length_, penalty in expected.items():
+        assert overlong_penalty(length_, 20480, 4096) == penalty
+    assert length([[0] * 9, [0] * 7, [0] * 5], max_length=8, buffer=2) == [-1.0, -0.5, 0.0]
+
+
+def test_the_plan_takes_the_overlong_penalty_off() -> None:
+    """In the advantages and in what has signal; a completion without a score stays without."""
+    config = load_config(
+        {
+            "model": {"path": "m"},
+            "data": {"source": "d"},
+            "sampling": {"max_tokens": 10},
+            "advantage": {"overlong_buffer": 0.4},
+            "train": {"groups_per_step": 1},
+        }
+    )
+    alike = summary(0, [1.0, 1.0, None], lengths=[10, 7, 10])
+    assert signal_values(alike, config) == [0.0, 0.75, None]
+    batch = make_step_batch(0, [FinishedGroup(summary=alike, payload="ref")], config)
+    assert batch.has_signal
+    assert [sample.advantage for sample in batch.minibatches[0]] == [-0.375, 0.375]
+    plain = load_config({"model": {"path": "m"}, "data": {"source": "d"}})
+    assert signal_values(alike, plain) == [1.0, 1.0, None]
 
 
 def test_fewer_than_two_scores_teach_nothing() -> None:
