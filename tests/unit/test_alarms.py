@@ -82,3 +82,8 @@ def test_the_tracker_records_alarms(tmp_path: Path) -> None:
     (alarm,) = [event for event in events if event["kind"] == "alarm"]
     assert (alarm["name"], alarm["value"], alarm["limit"]) == ("truncation", 1.0, 0.5)
     assert alarm["step"] == WINDOW
+
+
+def test_an_unlike_sampler_rings_at_once_and_once() -> None:
+    assert ring("ess", [1.0, 0.81, 0.79, 0.5, 0.9, 0.3]) == [(2, "low_ess"), (5, "low_ess")]
+    assert ring("sampling/logprob_gap_mean", [0.02, 0.09, 0.2, 0.3]) == [(2, "logprob_gap")]
