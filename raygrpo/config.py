@@ -210,7 +210,14 @@ class GeneratorsSection(Section):
     """The generators."""
 
     count: int = key(1, "Generator processes.", "generators", ge=1)
-    engine: Literal["transformers"] = key("transformers", "Inference engine.")
+    engine: Literal["auto", "transformers", "vllm"] = key(
+        "auto", "Inference engine; auto: vllm where it is installed and loads, else transformers."
+    )
+    options: dict[str, Any] = key({}, "Arguments of vLLM (vllm.AsyncEngineArgs).")
+    placement: Literal["disaggregate", "colocate"] = key(
+        "disaggregate",
+        "colocate: generators share the learner's GPUs and sleep while it trains; on-policy only.",
+    )
     max_rows: int = key(64, "Completions decoded at once by a generator.", "completions", ge=1)
 
 
@@ -320,6 +327,8 @@ class RunConfig(Section):
             )
         if self.deterministic and train.max_staleness:
             raise ValueError("deterministic: true needs train.max_staleness: 0")
+        if self.generators.placement == "colocate":
+            self._check_colocation()
         names = [reward.name or reward.func for reward in self.rewards]
         if len(set(names)) != len(names):
             raise ValueError(f"rewards need distinct names, not {names}; set rewards[].name")
@@ -343,6 +352,19 @@ class RunConfig(Section):
         if self.learner.ref_sync and not self.loss.beta:
             raise ValueError("learner.ref_sync moves the reference of the KL: set loss.beta too")
         return self
+
+    def _check_colocation(self) -> None:
+        gpus, labels = self.ray.gpus, self.ray.labels
+        if self.train.max_staleness:
+            raise ValueError("generators.placement: colocate needs train.max_staleness: 0")
+        if labels.get("generator", {}) not in ({}, labels.get("learner", {})):
+            raise ValueError("colocated generators run where ray.labels.learner says")
+        shared = gpus.learner + gpus.generator * -(-self.generators.count // self.learner.num_ranks)
+        if gpus.generator and (shared > 1 or gpus.generator > 1):
+            raise ValueError(
+                f"a learner rank and its generators ask for {shared:g} of one GPU: "
+                "set ray.gpus.learner and ray.gpus.generator to shares that add up to 1"
+            )
 
     @property
     def changes_distribution(self) -> bool:

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from raygrpo.algorithm.packing import place
 from raygrpo.config import RewardSection, RunConfig
+from raygrpo.engines.choose import planned_engine
 from raygrpo.errors import ConfigError, RewardError
 from raygrpo.learner.deepspeed_config import deepspeed_config
 from raygrpo.learner.schedule import learning_rate
@@ -253,6 +254,7 @@ def _placement_facts(checked: Checked) -> Facts:
         "threads": f"{learner_threads(config)} a learner rank, {generator_threads(config)} a "
         "generator",
         "GPUs": f"{demand.num_gpus:g} ({demand.gpu_text})",
+        "engine": planned_engine(config),
         "ZeRO stage": str(config.learner.zero_stage),
         "where": where,
     }

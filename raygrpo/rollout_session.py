@@ -99,6 +99,7 @@ class RolloutSession(Session):
     def start(self) -> None:
         """Checks everything, then starts generators and scorers."""
         from raygrpo.actors.connect import connect, disconnect, placing
+        from raygrpo.actors.engine_probe import settle_engine
         from raygrpo.actors.placement import demand_of, freed
         from raygrpo.actors.pool import RolloutPool
 
@@ -107,8 +108,9 @@ class RolloutSession(Session):
         connection = connect(placed, demand_of(placed))
         self._closers.callback(disconnect, connection)
         self._signals.install()  # Ray has put handlers of its own in their place
+        placed, _ = settle_engine(connection.config, None, local=connection.local)
         self._pool = RolloutPool(
-            connection.config, None, self._anchored, self._functions, local=connection.local
+            placed, None, self._anchored, self._functions, local=connection.local
         )
         self._closers.callback(self._pool.close)
         with placing(connection):

@@ -24,6 +24,8 @@ _MAY_CHANGE = (
     "checkpoint.",
     "scorers.",
     "generators.count",
+    "generators.engine",  # the session compares it with the engine that was used
+    "generators.options",
     "generators.max_rows",
     "train.steps",
     "train.tokens_per_microbatch",
@@ -87,6 +89,13 @@ class RunDir:
         """What a run that has checkpoints recorded of its model and data."""
         begun = self.facts_path.is_file() and any(self.checkpoints.glob("step-*"))
         return dict(self.facts.get("revisions") or {}) if begun else {}
+
+    @property
+    def engine(self) -> str | None:
+        """The engine that a run with checkpoints recorded."""
+        begun = self.facts_path.is_file() and any(self.checkpoints.glob("step-*"))
+        # Runs from before there was a choice recorded none.
+        return str(self.facts.get("engine", "transformers")) if begun else None
 
     def release(self) -> None:
         """Lets go of the directory."""

@@ -131,6 +131,7 @@ class Session:
     def check(self) -> None:
         """What can be found wrong without a run directory or an actor; loads the prompts."""
         from raygrpo.actors.placement import check_run_dir
+        from raygrpo.engines.choose import check_engine
         from raygrpo.models import anchored_model, check_model_path, load_tokenizer
         from raygrpo.revisions import pin
         from raygrpo.rewards.loading import anchor_reward, check_reward
@@ -138,6 +139,7 @@ class Session:
 
         config = self.config
         check_run_dir(config)
+        check_engine(config)
         check_tensorboard(config)
         if not config.rewards:
             raise ConfigError("no rewards", "set rewards, or pass reward_funcs")
@@ -321,6 +323,7 @@ class Session:
 
     def _start_actors(self, rewards: Sequence[RewardSection]) -> None:
         from raygrpo.actors.connect import connect, disconnect, placing
+        from raygrpo.actors.engine_probe import settle_engine
         from raygrpo.actors.learner import LearnerGroup
         from raygrpo.actors.placement import demand_of, labels_of
         from raygrpo.actors.pool import RolloutPool
@@ -329,7 +332,10 @@ class Session:
         connection = connect(self._placed, demand_of(self._placed))
         self._closers.callback(disconnect, connection)
         self._signals.install()  # Ray has put handlers of its own in their place
-        self._placed = connection.config
+        self._placed, choice = settle_engine(
+            connection.config, self.run_dir.engine, local=connection.local
+        )
+        self.run_dir.note(engine=choice.engine)
         store = start_store(labels_of(self._placed, "learner"))
         self._closers.callback(end_store, store)
         # Elsewhere the run directory may not exist: there, output stays in Ray's own logs.
@@ -345,6 +351,8 @@ class Session:
         with placing(connection):
             starting = self._learner.start()
             self._start_tracking()  # while the actors start
+            if self.config.generators.engine == "auto":
+                self._tracker.event("engine", name=choice.engine, reason=choice.reason)
             self._open_store(where["logs"])
             self._pool.start()
             self.pids = {f"learner-{rank}": pid for rank, pid in enumerate(starting.wait())}

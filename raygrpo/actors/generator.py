@@ -70,22 +70,12 @@ class GeneratorActor:
     async def start(self, log: str | None) -> int:
         """Loads the engine (not in the constructor, whose errors lose their type); the pid."""
         log_to(log)
-        import torch
-
-        from raygrpo.engines.transformers_engine import TransformersEngine
+        from raygrpo.engines.choose import make_engine
         from raygrpo.weights.adapter import AdapterBase
 
-        torch.set_num_threads(self._threads)
-        config = self._config
-        self._adapter_base = AdapterBase(config)
-        self._engine: Engine = TransformersEngine(
-            config.model,
-            seed=config.seed,
-            max_rows=config.generators.max_rows,
-            deterministic=config.deterministic,
-            device="cuda" if config.ray.gpus.generator else "cpu",
-            version=Version(0, 0) if self._store is None else None,
-        )
+        self._adapter_base = AdapterBase(self._config)
+        version = Version(0, 0) if self._store is None else None
+        self._engine: Engine = make_engine(self._config, threads=self._threads, version=version)
         self._traced: Engine | EngineTracer = self._engine
         if self._profile is not None:
             self._traced = EngineTracer(self._engine, self._profile, "generator-0")

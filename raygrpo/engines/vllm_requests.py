@@ -10,6 +10,7 @@ import numpy as np
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.outputs import CompletionOutput
+from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 
 from raygrpo.config import ModelSection
@@ -23,6 +24,11 @@ Run = tuple[Version, int]
 # Prompts of about a hundred tokens must fill blocks for a group to share them; vLLM's own default
 # on CPU is 128. Its kernels there want multiples of 32.
 CPU_DEFAULTS = {"block_size": 32, "kv_cache_memory_bytes": 2 * 2**30, "enforce_eager": True}
+
+
+def device_type() -> str:
+    """What this vLLM computes on: cpu, cuda, or nothing."""
+    return str(current_platform.device_type)
 
 
 def engine_arguments(

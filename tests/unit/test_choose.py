@@ -1,0 +1,101 @@
+"""Which engine a run has: configured, as it began, or vLLM where it works."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from raygrpo.config import RunConfig
+from raygrpo.engines.choose import (
+    NOT_INSTALLED,
+    check_engine,
+    choose_engine,
+    engine_device,
+    planned_engine,
+    vllm_problem,
+)
+from raygrpo.errors import ConfigError
+
+
+def run_config(**sections: Any) -> RunConfig:
+    base = {"model": {"path": "m"}, "data": {"source": "d.jsonl"}}
+    return RunConfig.model_validate({**base, **sections})
+
+
+def with_engine(engine: str, **generators: Any) -> RunConfig:
+    return run_config(generators={"engine": engine, **generators})
+
+
+def never() -> str | None:
+    raise AssertionError("vLLM was tried although the answer was known")
+
+
+def test_a_named_engine_is_taken_without_trying_anything() -> None:
+    assert choose_engine(with_engine("vllm"), None, never).engine == "vllm"
+    assert choose_engine(with_engine("transformers"), None, never).engine == "transformers"
+
+
+def test_auto_takes_vllm_where_it_works_and_says_why_it_did_not() -> None:
+    assert run_config().generators.engine == "auto"
+    assert choose_engine(run_config(), None, lambda: None).engine == "vllm"
+    choice = choose_engine(run_config(), None, lambda: NOT_INSTALLED)
+    assert (choice.engine, choice.reason) == ("transformers", NOT_INSTALLED)
+
+
+def test_deterministic_runs_never_take_vllm() -> None:
+    assert choose_engine(run_config(deterministic=True), None, never).engine == "transformers"
+    fixed = run_config(deterministic=True, generators={"engine": "vllm"})
+    with pytest.raises(ConfigError, match="deterministic: true needs"):
+        check_engine(fixed)
+
+
+@pytest.mark.parametrize("recorded", ["transformers", "vllm"])
+def test_a_resumed_run_keeps_its_engine(recorded: str) -> None:
+    assert choose_engine(run_config(), recorded, never).engine == recorded
+    assert choose_engine(with_engine(recorded), recorded, never).engine == recorded
+    other = "vllm" if recorded == "transformers" else "transformers"
+    with pytest.raises(ConfigError, match=f"began with the engine {recorded}.*engine is {other}"):
+        choose_engine(with_engine(other), recorded, never)
+
+
+def test_options_are_refused_where_they_cannot_hold() -> None:
+    check_engine(with_engine("vllm", options={"enforce_eager": True}))
+    check_engine(with_engine("auto", options={"enforce_eager": True}))
+    with pytest.raises(ConfigError, match="vLLM's, but"):
+        check_engine(with_engine("transformers", options={"enforce_eager": True}))
+    with pytest.raises(ConfigError, match="may not set logprobs_mode, seed"):
+        check_engine(with_engine("vllm", options={"seed": 1, "logprobs_mode": "raw_logprobs"}))
+
+
+def test_tensor_parallelism_needs_as_many_gpus() -> None:
+    sections: dict[str, Any] = {
+        "generators": {"engine": "vllm", "options": {"tensor_parallel_size": 2}},
+        "ray": {"gpus": {"generator": 1}},
+    }
+    with pytest.raises(ConfigError, match="tensor_parallel_size is 2"):
+        check_engine(run_config(**sections))
+    sections["ray"] = {"gpus": {"generator": 2}}
+    check_engine(run_config(**sections))
+    assert engine_device(run_config(**sections)) == "cuda"
+
+
+def test_a_vllm_that_does_not_import_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raygrpo.engines.choose.find_spec", lambda name: None)
+    assert vllm_problem("cpu") == NOT_INSTALLED
+    assert planned_engine(run_config()) == f"transformers ({NOT_INSTALLED})"
+    monkeypatch.setattr("raygrpo.engines.choose.find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, "raygrpo.engines.vllm_requests", None)
+    problem = vllm_problem("cpu")
+    assert problem is not None and problem.startswith("vLLM does not import: ")
+    assert planned_engine(run_config()).startswith("vllm (")
+
+
+def test_the_choice_imports_neither_vllm_nor_torch() -> None:
+    code = (
+        "import sys; import raygrpo.engines.choose; "
+        "sys.exit(any(name in sys.modules for name in ('vllm', 'torch', 'transformers')))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
