@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from raygrpo.algorithm.logprobs import LogitTransform
 from raygrpo.config import ModelSection
 from raygrpo.errors import ConfigError
 
@@ -136,21 +136,6 @@ def stop_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     if ids is None:
         return frozenset()
     return frozenset([ids] if isinstance(ids, int) else ids)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LogitTransform:
-    """How a model turns its head's output into logits: ``cap * tanh(scale * x / cap)``."""
-
-    scale: float = 1.0
-    cap: float | None = None
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        if self.cap is not None:
-            logits = torch.tanh(logits / self.cap) * self.cap
-        return logits
 
 
 def logit_transform(config: Any) -> LogitTransform:

@@ -1,93 +1,355 @@
-"""Token logprobs from hidden states without ever holding the logits of all tokens at once."""
+"""Token logprobs and entropies from hidden states, without ever holding all tokens' logits.
+
+Logits are made ``chunk_tokens`` tokens at a time, transposed ([V, n]): the head's weight is then
+the matrix that stays where it is in all three matrix products. What is elementwise goes through a
+chunk in blocks that fit a cache, so that a chunk needs little more than its logits in the head's
+dtype.
+
+The gradient is formed in one of two ways. *Fused*: the caller says what a token's logprob and
+entropy get as gradient (`TokenGradient`), which is known at once where the loss is a sum over
+tokens; then the gradients of hidden states and weight are formed in the forward pass, chunk by
+chunk, from logits that are there anyway. The backward pass compares the gradient that arrives with
+the one foretold and only scales; should they differ, or without a foretelling, it *recomputes* the
+logits, which costs a fourth matrix product beside three.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-# Logits that a chunk may hold; one fp32 copy of them is four times as many bytes.
+# Logits that a chunk may hold: 64 MiB in bfloat16, 128 MiB in float32.
 MAX_CHUNK_LOGITS = 2**25
+# Logits of a block in float32: 2 MiB on a CPU, so that five passes over it stay in its cache.
+_BLOCK_LOGITS = {"cpu": 2**19}
+_LARGE_BLOCK_LOGITS = 2**26
+# A foretold gradient differs from the one that arrives by the rounding of a factor at most.
+_FORETOLD_TOLERANCE = 1e-5
+
+# From the first token's index, logprobs [n] and entropies [n] of a chunk to the gradients of both;
+# None for entropies without one.
+TokenGradient = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
 
 def chunk_tokens_for(vocabulary: int) -> int:
-    """Tokens of a chunk for a vocabulary, so that a chunk's fp32 logits take about 128 MiB."""
+    """Tokens of a chunk for a vocabulary."""
     return max(16, MAX_CHUNK_LOGITS // vocabulary)
 
 
-def _identity(logits: Tensor) -> Tensor:
-    return logits
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogitTransform:
+    """How a model turns its head's output into logits: ``cap * tanh(scale * x / cap)``."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.cap is not None:
+            logits = torch.tanh(logits / self.cap) * self.cap
+        return logits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadSettings:
+    """From the head's output to a distribution: softmax(transform(output) / temperature).
+
+    ``fp32`` forms the head's product in float32 and accumulates its weight's gradient there,
+    whatever the dtype of hidden states and weight. The softmax is in float32 always.
+    """
+
+    chunk_tokens: int
+    temperature: float = 1.0
+    transform: LogitTransform = LogitTransform()
+    fp32: bool = False
+
+    def logits(self, raw: Tensor) -> Tensor:
+        """Logits over temperature, float32, a tensor of their own."""
+        logits = self.transform(raw.float())
+        if self.temperature != 1.0:
+            logits = logits / self.temperature
+        return logits.clone() if logits.data_ptr() == raw.data_ptr() else logits
+
+    def slope(self, logits: Tensor) -> Tensor | float:
+        """The derivative of `logits` by the head's output."""
+        outer = self.transform.scale / self.temperature
+        if self.transform.cap is None:
+            return outer
+        return (1 - (logits * (self.temperature / self.transform.cap)).square()) * outer
 
 
 def token_logprobs(
     hidden: Tensor,
-    head: Callable[[Tensor], Tensor],
+    weight: Tensor,
     targets: Tensor,
     *,
-    temperature: float = 1.0,
-    transform: Callable[[Tensor], Tensor] = _identity,
-    chunk_tokens: int,
+    bias: Tensor | None = None,
+    settings: HeadSettings,
     entropy_gradient: bool = False,
+    token_gradient: TokenGradient | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Logprob of each target under softmax(transform(head(hidden)) / temperature), and the entropy.
+    """Logprob of each target, and the entropy of its distribution; both [N], float32, in nats.
 
-    Logits are computed ``chunk_tokens`` tokens at a time and, with several chunks, recomputed in
-    the backward pass, so memory is that of one chunk. Value and gradient equal those of the full
-    logits. The softmax is in fp32 whatever the head's dtype.
+    Value and gradient equal those of the full logits.
 
     Args:
         hidden: [N, H], the hidden state that predicts each target.
-        head: [n, H] -> [n, V].
+        weight: [V, H] of the head; ``bias`` [V].
         targets: [N] token ids.
-        transform: elementwise, from the head's output (as fp32) to logits: soft-capping, scale.
         entropy_gradient: whether entropies carry a gradient.
-
-    Returns:
-        Logprobs [N] in nats, fp32, with gradient, and entropies [N] in nats, fp32.
+        token_gradient: foretells the gradients that will arrive, up to a common factor.
     """
-    compute = partial(
-        _chunk,
-        head=head,
-        transform=transform,
-        temperature=temperature,
-        entropy_gradient=entropy_gradient,
+    if not torch.is_grad_enabled():
+        token_gradient = None
+    output: tuple[Tensor, Tensor] = _HeadLogprobs.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, bias, targets.long(), settings, entropy_gradient, token_gradient
     )
-    if hidden.shape[0] <= chunk_tokens:
-        logprobs, entropies = compute(hidden, targets)
-        return logprobs, entropies
-    # The recomputation draws no random numbers, so there is no generator state to preserve.
-    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-    parts = [
-        checkpoint(compute, hidden_chunk, target_chunk, **options)
-        for hidden_chunk, target_chunk in zip(
-            torch.split(hidden, chunk_tokens), torch.split(targets, chunk_tokens), strict=True
-        )
-    ]
-    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+    return output
 
 
-def _chunk(
+def token_logprobs_by(
+    head: Callable[[Tensor], Tensor],
     hidden: Tensor,
     targets: Tensor,
     *,
-    head: Callable[[Tensor], Tensor],
-    transform: Callable[[Tensor], Tensor],
-    temperature: float,
-    entropy_gradient: bool,
+    settings: HeadSettings,
+    entropy_gradient: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    logits = transform(head(hidden).float())
-    if temperature != 1.0:
-        logits = logits / temperature
-    log_normaliser = logits.logsumexp(-1)
-    chosen = logits.gather(-1, targets.long()[:, None]).squeeze(-1)
-    if entropy_gradient:
-        table = logits - log_normaliser[:, None]
-        return chosen - log_normaliser, -(table.exp() * table).sum(-1)
-    # Last, because the recomputation stops at the last tensor that the backward pass needs.
-    with torch.no_grad():
-        entropies = torch.special.entr((logits - log_normaliser[:, None]).exp_()).sum(-1)
-    return chosen - log_normaliser, entropies
+    """The same through any ``head``, [n, H] -> [n, V], by recomputation in the backward pass.
+
+    For heads that are more than a weight: with an adapter, or of another kind.
+    """
+
+    def compute(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        table = torch.log_softmax(settings.logits(head(hidden)), -1)
+        entropies = -(table.exp() * table).sum(-1)
+        chosen = table.gather(-1, targets.long()[:, None]).squeeze(-1)
+        return chosen, entropies if entropy_gradient else entropies.detach()
+
+    # The recomputation draws no random numbers, so there is no generator state to preserve.
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    sizes = settings.chunk_tokens
+    pairs = zip(torch.split(hidden, sizes), torch.split(targets, sizes), strict=True)
+    parts = [checkpoint(compute, *pair, **options) for pair in pairs]
+    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+
+class _HeadLogprobs(torch.autograd.Function):
+    """`token_logprobs` with a gradient written by hand."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        settings: HeadSettings,
+        entropy_gradient: bool,
+        token_gradient: TokenGradient | None,
+    ) -> tuple[Tensor, Tensor]:
+        found = hidden.new_empty(4, hidden.shape[0], dtype=torch.float32)
+        logprobs, entropies, foretold = found[0], found[1], found[2:]
+        foretold.zero_()
+        sums = _Gradients(ctx.needs_input_grad, hidden, weight, bias, settings)
+        for chunk in _chunks(hidden, weight, bias, targets, settings):
+            logprobs[chunk.here], entropies[chunk.here] = chunk.logprobs, chunk.entropies
+            if token_gradient is None:
+                continue
+            start = chunk.here.start
+            by_logprob, by_entropy = token_gradient(start, chunk.logprobs, chunk.entropies)
+            foretold[0, chunk.here] = by_logprob
+            if by_entropy is not None:
+                foretold[1, chunk.here] = by_entropy
+            chunk.differentiate(by_logprob, by_entropy)
+            sums.add(chunk)
+        ctx.settings, ctx.fused = settings, token_gradient is not None
+        ctx.save_for_backward(
+            hidden, weight, bias, targets, foretold, *(sums.finished() if ctx.fused else ())
+        )
+        logprobs, entropies = logprobs.clone(), entropies.clone()
+        if not entropy_gradient:
+            ctx.mark_non_differentiable(entropies)
+        ctx.set_materialize_grads(False)
+        return logprobs, entropies
+
+    @staticmethod
+    def backward(ctx: Any, by_logprob: Tensor | None, by_entropy: Tensor | None) -> Any:
+        hidden, weight, bias, targets, foretold, *formed = ctx.saved_tensors
+        zeros = torch.zeros_like(foretold[0])
+        arrived = torch.stack([zeros if g is None else g for g in (by_logprob, by_entropy)])
+        factor = _common_factor(arrived, foretold) if ctx.fused else None
+        if factor is not None:
+            if factor != 1.0:
+                formed = [None if g is None else g.mul_(factor) for g in formed]
+            return *formed, None, None, None, None
+        settings: HeadSettings = ctx.settings
+        sums = _Gradients(ctx.needs_input_grad, hidden, weight, bias, settings)
+        for chunk in _chunks(hidden, weight, bias, targets, settings):
+            entropy_part = None if by_entropy is None else arrived[1, chunk.here]
+            chunk.differentiate(arrived[0, chunk.here], entropy_part)
+            sums.add(chunk)
+        return *sums.finished(), None, None, None, None
+
+
+def _common_factor(arrived: Tensor, foretold: Tensor) -> float | None:
+    """The factor between the two, None when there is none: they differ, or are not finite."""
+    scale = foretold.abs().max()
+    if not scale:
+        return 1.0 if not arrived.any() else None
+    unit = (foretold / scale).double()
+    factor = (unit * arrived).sum() / (unit * foretold).sum()
+    close = (arrived - factor * foretold).abs().max() <= _FORETOLD_TOLERANCE * scale * factor.abs()
+    return float(factor.float()) if close else None
+
+
+@dataclass(slots=True, kw_only=True)
+class _Chunk:
+    """The logits of some tokens: ``raw`` [V, n] is the head's output, later its gradient."""
+
+    here: slice
+    hidden: Tensor
+    targets: Tensor
+    raw: Tensor
+    settings: HeadSettings
+    logprobs: Tensor
+    entropies: Tensor
+    log_normaliser: Tensor
+
+    def differentiate(self, by_logprob: Tensor, by_entropy: Tensor | None) -> None:
+        """Replaces ``raw`` by the loss's gradient with respect to it."""
+        tokens = torch.arange(len(self.targets), device=self.raw.device)
+        settings = self.settings
+        # Rounded once only, after the two parts of a target's gradient are added.
+        at_target = self._softmax_part(self.raw[self.targets, tokens], by_logprob, by_entropy)
+        logits = settings.logits(self.raw[self.targets, tokens])
+        at_target += by_logprob * settings.slope(logits)
+        for rows in _blocks(self.raw):
+            self.raw[rows] = self._softmax_part(self.raw[rows], by_logprob, by_entropy)
+        self.raw[self.targets, tokens] = at_target.to(self.raw.dtype)
+
+    def _softmax_part(self, raw: Tensor, by_logprob: Tensor, by_entropy: Tensor | None) -> Tensor:
+        """-p g for the logprob, -p (log p + entropy) g for the entropy, times the slope."""
+        logits = self.settings.logits(raw)
+        slope = self.settings.slope(logits)
+        table = logits.sub_(self.log_normaliser)
+        if by_entropy is None:
+            gradient = table.exp_().mul_(-by_logprob)
+        else:
+            outer = table * by_entropy + (by_logprob + self.entropies * by_entropy)
+            gradient = table.exp_().mul_(outer).neg_()
+        if isinstance(slope, Tensor) or slope != 1.0:
+            gradient *= slope
+        return gradient
+
+
+class _Gradients:
+    """Sums over chunks of the gradients of hidden states [N, H], weight [V, H] and bias [V]."""
+
+    def __init__(
+        self,
+        needed: tuple[bool, ...],
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        settings: HeadSettings,
+    ) -> None:
+        self._weight = weight
+        self._dtype = torch.float32 if settings.fp32 else weight.dtype
+        self._needs_weight = needed[1]
+        self._hidden = torch.empty_like(hidden) if needed[0] else None
+        self._weight_sum: Tensor | None = None
+        self._bias = torch.zeros_like(bias) if bias is not None and needed[2] else None
+
+    def add(self, chunk: _Chunk) -> None:
+        """Adds what a differentiated chunk gives."""
+        raw, hidden = chunk.raw, chunk.hidden.to(self._dtype)
+        if self._hidden is not None:
+            self._hidden[chunk.here] = self._by_hidden(raw)
+        if self._needs_weight and self._weight_sum is None:
+            self._weight_sum = raw @ hidden
+        elif self._weight_sum is not None:
+            self._weight_sum.addmm_(raw, hidden)
+        if self._bias is not None:
+            self._bias += raw.sum(1)
+
+    def _by_hidden(self, raw: Tensor) -> Tensor:
+        if self._dtype == self._weight.dtype:
+            return raw.T @ self._weight
+        total = raw.new_zeros(raw.shape[1], self._weight.shape[1])
+        for rows in _blocks(raw):
+            total.addmm_(raw[rows].T, self._weight[rows].to(self._dtype))
+        return total
+
+    def finished(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The three sums, in the dtypes of what they are gradients of."""
+        weight = self._weight_sum
+        return self._hidden, None if weight is None else weight.to(self._weight.dtype), self._bias
+
+
+def _chunks(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, settings: HeadSettings
+) -> Iterator[_Chunk]:
+    """Chunks in order; each overwrites the logits of the one before."""
+    vocabulary, num_tokens = weight.shape[0], hidden.shape[0]
+    width = min(settings.chunk_tokens, num_tokens)
+    dtype = torch.float32 if settings.fp32 else weight.dtype
+    buffer = hidden.new_empty(vocabulary * width, dtype=dtype)
+    for start in range(0, num_tokens, width):
+        here = slice(start, min(start + width, num_tokens))
+        part = hidden[here].to(dtype)
+        raw = buffer[: vocabulary * part.shape[0]].view(vocabulary, part.shape[0])
+        if dtype == weight.dtype:
+            torch.mm(weight, part.T, out=raw)
+        else:
+            for rows in _blocks(raw):
+                torch.mm(weight[rows].to(dtype), part.T, out=raw[rows])
+        if bias is not None:
+            raw += bias[:, None]
+        yield _summarised(here, part, targets[here], raw, settings)
+
+
+def _summarised(
+    here: slice, hidden: Tensor, targets: Tensor, raw: Tensor, settings: HeadSettings
+) -> _Chunk:
+    """One pass over the logits: their maximum, and sums of exp(z) and z exp(z) relative to it."""
+    peak = total = moment = raw.new_zeros(raw.shape[1], dtype=torch.float32)
+    for rows in _blocks(raw):
+        logits = settings.logits(raw[rows])
+        highest = logits.amax(0)
+        if rows.start:
+            highest = torch.maximum(peak, highest)
+            lowered = peak - highest
+            shrunk = lowered.exp()
+            moment, total = (moment + lowered * total) * shrunk, total * shrunk
+        peak = highest
+        weights = logits.sub_(peak).exp()
+        total = total + weights.sum(0)
+        moment = moment + weights.mul_(logits).sum(0)
+    log_total = total.log()
+    log_normaliser = peak + log_total
+    chosen = settings.logits(raw[targets, torch.arange(len(targets), device=raw.device)])
+    return _Chunk(
+        here=here,
+        hidden=hidden,
+        targets=targets,
+        raw=raw,
+        settings=settings,
+        logprobs=chosen - log_normaliser,
+        # Rounding alone makes it negative, where one token has all the mass.
+        entropies=(log_total - moment / total).clamp_(min=0),
+        log_normaliser=log_normaliser,
+    )
+
+
+def _blocks(raw: Tensor) -> Iterator[slice]:
+    """Runs of vocabulary rows of [V, n]."""
+    rows = max(1, _BLOCK_LOGITS.get(raw.device.type, _LARGE_BLOCK_LOGITS) // raw.shape[1])
+    for start in range(0, raw.shape[0], rows):
+        yield slice(start, min(start + rows, raw.shape[0]))

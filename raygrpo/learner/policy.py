@@ -11,9 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from raygrpo.algorithm.logprobs import chunk_tokens_for, token_logprobs
+from raygrpo.algorithm.logprobs import (
+    HeadSettings,
+    TokenGradient,
+    chunk_tokens_for,
+    token_logprobs,
+    token_logprobs_by,
+)
 from raygrpo.config import ModelSection
 from raygrpo.errors import ConfigError
+from raygrpo.learner.sequence_parallel import SequenceShard
 from raygrpo.models import attention_masks, load_model, logit_transform
 from raygrpo.types import Microbatch
 
@@ -28,6 +35,7 @@ class PolicyInputs:
     the N trained tokens and the column whose hidden state predicts each; without any, they name one
     untrained token, so that every microbatch passes through all of the network (under ZeRO-3 ranks
     must take the same path). ``tree`` is None where plain causal attention is exact.
+    ``token_gradient`` foretells what the loss gives each of the N tokens as gradient.
     """
 
     token_ids: Tensor
@@ -36,6 +44,7 @@ class PolicyInputs:
     columns: Tensor
     predictors: Tensor
     tree: TreeLayout | None
+    token_gradient: TokenGradient | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,32 +109,42 @@ class LogprobHead(nn.Module):
     between ranks: `forward` calls the head's own ``forward``, which passes by its hooks.
     """
 
-    def __init__(self, model: Any, temperature: float) -> None:
+    def __init__(self, model: Any, temperature: float, *, fp32: bool = False) -> None:
         super().__init__()
         # The learner sets it where the loss has an entropy bonus.
         self.entropy_gradient = False
         self.head = model.get_output_embeddings()
         if self.head is None:
             raise ConfigError(f"models of type {model.config.model_type!r} have no language head")
-        self.transform = logit_transform(model.config)
-        self.temperature = temperature
-        self.chunk_tokens = chunk_tokens_for(model.config.get_text_config().vocab_size)
+        self.settings = HeadSettings(
+            chunk_tokens=chunk_tokens_for(model.config.get_text_config().vocab_size),
+            temperature=temperature,
+            transform=logit_transform(model.config),
+            fp32=fp32,
+        )
 
-    def forward(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, hidden: Tensor, targets: Tensor, token_gradient: TokenGradient | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Logprobs [N] and entropies [N] of ``targets`` [N], given ``hidden`` [N, H]."""
+        common: dict[str, Any] = {
+            "settings": self.settings,
+            "entropy_gradient": self.entropy_gradient,
+        }
+        if type(self.head) is not nn.Linear:
+            return token_logprobs_by(self.head.forward, hidden, targets, **common)
         return token_logprobs(
             hidden,
-            self.head.forward,
+            self.head.weight,
             targets,
-            temperature=self.temperature,
-            transform=self.transform,
-            chunk_tokens=self.chunk_tokens,
-            entropy_gradient=self.entropy_gradient,
+            bias=self.head.bias,
+            token_gradient=token_gradient,
+            **common,
         )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """All logits at temperature 1; for probes."""
-        logits: Tensor = self.transform(self.head(hidden).float())
+        logits: Tensor = self.settings.transform(self.head(hidden).float())
         return logits
 
 
@@ -139,6 +158,7 @@ class PolicyModel(nn.Module):
         model: the Hugging Face model; its parameters are the policy's.
         supports_shared_prompts: whether rows in which completions share their prompt compute the
             same as rows of their own; where False, callers build plain rows.
+        shard: this rank's part of the rows, where ranks share their tokens.
     """
 
     def __init__(
@@ -153,6 +173,7 @@ class PolicyModel(nn.Module):
         self.model = model
         self.logprob_head = LogprobHead(model, temperature)
         self.supports_shared_prompts = supports_shared_prompts
+        self.shard: SequenceShard | None = None
         _disable_dropout(model)
         # Transformers recomputes activations in training mode only; nothing else depends on it.
         self.train(gradient_checkpointing)
@@ -163,9 +184,14 @@ class PolicyModel(nn.Module):
 
     def forward(self, inputs: PolicyInputs) -> tuple[Tensor, Tensor]:
         """Logprobs and entropies [B, T], fp32, in nats; zeros where nothing is trained."""
-        hidden_BTH = self.hidden(inputs.token_ids, inputs.tree)
-        targets = inputs.token_ids[inputs.rows, inputs.columns]
-        logprobs, entropies = self.logprob_head(hidden_BTH[inputs.rows, inputs.predictors], targets)
+        if self.shard is not None:
+            logprobs, entropies = self.shard.forward(self, inputs)
+        else:
+            hidden_BTH = self.hidden(inputs.token_ids, inputs.tree)
+            targets = inputs.token_ids[inputs.rows, inputs.columns]
+            logprobs, entropies = self.logprob_head(
+                hidden_BTH[inputs.rows, inputs.predictors], targets, inputs.token_gradient
+            )
         return self._scatter(inputs, logprobs), self._scatter(inputs, entropies)
 
     def hidden(self, token_ids: Tensor, tree: TreeLayout | None) -> Tensor:

@@ -4,137 +4,359 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from raygrpo.algorithm.logprobs import chunk_tokens_for, token_logprobs
-from raygrpo.models import LogitTransform
+from raygrpo.algorithm.logprobs import (
+    HeadSettings,
+    LogitTransform,
+    TokenGradient,
+    chunk_tokens_for,
+    token_logprobs,
+    token_logprobs_by,
+)
+from raygrpo.algorithm.loss import LossConfig, LossInputs, policy_loss
+from raygrpo.algorithm.token_gradient import is_token_separable, token_gradient
 
 # fp32 sums of a few dozen terms in another order differ in the seventh digit.
 RELATIVE = 1e-5
+VOCABULARY, WIDTH = 37, 12
 
 CASES = {
-    "plain": (1.0, LogitTransform()),
-    "temperature": (0.7, LogitTransform()),
-    "softcap": (1.0, LogitTransform(cap=3.0)),
-    "scale, softcap and temperature": (1.3, LogitTransform(scale=0.5, cap=2.0)),
+    "plain": HeadSettings(chunk_tokens=9),
+    "temperature": HeadSettings(chunk_tokens=9, temperature=0.7),
+    "softcap": HeadSettings(chunk_tokens=9, transform=LogitTransform(cap=3.0)),
+    "all": HeadSettings(
+        chunk_tokens=9, temperature=1.3, transform=LogitTransform(scale=0.5, cap=2.0)
+    ),
 }
+Head = Callable[..., tuple[Tensor, Tensor]]
 
 
 def relative(ours: Tensor, expected: Tensor) -> float:
     return float((ours - expected).norm() / expected.norm())
 
 
-def full_reference(
-    logits: Tensor, targets: Tensor, temperature: float, transform: LogitTransform
-) -> tuple[Tensor, Tensor]:
+def full_reference(logits: Tensor, targets: Tensor, head: HeadSettings) -> tuple[Tensor, Tensor]:
     """Written from the definition, in float64."""
-    scaled = logits.double() * transform.scale
-    if transform.cap is not None:
-        scaled = transform.cap * torch.tanh(scaled / transform.cap)
-    table = torch.log_softmax(scaled / temperature, -1)
+    scaled = logits.double() * head.transform.scale
+    if head.transform.cap is not None:
+        scaled = head.transform.cap * torch.tanh(scaled / head.transform.cap)
+    table = torch.log_softmax(scaled / head.temperature, -1)
     return table[torch.arange(len(targets)), targets], -(table.exp() * table).sum(-1)
 
 
-def problem(num_tokens: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def problem(num_tokens: int, seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(num_tokens, 12, generator=generator)
-    weight = torch.randn(37, 12, generator=generator)
-    targets = torch.randint(37, (num_tokens,), generator=generator)
-    upstream = torch.randn(num_tokens, generator=generator)
-    return hidden, weight, targets, upstream
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    return {
+        "hidden": normal(num_tokens, WIDTH),
+        "weight": normal(VOCABULARY, WIDTH),
+        "bias": normal(VOCABULARY),
+        "targets": torch.randint(VOCABULARY, (num_tokens,), generator=generator),
+        "by_logprob": normal(num_tokens),
+        "by_entropy": normal(num_tokens),
+    }
 
 
+def foretell(given: dict[str, Tensor], calls: list[int], *, wrong: float = 0.0) -> TokenGradient:
+    def gradient(start: int, logprobs: Tensor, entropies: Tensor) -> tuple[Tensor, Tensor]:
+        calls.append(len(logprobs))
+        here = slice(start, start + len(logprobs))
+        return given["by_logprob"][here] + wrong, given["by_entropy"][here]
+
+    return gradient
+
+
+def results(given: dict[str, Tensor], compute: Head, factor: float = 1.0) -> list[Tensor]:
+    """Values and gradients of a weighted sum of logprobs and entropies."""
+    leaves = [given[name].clone().requires_grad_() for name in ("hidden", "weight", "bias")]
+    logprobs, entropies = compute(*leaves)
+    (logprobs @ given["by_logprob"] + entropies @ given["by_entropy"]).mul(factor).backward()
+    return [logprobs.detach(), entropies.detach(), *(leaf.grad for leaf in leaves)]  # type: ignore[misc]
+
+
+def full(given: dict[str, Tensor], head: HeadSettings) -> Head:
+    def compute(h: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        values = full_reference(h @ w.T + b, given["targets"], head)
+        return values[0].float(), values[1].float()
+
+    return compute
+
+
+def chunked(given: dict[str, Tensor], head: HeadSettings, **options: Any) -> Head:
+    def compute(h: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        options.setdefault("entropy_gradient", True)
+        return token_logprobs(h, w, given["targets"], bias=b, settings=head, **options)
+
+    return compute
+
+
+def assert_same(ours: list[Tensor], expected: list[Tensor], tolerance: float = RELATIVE) -> None:
+    for one, other in zip(ours, expected, strict=True):
+        assert relative(one, other) < tolerance
+
+
+@pytest.mark.parametrize("form", ["fused", "recomputed", "any head"])
 @pytest.mark.parametrize("case", CASES)
-@given(num_tokens=st.integers(1, 40), chunk=st.integers(1, 45), seed=st.integers(0, 99))
-@settings(max_examples=25, deadline=None)
+@given(
+    num_tokens=st.integers(1, 40),
+    chunk=st.integers(1, 45),
+    seed=st.integers(0, 99),
+    factor=st.sampled_from([1.0, 3.0, -0.25]),
+)
+@settings(max_examples=15, deadline=None)
 def test_values_and_gradients_equal_the_full_logits(
-    case: str, num_tokens: int, chunk: int, seed: int
+    case: str, form: str, num_tokens: int, chunk: int, seed: int, factor: float
 ) -> None:
-    temperature, transform = CASES[case]
-    hidden, weight, targets, upstream = problem(num_tokens, seed)
-    results = []
-    for chunked in (True, False):
-        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        if chunked:
-            logprobs, entropies = token_logprobs(
-                h,
-                lambda x, w=w: x @ w.T,
-                targets,
-                temperature=temperature,
-                transform=transform,
-                chunk_tokens=chunk,
+    given, head = problem(num_tokens, seed), replace(CASES[case], chunk_tokens=chunk)
+    calls: list[int] = []
+    if form == "fused":
+        compute = chunked(given, head, token_gradient=foretell(given, calls))
+    elif form == "recomputed":
+        compute = chunked(given, head)
+    else:
+
+        def compute(h: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+            return token_logprobs_by(
+                lambda x: x @ w.T + b, h, given["targets"], settings=head, entropy_gradient=True
             )
-            assert logprobs.dtype == entropies.dtype == torch.float32
-            assert not entropies.requires_grad
-        else:
-            logprobs, entropies = full_reference(h @ w.T, targets, temperature, transform)
-        (logprobs * upstream).sum().backward()
-        assert h.grad is not None and w.grad is not None
-        results.append((logprobs.detach(), entropies.detach(), h.grad, w.grad))
-    for ours, expected in zip(*results, strict=True):
-        assert relative(ours, expected) < RELATIVE
+
+    ours = results(given, compute, factor)
+    assert ours[0].dtype == ours[1].dtype == torch.float32
+    assert_same(ours, results(given, full(given, head), factor))
+    assert sum(calls) == (num_tokens if form == "fused" else 0)
 
 
-def test_tied_weights_get_both_gradients() -> None:
+@pytest.mark.parametrize("blocks", [1, 5, 10**9])
+def test_blocks_of_the_vocabulary_change_nothing(
+    blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, head = problem(25), CASES["all"]
+    expected = results(given, full(given, head))
+    monkeypatch.setattr("raygrpo.algorithm.logprobs._BLOCK_LOGITS", {"cpu": blocks * 9})
+    assert_same(results(given, chunked(given, head)), expected)
+
+
+def test_a_gradient_other_than_foretold_is_recomputed() -> None:
+    """What was formed in the forward pass is not used, so nothing is ever silently wrong."""
+    given, head = problem(30), CASES["plain"]
+    calls: list[int] = []
+    wrong = chunked(given, head, token_gradient=foretell(given, calls, wrong=0.01))
+    assert_same(results(given, wrong), results(given, full(given, head)))
+    assert calls
+    none = {**given, "by_logprob": torch.zeros(30), "by_entropy": torch.zeros(30)}
+    assert_same(
+        results(given, chunked(given, head, token_gradient=foretell(none, calls))),
+        results(given, full(given, head)),
+    )
+    spoilt = {**given, "by_logprob": given["by_logprob"].clone()}
+    spoilt["by_logprob"][3] = math.nan
+    poisoned = results(spoilt, chunked(spoilt, head, token_gradient=foretell(spoilt, calls)))
+    assert all(gradient.isnan().any() for gradient in poisoned[2:])
+
+
+def test_entropies_carry_a_gradient_only_where_asked() -> None:
+    given, head = problem(20), CASES["plain"]
+    leaf = given["hidden"].requires_grad_()
+    for asked in (True, False):
+        _, entropies = token_logprobs(
+            leaf, given["weight"], given["targets"], settings=head, entropy_gradient=asked
+        )
+        assert entropies.requires_grad is asked
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_tied_weights_get_both_gradients(fused: bool) -> None:
     """The embedding that is also the head: its gradient is the sum over the two uses."""
-    _, weight, targets, upstream = problem(30)
-    gradients = []
-    for chunked in (True, False):
-        w = weight.clone().requires_grad_()
-        hidden = torch.tanh(w[targets.flip(0)])
-        if chunked:
-            logprobs, _ = token_logprobs(hidden, lambda x, w=w: x @ w.T, targets, chunk_tokens=7)
-        else:
-            logprobs, _ = full_reference(hidden @ w.T, targets, 1.0, LogitTransform())
-        (logprobs * upstream).sum().backward()
-        gradients.append(w.grad)
-    ours, expected = gradients
-    assert ours is not None and expected is not None
-    assert relative(ours, expected) < RELATIVE
+    given, head = problem(30), CASES["plain"]
+    options: dict[str, Any] = {"token_gradient": foretell(given, [])} if fused else {}
+
+    def tied(compute: Head) -> Head:
+        return lambda h, w, b: compute(torch.tanh(w[given["targets"].flip(0)]) + 0 * h, w, b)
+
+    ours = results(given, tied(chunked(given, head, **options)))
+    expected = results(given, tied(full(given, head)))
+    assert_same([ours[0], ours[3]], [expected[0], expected[3]])
 
 
-def recording_head(weight: Tensor, sizes: list[int]) -> Callable[[Tensor], Tensor]:
-    def head(hidden: Tensor) -> Tensor:
-        sizes.append(hidden.shape[0])
-        return hidden @ weight.T
+class Shapes(TorchDispatchMode):
+    """The shapes of the [V, ...] matrices that are computed."""
 
-    return head
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for tensor in output if isinstance(output, (tuple, list)) else [output]:
+            if isinstance(tensor, Tensor) and tensor.ndim == 2 and len(tensor) == VOCABULARY:
+                self.found.add(tuple(tensor.shape))
+        return output
 
 
-def test_no_more_logits_than_a_chunk_exist_or_are_saved() -> None:
-    hidden, weight, targets, upstream = problem(100)
-    hidden.requires_grad_()
-    sizes: list[int] = []
-    saved: list[int] = []
+def test_a_frozen_head_gets_no_gradient_and_costs_none() -> None:
+    given = {**problem(30), "by_entropy": torch.zeros(30)}
+    hidden = given["hidden"].requires_grad_()
+    with Shapes() as shapes:
+        logprobs, _ = token_logprobs(
+            hidden,
+            given["weight"],
+            given["targets"],
+            settings=CASES["plain"],
+            token_gradient=foretell(given, []),
+        )
+        (logprobs @ given["by_logprob"]).backward()
+    assert hidden.grad is not None
+    assert (VOCABULARY, WIDTH) not in shapes.found
 
-    def pack(tensor: Tensor) -> Tensor:
-        if tensor.ndim == 2 and tensor.shape[-1] == weight.shape[0]:
-            saved.append(tensor.shape[0])
-        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        logprobs, _ = token_logprobs(hidden, recording_head(weight, sizes), targets, chunk_tokens=8)
-    assert max(sizes) == 8 and sum(sizes) == 100
-    assert not saved, "the forward pass kept logits for the backward pass"
-    (logprobs * upstream).sum().backward()
-    assert sum(sizes) == 200, "the backward pass recomputes each chunk once"
+@pytest.mark.parametrize("fused", [True, False])
+def test_no_more_logits_than_a_chunk_exist_or_are_saved(fused: bool) -> None:
+    given, head = problem(100), replace(CASES["plain"], chunk_tokens=8)
+    options: dict[str, Any] = {"token_gradient": foretell(given, [])} if fused else {}
+    with Shapes() as shapes:
+        results(given, chunked(given, head, **options))
+    assert max(shape[1] for shape in shapes.found) == WIDTH
 
 
 def test_a_bfloat16_head_is_normalised_in_float32() -> None:
-    hidden, weight, targets, _ = problem(50)
-    hidden, weight = hidden.bfloat16(), weight.bfloat16()
-    logprobs, entropies = token_logprobs(hidden, lambda x: x @ weight.T, targets, chunk_tokens=9)
-    expected, _ = full_reference(hidden @ weight.T, targets, 1.0, LogitTransform())
+    given = problem(50)
+    hidden, weight = given["hidden"].bfloat16(), given["weight"].bfloat16()
+    logprobs, entropies = token_logprobs(hidden, weight, given["targets"], settings=CASES["plain"])
+    expected, _ = full_reference(hidden @ weight.T, given["targets"], CASES["plain"])
     assert logprobs.dtype == torch.float32
     assert relative(logprobs, expected) < RELATIVE
-    assert float(entropies.min()) >= 0 and float(entropies.max()) <= math.log(37)
+    assert float(entropies.min()) >= 0 and float(entropies.max()) <= math.log(VOCABULARY)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_an_fp32_head_multiplies_bfloat16_weights_in_float32(fused: bool) -> None:
+    """All but the last rounding, of the gradients to their tensors' dtype, is gone."""
+    rounded = {
+        k: v.bfloat16() if k in ("hidden", "weight", "bias") else v for k, v in problem(50).items()
+    }
+    exact = {k: v.float() if v.dtype == torch.bfloat16 else v for k, v in rounded.items()}
+    options: dict[str, Any] = {"token_gradient": foretell(rounded, [])} if fused else {}
+    head = replace(CASES["all"], fp32=True)
+    ours = results(rounded, chunked(rounded, head, **options))
+    expected = results(exact, full(exact, head))
+    assert_same(ours[:2], expected[:2])
+    assert ours[3].dtype == torch.bfloat16
+    assert_same([g.float() for g in ours[2:4]], expected[2:4], 2**-8)
+    rough = results(rounded, chunked(rounded, CASES["all"], **options))
+    assert relative(rough[0], expected[0]) > 100 * relative(ours[0], expected[0])
+
+
+def test_entropy_of_a_certain_token_is_zero() -> None:
+    hidden, weight = torch.ones(3, 2), torch.tensor([[1e4, 0.0], [0.0, 0.0], [-1e4, 0.0]])
+    logprobs, entropies = token_logprobs(
+        hidden, weight, torch.tensor([0, 1, 2]), settings=CASES["plain"]
+    )
+    assert logprobs.tolist() == [0.0, -1e4, -2e4] and entropies.tolist() == [0.0] * 3
 
 
 def test_chunks_shrink_with_the_vocabulary() -> None:
     assert chunk_tokens_for(262_144) == 128
     assert chunk_tokens_for(10**9) == 16
+
+
+LOSSES: dict[str, dict[str, Any]] = {
+    "clip": {"delta": 1.5, "dual_clip": 3.0},
+    "kl and entropy bonus": {"beta": 0.1, "kl_unbiased": True, "entropy_coef": 0.05},
+    "tis": {"correction": "tis"},
+    "icepop": {"correction": "icepop"},
+    "top entropies": {"top_entropy_frac": 0.5},
+    "cispo at the sampler": {"loss": "cispo", "ratio_anchor": "sampler"},
+    "sapo": {"loss": "sapo"},
+    "dppo_tv": {"loss": "dppo_tv"},
+    "reinforce": {"loss": "reinforce"},
+}
+BY_SEQUENCE: dict[str, dict[str, Any]] = {
+    "gspo": {"loss": "gspo"},
+    "tis by sequence": {"correction": "tis", "correction_level": "sequence"},
+    "off-policy mask": {"off_policy_threshold": 0.1},
+}
+
+
+def loss_problem(with_old: bool) -> tuple[LossInputs, Tensor, Tensor, dict[str, Tensor]]:
+    """Four sequences in two rows of eight tokens, some untrained, and hidden states of each."""
+    given = problem(16, seed=5)
+    generator = torch.Generator().manual_seed(6)
+    mask = torch.rand(2, 8, generator=generator) < 0.8
+    rows, columns = mask.nonzero(as_tuple=True)
+    near = [-3 + 0.3 * torch.randn(2, 8, generator=generator) for _ in range(3)]
+    inputs = LossInputs(
+        logprobs=near[0],
+        old_logprobs=near[0] if with_old else None,
+        sampler_logprobs=near[1],
+        ref_logprobs=near[2],
+        entropies=None,
+        loss_mask=mask,
+        advantages=torch.tensor([1.0, -0.5, 0.7, -1.2]),
+        sequence_ids=torch.tensor([[0] * 5 + [1] * 3, [2] * 4 + [3] * 4]),
+        loss_weights=torch.tensor([0.1, 0.2, 0.15, 0.05]),
+        policy_mask=torch.rand(2, 8, generator=generator) < 0.5,
+    )
+    return inputs, rows, columns, given
+
+
+@pytest.mark.parametrize("with_old", [True, False])
+@pytest.mark.parametrize("name", [*LOSSES, *BY_SEQUENCE])
+def test_every_loss_has_the_gradient_that_the_fused_head_foretells(
+    name: str, with_old: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the learner's own way: the loss is computed once more after the head."""
+    config = LossConfig(**{**LOSSES, **BY_SEQUENCE}[name])
+    inputs, rows, columns, given = loss_problem(with_old)
+    foretold = token_gradient(inputs, rows, columns, config)
+    assert (foretold is not None) == is_token_separable(config) == (name in LOSSES)
+    targets, head = given["targets"][: len(rows)], replace(CASES["all"], chunk_tokens=3)
+    gradients = []
+    for compute in ("ours", "full"):
+        h = given["hidden"][: len(rows)].clone().requires_grad_()
+        w = given["weight"].clone().requires_grad_()
+        if compute == "ours":
+            flat = token_logprobs(
+                h, w, targets, settings=head, entropy_gradient=True, token_gradient=foretold
+            )
+        else:
+            flat = full_reference(h @ w.T, targets, head)
+        grids = [torch.zeros(2, 8).index_put((rows, columns), values.float()) for values in flat]
+        loss, _ = policy_loss(replace(inputs, logprobs=grids[0], entropies=grids[1]), config)
+        if compute == "ours" and foretold is not None:
+            # Recomputing would fail now: the gradients of the forward pass are used.
+            monkeypatch.setattr("raygrpo.algorithm.logprobs._chunks", None)
+        loss.backward()
+        gradients.append([loss.detach()[None], h.grad, w.grad])
+    assert_same(*gradients)  # type: ignore[arg-type]
+
+
+def test_a_top_entropy_mask_that_is_not_given_is_not_separable() -> None:
+    inputs, rows, columns, _ = loss_problem(with_old=True)
+    config = LossConfig(top_entropy_frac=0.5)
+    assert token_gradient(replace(inputs, policy_mask=None), rows, columns, config) is None
+
+
+def test_a_linear_layer_is_what_the_head_is() -> None:
+    """Against autograd through nn.Linear, as models use it."""
+    given, head = problem(10), CASES["plain"]
+    layer = nn.Linear(WIDTH, VOCABULARY)
+    ours, _ = token_logprobs(
+        given["hidden"], layer.weight, given["targets"], bias=layer.bias, settings=head
+    )
+    table = torch.log_softmax(layer(given["hidden"]), -1)
+    expected = table.gather(-1, given["targets"][:, None]).squeeze(-1)
+    pairs = [torch.autograd.grad(v.sum(), list(layer.parameters())) for v in (ours, expected)]
+    for one, other in zip(*pairs, strict=True):
+        assert relative(one, other) < RELATIVE

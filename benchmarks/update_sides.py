@@ -1,0 +1,249 @@
+"""The two sides of `update_vs_trl.py`, each in a process that makes one update when asked."""
+
+from __future__ import annotations
+
+import os
+import resource
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def matmul_flops(dtype: str, device: str, threads: int, size: int = 2048) -> float:
+    """FLOP/s of a square matrix product: the best of seven."""
+    import torch
+
+    torch.set_num_threads(threads)
+    a, b = (torch.randn(size, size, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
+    best = float("inf")
+    for _ in range(7):
+        start = time.perf_counter()
+        product = a @ b
+        float(product[0, 0])
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def serve(name: str, spec: dict[str, Any], pipe: Connection) -> None:
+    """Answers the parent's requests until it says ``end``."""
+    import torch
+
+    torch.set_num_threads(spec["threads"])
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    (serve_raygrpo if name == "raygrpo" else serve_trl)(name, spec, pipe)
+
+
+def peak_gb(device: str) -> float:
+    """This process's peak memory: of the device, or resident."""
+    import torch
+
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def synchronise(device: str) -> None:
+    import torch
+
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def now() -> tuple[float, float]:
+    """Wall clock, and this process's CPU-seconds over its threads."""
+    return time.perf_counter(), time.process_time()
+
+
+def since(start: tuple[float, float]) -> tuple[float, float]:
+    """Seconds and CPU-seconds since then."""
+    wall, cpu = now()
+    return wall - start[0], cpu - start[1]
+
+
+# --- raygrpo ------------------------------------------------------------------------------------
+
+
+def our_config(spec: dict[str, Any], dtype: str) -> Any:
+    from raygrpo.config_file import load_config
+
+    first = spec["groups"][0]
+    values: dict[str, Any] = {
+        "recipe": "trl024",
+        "model": {"path": spec["model"], "dtype": dtype},
+        "data": {"source": "reasoning_gym:chain_sum"},
+        "sampling": {
+            "num_completions": len(first["completions"]),
+            "max_tokens": max(len(c) for c in first["completions"]),
+        },
+        "train": {"steps": spec["steps"], "groups_per_step": len(spec["groups"])},
+    }
+    return load_config(values, spec["set"])
+
+
+def our_step(spec: dict[str, Any], config: Any) -> tuple[Any, dict[int, Any]]:
+    """The plan of the step, and its groups."""
+    from raygrpo.algorithm.plan import make_step_batch
+    from raygrpo.algorithm.window import FinishedGroup
+    from raygrpo.types import Completion, Group, GroupRequest, GroupSummary, Prompt, Score, Version
+
+    version = Version(1, 0)
+    finished, payloads = [], {}
+    for number, stored in enumerate(spec["groups"]):
+        prompt = Prompt(id="p", token_ids=np.array(stored["prompt"], np.int32), text="?")
+        request = GroupRequest(
+            stream="train", group_id=number, attempt=0, prompt=prompt, seed=0,
+            sampling=config.sampling.settings(), min_version=version,
+        )  # fmt: skip
+        completions = tuple(
+            Completion(
+                token_ids=np.array(ids, np.int32), logprobs=np.zeros(len(ids), np.float32),
+                loss_mask=np.ones(len(ids), np.bool_), text="", finish="length",
+                version_runs=((version, len(ids)),),
+            )
+            for ids in stored["completions"]
+        )  # fmt: skip
+        payloads[number] = Group(request=request, completions=completions)
+        lengths = tuple(len(ids) for ids in stored["completions"])
+        count = len(lengths)
+        summary = GroupSummary(
+            stream="train", group_id=number, attempt=0, prompt_id="p",
+            prompt_length=len(stored["prompt"]), lengths=lengths, num_loss_tokens=lengths,
+            finishes=("length",) * count, oldest=(version,) * count, newest=(version,) * count,
+            scores=tuple(Score(value=r, parts={"given": r}) for r in stored["rewards"]),
+        )  # fmt: skip
+        finished.append(FinishedGroup(summary=summary, payload=None))
+    return make_step_batch(0, finished, config), payloads
+
+
+def serve_raygrpo(_name: str, spec: dict[str, Any], pipe: Connection) -> None:
+    import socket
+
+    import torch
+
+    from raygrpo.algorithm.packing import make_microbatch, place
+    from raygrpo.learner.deepspeed_learner import DeepSpeedLearner
+
+    parity = spec.get("parity", False)
+    config = our_config(spec, "float32" if parity else "bfloat16")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    learner = DeepSpeedLearner(config, master_port=port, device=spec["device"])
+    torch.set_num_threads(spec["threads"])
+    batch, payloads = our_step(spec, config)
+
+    def microbatches() -> tuple[Any, list[Any]]:
+        ((plans,),) = place(
+            batch,
+            1,
+            tokens_per_microbatch=config.train.tokens_per_microbatch,
+            shared_prompts=learner.supports_shared_prompts,
+            attention_length=6.0 * learner.hf_model.config.get_text_config().hidden_size,
+        )
+        return plans, [make_microbatch(plan, payloads) for plan in plans]
+
+    def update() -> tuple[float, float]:
+        synchronise(spec["device"])
+        start = now()
+        learner.update([microbatches()[1]])
+        return since(start)
+
+    def profile() -> str:
+        with torch.profiler.profile(record_shapes=True) as profiler:
+            update()
+        averages = profiler.key_averages
+        tables = [averages().table(sort_by="self_cpu_time_total", row_limit=40)]
+        tables.append(
+            averages(group_by_input_shape=True).table(
+                sort_by="self_cpu_time_total", row_limit=70, max_shapes_column_width=110
+            )
+        )
+        return "\n".join(tables)
+
+    answers: dict[str, Callable[[], Any]] = {
+        "update": update,
+        "profile": profile,
+        "peak": lambda: peak_gb(spec["device"]),
+        "parity": lambda: None,
+    }
+    pipe.send("ready")
+    while (request := pipe.recv()) != "end":
+        pipe.send(answers[request]())
+    learner.close()
+
+
+# --- TRL ----------------------------------------------------------------------------------------
+
+
+def serve_trl(name: str, spec: dict[str, Any], pipe: Connection) -> None:
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    precision = name.split()[1]
+    groups = spec["groups"]
+    count = len(groups[0]["completions"])
+    num_rows = len(groups) * count
+    microbatch = min(spec["microbatch"], num_rows)
+
+    def replay(prompts: list[str], trainer: Any) -> dict[str, list[Any]]:
+        chosen = [(groups[int(p)], i % count) for i, p in enumerate(prompts)]
+        return {
+            "prompt_ids": [group["prompt"] for group, _ in chosen],
+            "completion_ids": [group["completions"][i] for group, i in chosen],
+            "logprobs": None,  # type: ignore[dict-item]
+            "given": [group["rewards"][i] for group, i in chosen],
+        }
+
+    class Turns(GRPOTrainer):  # type: ignore[misc]
+        """Waits for its turn before each step, and times the step from its stored rollouts on."""
+
+        def _generate_and_score_completions(self, inputs: Any) -> Any:
+            while (request := pipe.recv()) == "peak":
+                pipe.send(peak_gb(spec["device"]))
+            if request == "end":
+                os._exit(0)
+            output = super()._generate_and_score_completions(inputs)
+            self.started = now()
+            return output
+
+    class Stop(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            pipe.send(since(trainer.started))
+
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    config = GRPOConfig(
+        output_dir=f"{spec['work']}/trl",
+        per_device_train_batch_size=microbatch,
+        gradient_accumulation_steps=num_rows // microbatch,
+        num_generations=count,
+        max_completion_length=max(len(c) for c in groups[0]["completions"]),
+        max_steps=spec["steps"] + 1,
+        learning_rate=1e-6,
+        bf16=precision == "autocast",
+        gradient_checkpointing=False,
+        shuffle_dataset=False,
+        use_cpu=spec["device"] == "cpu",
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    trainer = Turns(
+        model=AutoModelForCausalLM.from_pretrained(spec["model"], dtype=dtype),
+        processing_class=AutoTokenizer.from_pretrained(spec["model"], padding_side="left"),
+        reward_funcs=lambda given, **_: given,
+        args=config,
+        train_dataset=Dataset.from_dict({"prompt": [str(n) for n in range(len(groups))]}),
+        rollout_func=replay,
+        callbacks=[Stop()],
+    )
+    torch.set_num_threads(spec["threads"])
+    pipe.send("ready")
+    trainer.train()

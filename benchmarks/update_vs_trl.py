@@ -1,0 +1,312 @@
+"""The update alone against TRL's: forward, loss, backward and optimizer on the same stored rollouts.
+
+    python benchmarks/update_vs_trl.py                                  # SmolLM2, 4 x 8 x (105 + 64)
+    python benchmarks/update_vs_trl.py --workload long_prompt           # SmolLM2, 2 x 16 x (256 + 32)
+    python benchmarks/update_vs_trl.py --workload gemma                 # Gemma 3, 4 x 8 x (12 + 32)
+    python benchmarks/update_vs_trl.py --parity                         # the same loss and gradient?
+
+Each side is a process of its own on --threads threads, and they take turns: ours (DeepSpeed, bf16
+with fp32 masters, recipe trl024), TRL's GRPOTrainer with all in bf16, and with fp32 weights and
+bf16 autocast. A side's time begins with the rollouts in memory and ends with the new weights; ours
+includes making rows of them. TRL runs without activation checkpointing, faster than its default,
+in microbatches of --microbatch completions. The bar holds against the faster of TRL's two.
+FLOP/s are those of a matrix product counted for separate, unpadded rows, the same for both sides,
+beside those that a plain matrix product reaches here in that dtype: what a side saves by computing
+less shows as a higher share.
+
+--parity: one update in fp32 on both sides, clipping off, with the same stored old logprobs, which
+are the model's own with noise added; loss, norm and direction of the gradient must agree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.update_sides import matmul_flops, serve
+
+SIDES = ("raygrpo", "TRL bf16", "TRL autocast")
+PARITY_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """Sizes in tokens, and the ratio to TRL's time that is asked for."""
+
+    model: str
+    num_groups: int
+    num_completions: int
+    prompt_tokens: int
+    completion_tokens: int
+    bar: float
+
+
+WORKLOADS = {
+    "smollm2": Workload(
+        model="weights/smollm2-135m",
+        num_groups=4,
+        num_completions=8,
+        prompt_tokens=105,
+        completion_tokens=64,
+        bar=2.5,
+    ),
+    "long_prompt": Workload(
+        model="weights/smollm2-135m",
+        num_groups=2,
+        num_completions=16,
+        prompt_tokens=256,
+        completion_tokens=32,
+        bar=3.0,
+    ),
+    "gemma": Workload(
+        model="weights/gemma-3-270m",
+        num_groups=4,
+        num_completions=8,
+        prompt_tokens=12,
+        completion_tokens=32,
+        bar=1.5,
+    ),
+}
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    add = parser.add_argument
+    add("--workload", choices=list(WORKLOADS), default="smollm2")
+    add("--model", help="model directory; none: the workload's")
+    add("--pairs", type=int, default=5, help="measured rounds, one update of each side a round")
+    add("--quick", action="store_true", help="one measured round, TRL in bf16 only")
+    add("--threads", type=int, default=2, help="threads of each side")
+    add("--microbatch", type=int, default=8, help="completions that TRL trains at once")
+    add("--device", choices=["cpu", "cuda"], default="cpu")
+    add("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    add("--set", nargs="*", default=[], help="our configuration: section.key=value")
+    add("--parity", action="store_true", help="compare one fp32 update instead of timing")
+    add("--profile", type=Path, help="write the operators of our last update here")
+    add("--json", type=Path, help="write everything that was measured here")
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.pairs, options.sides = 1, ["raygrpo", "TRL bf16"]
+    return options
+
+
+def make_rollouts(model: str, size: Workload, seed: int = 0) -> list[dict[str, Any]]:
+    """Groups of token ids of English-like text; prompts within 5 % of their length, rewards 0 or 1.
+
+    Completions have the workload's length exactly, as TRL's padding would cost it more otherwise.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    random = np.random.default_rng(seed)
+    words = (
+        "the of and to in is that it was for on are with as at be this have from or one had "
+        "by word but not what all were we when your can said there use an each which"
+    ).split()
+
+    def text(num_tokens: int) -> list[int]:
+        drawn = " ".join(random.choice(words, 2 * num_tokens))
+        ids: list[int] = tokenizer(drawn, add_special_tokens=False)["input_ids"][:num_tokens]
+        return ids
+
+    groups = []
+    for _ in range(size.num_groups):
+        spread = size.prompt_tokens // 20
+        rewards = random.permutation(np.arange(size.num_completions) % 2).tolist()
+        completions = [text(size.completion_tokens) for _ in range(size.num_completions)]
+        length = size.prompt_tokens + int(random.integers(-spread, spread + 1))
+        noise = random.normal(0, 0.1, (size.num_completions, size.completion_tokens)).tolist()
+        groups.append(
+            {
+                "prompt": text(length),
+                "completions": completions,
+                "rewards": [float(reward) for reward in rewards],
+                "noise": noise,
+            }
+        )
+    return groups
+
+
+class Side:
+    """A process that makes one update each time it is asked."""
+
+    def __init__(self, name: str, spec: dict[str, Any]) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.name = name
+        self._pipe: Connection
+        self._pipe, theirs = context.Pipe()
+        os.environ["OMP_NUM_THREADS"] = str(spec["threads"])
+        self._process = context.Process(target=serve, args=(name, spec, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
+        self._pipe.recv()
+
+    def ask(self, request: str) -> Any:
+        """What the process answers; raises EOFError when it dies."""
+        self._pipe.send(request)
+        return self._pipe.recv()
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._pipe.send("end")
+        self._process.join(60)
+        self._process.kill()
+
+
+def measure(options: argparse.Namespace, spec: dict[str, Any]) -> dict[str, list[float]]:
+    """Seconds of each side's updates, in alternating order; the first round is left out."""
+    sides = [Side(name, spec) for name in options.sides]
+    seconds: dict[str, list[float]] = {side.name: [] for side in sides}
+    cpu_seconds: dict[str, list[float]] = {side.name: [] for side in sides}
+    peaks: dict[str, float] = {}
+    for number in range(options.pairs + 1):
+        for side in sides if number % 2 == 0 else reversed(sides):
+            taken, cpu = side.ask("update")
+            if number:
+                seconds[side.name].append(taken)
+                cpu_seconds[side.name].append(cpu)
+            note = "" if number else " (warming up)"
+            print(f"# {side.name}: {taken:.2f} s, {cpu:.2f} CPU-s{note}", flush=True)
+    for side in sides:
+        peaks[side.name] = side.ask("peak")
+        if options.profile and side.name == "raygrpo":
+            options.profile.write_text(side.ask("profile"))
+        side.close()
+    print("# peak memory: " + ", ".join(f"{name} {p:.2f} GB" for name, p in peaks.items()))
+    return seconds
+
+
+def report(
+    seconds: dict[str, list[float]], flops: float, plain: dict[str, float], bar: float
+) -> list[str]:
+    """The table of medians, and whether the bar holds."""
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    lines = [
+        "| side | median s (range) | GFLOP/s | share of a matrix product |",
+        "| - | - | - | - |",
+    ]
+    for name, values in seconds.items():
+        rate = flops / medians[name]
+        share = rate / plain["bfloat16"]
+        lines.append(
+            f"| {name} | {medians[name]:.2f} ({min(values):.2f} to {max(values):.2f}) "
+            f"| {rate / 1e9:.0f} | {share:.2f} |"
+        )
+    peers = {name: value for name, value in medians.items() if name != "raygrpo"}
+    if peers and "raygrpo" in medians:
+        best = min(peers, key=lambda name: peers[name])
+        ratio = peers[best] / medians["raygrpo"]
+        verdict = "holds" if ratio >= bar else "FAILS"
+        lines.append(f"raygrpo is {ratio:.2f} times as fast as {best}: the bar of {bar} {verdict}.")
+    return lines
+
+
+def compare(options: argparse.Namespace, spec: dict[str, Any]) -> list[str]:
+    """One fp32 update of both sides; lines of differences.
+
+    Raises:
+        SystemExit: they differ by more than the tolerance.
+    """
+    import torch
+
+    found = {}
+    for name in ("raygrpo", "TRL fp32"):
+        side = Side(name, spec)
+        loss = side.ask("parity")
+        side.close()
+        found[name] = (loss, torch.load(Path(spec["work"]) / f"{name}.pt"))
+    (our_loss, ours), (loss, theirs) = found.values()
+    assert ours.keys() == theirs.keys()
+    dots = [(ours[k].double() * theirs[k].double()).sum() for k in ours]
+    norms = [
+        float(sum(g.double().square().sum() for g in side.values()) ** 0.5)
+        for side in (ours, theirs)
+    ]
+    gap = float(sum((ours[k].double() - theirs[k]).square().sum() for k in ours) ** 0.5)
+    values = {
+        "loss": abs(our_loss - loss) / abs(loss),
+        "gradient norm": abs(norms[0] - norms[1]) / norms[1],
+        "gradient direction (1 - cosine)": 1 - float(sum(dots)) / (norms[0] * norms[1]),
+        "gradient": gap / norms[1],
+    }
+    lines = [f"loss {our_loss:.8f} and {loss:.8f}; norms {norms[0]:.6f} and {norms[1]:.6f}"]
+    lines += [f"relative difference of the {name}: {value:.1e}" for name, value in values.items()]
+    if max(values.values()) > PARITY_TOLERANCE:
+        raise SystemExit("\n".join([*lines, f"more than {PARITY_TOLERANCE}"]))
+    return lines
+
+
+def update_flops(model: str, groups: list[dict[str, Any]]) -> float:
+    """Matrix-product FLOPs of one update on separate, unpadded rows, head at trained tokens only."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model).get_text_config()
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    projections = 2 * heads + 2 * config.num_key_value_heads
+    layer = config.hidden_size * (size * projections + 3 * config.intermediate_size)
+    total = 0.0
+    for group in groups:
+        for completion in group["completions"]:
+            length = len(group["prompt"]) + len(completion)
+            # Causal attention computes half of the square, twice (scores, values).
+            attention = config.num_hidden_layers * heads * size * length * length
+            head = config.hidden_size * config.vocab_size * len(completion)
+            total += 3 * 2 * (length * config.num_hidden_layers * layer + attention / 2 + head)
+    return total
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    size = WORKLOADS[options.workload]
+    model = str(Path(options.model or ROOT / size.model).resolve())
+    groups = make_rollouts(model, size)
+    with tempfile.TemporaryDirectory() as work:
+        spec = {
+            "model": model,
+            "groups": groups,
+            "work": work,
+            "threads": options.threads,
+            "microbatch": options.microbatch,
+            "device": options.device,
+            "steps": options.pairs + 1,
+            "set": options.set,
+        }
+        if options.parity:
+            print("\n".join(compare(options, spec)))
+            return 0
+        seconds = measure(options, spec)
+    plain = {
+        name: matmul_flops(name, options.device, options.threads)
+        for name in ("float32", "bfloat16")
+    }
+    flops = update_flops(model, groups)
+    print(
+        f"# a plain matrix product: "
+        + ", ".join(f"{k} {v / 1e9:.0f} GFLOP/s" for k, v in plain.items())
+    )
+    print("\n".join(report(seconds, flops, plain, size.bar)))
+    if options.json:
+        measured = {"options": {k: str(v) for k, v in vars(options).items()}, "seconds": seconds}
+        options.json.write_text(json.dumps({**measured, "flops": flops, "matmul": plain}, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
