@@ -1,0 +1,197 @@
+"""What losses need of the learner: old logprobs, top entropies, bonus, moving reference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from raygrpo.learner.policy import policy_inputs
+from raygrpo.learner.reference_learner import ReferenceLearner
+from raygrpo.types import Microbatch
+from tests.parity.learner_cases import (
+    filler,
+    make_config,
+    make_steps,
+    microbatch,
+    random_trees,
+    separate,
+)
+from tests.tiny import save_tiny_model
+
+CPU = torch.device("cpu")
+# fp32 sums in another order, through AdamW (test_learner.py has the same).
+RELATIVE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "qwen2", "qwen2")
+
+
+def flat(learner: ReferenceLearner) -> Tensor:
+    return torch.cat([weight.flatten() for _, weight in learner.named_weights()])
+
+
+def reference(learner: ReferenceLearner) -> Tensor:
+    assert learner._reference is not None
+    return torch.cat([p.detach().flatten() for p in learner._reference.model.parameters()])
+
+
+def distance(ours: ReferenceLearner, theirs: ReferenceLearner) -> float:
+    return float((flat(ours) - flat(theirs)).norm() / flat(theirs).norm())
+
+
+def count_forwards(learner: ReferenceLearner) -> list[bool]:
+    """One entry a forward pass of the policy from now on: whether it kept a graph."""
+    calls: list[bool] = []
+    learner._policy.register_forward_hook(
+        lambda *_: calls.append(torch.is_grad_enabled()), always_call=True
+    )
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("loss", "minibatches", "iterations", "extra"),
+    [
+        # One update: l_old is l itself. One minibatch: its first pass gives it.
+        ({}, 1, 1, 0),
+        ({}, 1, 3, 0),
+        ({}, 2, 1, 4),
+        ({}, 2, 2, 4),
+        # Against the sampler no old forward is needed.
+        ({"loss": "cispo", "ratio_anchor": "sampler"}, 2, 2, 0),
+        ({"loss": "dppo_tv"}, 2, 1, 0),
+        # The mask of top entropies needs a first pass; it is the same one.
+        ({"top_entropy_frac": 0.5}, 1, 2, 2),
+        ({"top_entropy_frac": 0.5}, 2, 2, 4),
+        ({"loss": "dppo_tv", "top_entropy_frac": 0.5}, 2, 1, 4),
+    ],
+    ids=str,
+)
+def test_a_first_pass_is_made_only_where_it_is_needed(
+    loss: dict[str, Any], minibatches: int, iterations: int, extra: int, model: Path
+) -> None:
+    train = {"num_minibatches": minibatches, "num_iterations": iterations}
+    learner = ReferenceLearner(make_config(model, loss=loss, train=train))
+    calls = count_forwards(learner)
+    step = [[microbatch(random_trees(10 * i + k, 1)) for k in range(2)] for i in range(minibatches)]
+    learner.update(step)
+    assert calls.count(False) == extra
+    assert calls.count(True) == 2 * minibatches * iterations
+
+
+EVERYTHING: dict[str, Any] = {
+    "loss": "gspo",
+    "clip_low": 0.01,
+    "clip_high": 0.01,
+    "beta": 0.1,
+    "kl_unbiased": True,
+    "top_entropy_frac": 0.4,
+    "entropy_coef": 0.02,
+    "off_policy_threshold": 0.1,
+}
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        EVERYTHING,
+        {"loss": "clip", "correction": "tis", "correction_level": "sequence"},
+        {"loss": "cispo", "ratio_anchor": "sampler", "top_entropy_frac": 0.3},
+        {"loss": "sapo", "entropy_coef": 0.05},
+        {"loss": "dppo_tv", "dppo_tv": 0.01, "beta": 0.1, "kl_estimator": "k2"},
+    ],
+    ids=lambda loss: str(loss["loss"]),
+)
+def test_rows_and_microbatches_do_not_matter(loss: dict[str, Any], model: Path) -> None:
+    """Law 1 through the model: shared prompts at once; plain rows one by one in another order."""
+    config = make_config(model, loss=loss, train={"num_minibatches": 2, "num_iterations": 2})
+    learners = [ReferenceLearner(config) for _ in range(2)]
+    for step in range(2):
+        trees = [random_trees(7 * step + i, 3) for i in range(2)]
+        learners[0].update([[microbatch(t)] for t in trees])
+        learners[1].update(
+            [[*(microbatch([row]) for row in reversed(separate(t))), filler()] for t in trees]
+        )
+    assert distance(*learners) < RELATIVE
+
+
+def mean_entropy(learner: ReferenceLearner, batch: Microbatch) -> float:
+    with torch.no_grad():
+        _, entropies = learner._policy(policy_inputs(batch, CPU))
+    return float(entropies[torch.tensor(batch.loss_mask)].mean())
+
+
+@pytest.mark.parametrize("coef", [0.0, 1.0])
+def test_the_bonus_raises_entropy(coef: float, model: Path) -> None:
+    """With all advantages 0 nothing else acts."""
+    batch = microbatch(random_trees(1, 4))
+    batch.advantages[:] = 0
+    learner = ReferenceLearner(
+        make_config(model, loss={"entropy_coef": coef}, optimizer={"adamw": {"weight_decay": 0.0}})
+    )
+    before = mean_entropy(learner, batch)
+    for _ in range(4):
+        learner.update([[batch]])
+    change = mean_entropy(learner, batch) - before
+    assert change == 0 if coef == 0 else change > 1e-4
+
+
+def test_the_coefficient_follows_the_entropy(model: Path) -> None:
+    """Nothing in the first update, then a step more each, while the target is out of reach."""
+    config = make_config(model, loss={"entropy_coef": 0.01, "entropy_target": 9.0})
+    learner = ReferenceLearner(config)
+    seen = [learner.update(step[0])["entropy_coef"].mean for step in make_steps(3, 1, 1)]
+    assert seen == pytest.approx([0.0, 0.015, 0.02])
+    low = ReferenceLearner(make_config(model, loss={"entropy_coef": 0.01, "entropy_target": 1e-6}))
+    seen = [low.update(step[0])["entropy_coef"].mean for step in make_steps(3, 1, 1)]
+    assert seen == [0.0] * 3
+
+
+def test_the_reference_moves_every_few_steps(model: Path) -> None:
+    """Against the average written out, step by step; the KL is then to the moved reference."""
+    config = make_config(
+        model,
+        loss={"beta": 0.1},
+        learner={"ref_sync": {"steps": 2, "alpha": 0.25}},
+        train={"num_iterations": 2},
+    )
+    learner = ReferenceLearner(config)
+    expected = reference(learner).clone()
+    for number, step in enumerate(make_steps(4, 1, 1), start=1):
+        learner.update(step[0])
+        if number % 2 == 0:
+            expected = 0.25 * flat(learner) + 0.75 * expected
+        torch.testing.assert_close(reference(learner), expected, atol=1e-7, rtol=1e-6)
+    still = ReferenceLearner(make_config(model, loss={"beta": 0.1}, train={"num_iterations": 2}))
+    start = reference(still).clone()
+    stats = [still.update(step[0]) for step in make_steps(4, 1, 1)]
+    assert torch.equal(reference(still), start)
+    moved = learner.update(make_steps(5, 1, 1)[4][0])
+    assert moved["kl"].mean < still.update(make_steps(5, 1, 1)[4][0])["kl"].mean
+    assert stats[0]["kl"].mean >= 0
+
+
+def test_what_the_loss_remembers_is_in_the_checkpoint(model: Path, tmp_path: Path) -> None:
+    config = make_config(
+        model,
+        loss={"beta": 0.1, "entropy_coef": 0.01, "entropy_target": 9.0},
+        learner={"ref_sync": {"steps": 1, "alpha": 0.5}},
+    )
+    steps = make_steps(4, 1, 1)
+    first, second = ReferenceLearner(config), ReferenceLearner(config)
+    for index, step in enumerate(steps):
+        stats = first.update(step[0])
+        if index == 1:
+            first.save(tmp_path)
+    second.update(steps[3][0])
+    second.load(tmp_path)
+    for step in steps[2:]:
+        again = second.update(step[0])
+    assert torch.equal(flat(first), flat(second))
+    assert torch.equal(reference(first), reference(second))
+    assert again["entropy_coef"] == stats["entropy_coef"]
