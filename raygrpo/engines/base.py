@@ -69,5 +69,14 @@ class Engine(Protocol):
     def score(self, token_ids: Sequence[int], temperature: float = 1.0) -> FloatArray:
         """Logprobs [T] of each token given those before it, in nats; index 0 is 0."""
 
+    def sleep(self) -> None:
+        """Frees what memory it can for another process, until `wake`; only with nothing unfinished.
+
+        The weights need not survive in place: a version is loaded after `wake`.
+        """
+
+    def wake(self) -> None:
+        """Takes the memory back; nothing happens to an engine that is awake."""
+
     def close(self) -> None:
         """Frees what the engine holds."""

@@ -1,9 +1,14 @@
-"""What every engine checks of a request before it takes it."""
+"""A request in an engine: what is checked before it is taken, and what is kept of it."""
 
 from __future__ import annotations
 
+import time
+from dataclasses import dataclass, field, replace
+
 from raygrpo.errors import DataError, InfraError
-from raygrpo.types import GroupRequest
+from raygrpo.types import Completion, Group, GroupRequest, Stream
+
+Key = tuple[Stream, int]
 
 
 def check_request(
@@ -29,4 +34,26 @@ def check_request(
         raise DataError(
             f"{name}: the prompt has token ids outside the model's {vocab_size}",
             "use the model's own tokenizer",
+        )
+
+
+@dataclass(slots=True)
+class Running:
+    """A group being decoded, with its completions that have ended."""
+
+    request: GroupRequest
+    started: float
+    ended: dict[int, Completion] = field(default_factory=dict)
+
+    @property
+    def key(self) -> Key:
+        """The group's identity in the engine."""
+        return self.request.stream, self.request.group_id
+
+    def finished(self) -> Group:
+        """The group, once all of its completions have ended."""
+        return Group(
+            request=replace(self.request, partials=()),
+            completions=tuple(self.ended[index] for index in sorted(self.ended)),
+            generate_s=time.monotonic() - self.started,
         )

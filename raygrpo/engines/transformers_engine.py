@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -14,11 +13,12 @@ from torch import Tensor
 from raygrpo.config import ModelSection
 from raygrpo.engines.cache import SlotCache
 from raygrpo.engines.randomness import row_keys, uniforms
+from raygrpo.engines.requests import Key, Running, check_request
 from raygrpo.engines.rows import RowTable
 from raygrpo.engines.sampling import sample
 from raygrpo.engines.stops import StopStrings
 from raygrpo.engines.weights import ModelWeights
-from raygrpo.errors import DataError, InfraError, NumericError
+from raygrpo.errors import InfraError, NumericError
 from raygrpo.models import (
     DTYPES,
     attention_masks,
@@ -40,32 +40,9 @@ from raygrpo.types import (
     WeightsManifest,
 )
 
-Key = tuple[Stream, int]
 PREFILL_CHUNK = 1024
 SCORE_CHUNK = 128
 FIRST_ROOM = 256
-
-
-@dataclass(slots=True)
-class Running:
-    """A group being decoded, with its completions that have ended."""
-
-    request: GroupRequest
-    started: float
-    ended: dict[int, Completion] = field(default_factory=dict)
-
-    @property
-    def key(self) -> Key:
-        """The group's identity in the engine."""
-        return self.request.stream, self.request.group_id
-
-    def finished(self) -> Group:
-        """The group, once all of its completions have ended."""
-        return Group(
-            request=replace(self.request, partials=()),
-            completions=tuple(self.ended[index] for index in sorted(self.ended)),
-            generate_s=time.monotonic() - self.started,
-        )
 
 
 class TransformersEngine:
@@ -138,29 +115,14 @@ class TransformersEngine:
         )
 
     def submit(self, request: GroupRequest) -> None:
-        """Queues a group.
-
-        Raises:
-            DataError: the prompt and ``max_tokens`` exceed the model's positions, or the prompt has
-                ids that the model lacks.
-            InfraError: the group is here already.
-        """
+        """Queues a group; raises what `check_request` raises."""
         key = (request.stream, request.group_id)
-        name, prompt = f"group {key[0]}/{key[1]}", request.prompt.token_ids
-        if key in self._waiting or any(group.key == key for group in self._running.values()):
-            raise InfraError(f"{name} is being generated already", "abort it first")
-        limit = getattr(self._text_config, "max_position_embeddings", None)
-        if limit is not None and prompt.size + request.sampling.max_tokens > limit:
-            raise DataError(
-                f"{name}: a prompt of {prompt.size} tokens and max_tokens "
-                f"{request.sampling.max_tokens} exceed the model's {limit} positions",
-                "lower sampling.max_tokens or data.max_prompt_length",
-            )
-        if int(prompt.min()) < 0 or int(prompt.max()) >= self._is_stop.size:
-            raise DataError(
-                f"{name}: the prompt has token ids outside the model's {self._is_stop.size}",
-                "use the model's own tokenizer",
-            )
+        check_request(
+            request,
+            busy=key in self._waiting or any(group.key == key for group in self._running.values()),
+            max_positions=getattr(self._text_config, "max_position_embeddings", None),
+            vocab_size=self._is_stop.size,
+        )
         self._waiting[key] = request
 
     @torch.inference_mode()
@@ -388,6 +350,17 @@ class TransformersEngine:
             logprobs = logits.log_softmax(-1).gather(-1, predicted[:, None])[:, 0]
             scores[start + 1 : start + 1 + len(predicted)] = logprobs.cpu().numpy()
         return scores
+
+    def sleep(self) -> None:
+        """Frees the cache, and on a GPU what the weights take there."""
+        self._rows, self._cache = RowTable(), self._new_cache()
+        self._model.to("cpu")
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def wake(self) -> None:
+        """Brings the weights back to their device."""
+        self._model.to(self._device)
 
     def close(self) -> None:
         """Drops all groups and frees model and cache; the engine cannot be used afterwards."""
