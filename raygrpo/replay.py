@@ -24,6 +24,7 @@ from raygrpo.checkpoint import Checkpoints
 from raygrpo.config import RunConfig
 from raygrpo.config_file import load_config
 from raygrpo.errors import ConfigError, StorageError
+from raygrpo.export import open_run
 from raygrpo.models import anchored_model, check_model_path
 from raygrpo.rollouts import FileFacts, file_path, files, read_facts, read_file
 from raygrpo.run_dir import RunDir, write_atomically
@@ -86,9 +87,7 @@ def replay(
         ConfigError: no run, no model, or a store in which something is missing.
         StorageError: a file cannot be read or written.
     """
-    run_dir = RunDir(root.expanduser().absolute())
-    if not run_dir.config_path.is_file():
-        raise ConfigError(f"{root} holds no run", "name a run directory")
+    run_dir = open_run(root)
     config = load_config(run_dir.config_path, overrides)
     check_model_path(config.model)
     config = config.model_copy(update={"model": anchored_model(config.model)})
@@ -117,9 +116,9 @@ def _start_learner(config: RunConfig, logs: Path, closers: contextlib.ExitStack)
     signals.install()
     # What a cluster must have room for is the learner alone; the ranks' threads stay the run's.
     alone = freed(config, "generator", "scorer")
-    connection = connect(alone, demand_of(alone))
-    closers.callback(disconnect, connection)
-    signals.install()  # Ray has put handlers of its own in their place
+    with signals.kept():
+        connection = connect(alone, demand_of(alone))
+        closers.callback(disconnect, connection)
     local = connection.local
     learner = LearnerGroup(connection.config, None, local=local, logs=logs if local else None)
     closers.callback(learner.close)

@@ -105,9 +105,9 @@ class RolloutSession(Session):
 
         self.check()
         placed = freed(self._placed, "learner")
-        connection = connect(placed, demand_of(placed))
-        self._closers.callback(disconnect, connection)
-        self._signals.install()  # Ray has put handlers of its own in their place
+        with self._signals.kept():
+            connection = connect(placed, demand_of(placed))
+            self._closers.callback(disconnect, connection)
         placed, _ = settle_engine(connection.config, None, local=connection.local)
         self._pool = RolloutPool(
             placed, None, self._anchored, self._functions, local=connection.local

@@ -113,7 +113,8 @@ class Session:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self._closers.close()
+        with self._signals.during(lambda: None):  # it is ending
+            self._closers.close()
 
     def prepare(self) -> None:
         """Everything that can fail before the first step: checks first, then data, then actors."""
@@ -188,20 +189,23 @@ class Session:
             self._restored,
         )
         self.started = True
-        try:
-            with self._signals.during(trainer.stop):
+        with self._signals.during(trainer.stop):  # to the end: nothing after it is undone
+            try:
                 finished = trainer.run()
-        except RayGrpoError as error:
-            kind = type(error).__name__
-            with contextlib.suppress(StorageError):  # the first error matters, not a full disk
-                self._tracker.event("run_failed", step=trainer.step, type=kind, error=str(error))
-            raise
-        timing = {
-            "driver_ms_per_group": 1e3 * trainer.driver_s_per_group,
-            "first_group_s": (trainer.first_group_at or self._born) - self._born,
-        }
-        self._tracker.event("run_end", step=trainer.step, finished=finished, **timing)
-        return self._end(trainer.step, finished=finished, **timing)
+            except RayGrpoError as error:
+                self._note_failure(trainer.step, error)
+                raise
+            timing = {
+                "driver_ms_per_group": 1e3 * trainer.driver_s_per_group,
+                "first_group_s": (trainer.first_group_at or self._born) - self._born,
+            }
+            self._tracker.event("run_end", step=trainer.step, finished=finished, **timing)
+            return self._end(trainer.step, finished=finished, **timing)
+
+    def _note_failure(self, step: int, error: RayGrpoError) -> None:
+        kind = type(error).__name__
+        with contextlib.suppress(StorageError):  # the first error matters, not a full disk
+            self._tracker.event("run_failed", step=step, type=kind, error=str(error))
 
     def _end(
         self,
@@ -329,9 +333,9 @@ class Session:
         from raygrpo.actors.pool import RolloutPool
         from raygrpo.actors.weight_store import end_store, start_store
 
-        connection = connect(self._placed, demand_of(self._placed))
-        self._closers.callback(disconnect, connection)
-        self._signals.install()  # Ray has put handlers of its own in their place
+        with self._signals.kept():
+            connection = connect(self._placed, demand_of(self._placed))
+            self._closers.callback(disconnect, connection)
         self._placed, choice = settle_engine(
             connection.config, self.run_dir.engine, local=connection.local
         )

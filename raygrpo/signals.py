@@ -43,6 +43,20 @@ class StopSignals:
         self._previous.clear()
 
     @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Around what puts handlers of its own in place (Ray, whose handler exits): at the end they
+        are these again, and a signal that came to the others is a `Stopped` all the same."""
+        try:
+            try:
+                yield
+            finally:
+                self.install()
+        except SystemExit as exited:
+            if exited.code in _NUMBERS:
+                raise Stopped("stopped by a signal") from None
+            raise
+
+    @contextlib.contextmanager
     def during(self, action: Callable[[], None]) -> Iterator[None]:
         """While this lasts, the first signal calls ``action`` and raises nothing."""
         before, self._action = self._action, action
