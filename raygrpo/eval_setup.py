@@ -86,7 +86,7 @@ def constant_groups(prompts: Sequence[Prompt], config: RunConfig, tokenizer: Any
     answers = [answer for answer, _ in counted.most_common(MAX_CONSTANTS)]
     if not answers:
         return []
-    completions = tuple(_written(answer, tokenizer) for answer in answers)
+    completions = tuple(written(answer, tokenizer) for answer in answers)
     sampling = Sampling(num_completions=len(answers), max_tokens=config.sampling.max_tokens)
     return [
         Group(
@@ -105,8 +105,10 @@ def constant_groups(prompts: Sequence[Prompt], config: RunConfig, tokenizer: Any
     ]
 
 
-def _written(text: str, tokenizer: Any) -> Completion:
-    ids = np.array(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+def written(text: str, tokenizer: Any) -> Completion:
+    """A completion that nobody sampled: nothing of it is trained."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = np.array(ids or [tokenizer.eos_token_id], np.int32)
     return Completion(
         token_ids=ids,
         logprobs=np.zeros(ids.size, np.float32),

@@ -16,12 +16,12 @@ from raygrpo.algorithm.packing import place
 from raygrpo.config import RewardSection, RunConfig
 from raygrpo.engines.choose import planned_engine
 from raygrpo.errors import ConfigError, RewardError
+from raygrpo.eval_setup import written
 from raygrpo.learner.deepspeed_config import deepspeed_config
 from raygrpo.learner.schedule import learning_rate
 from raygrpo.run_dir import RunDir
 from raygrpo.session import Session
 from raygrpo.types import (
-    Completion,
     Group,
     GroupRequest,
     PlannedSample,
@@ -35,7 +35,6 @@ _SHOWN_CHARACTERS = 600
 # Columns whose text may be the right answer, so that the fake completion has a chance of reward.
 _ANSWERS = ("answer", "solution", "target", "label")
 _FALLBACK = "42"
-_REWARD_MODEL = "reward_model"
 _START = Version(0, 0)
 
 Facts = dict[str, str]
@@ -239,13 +238,15 @@ def fullest_step(config: RunConfig, longest_prompt: int, hidden_size: int) -> tu
 
 
 def _placement_facts(checked: Checked) -> Facts:
-    from raygrpo.actors.placement import demand_of, generator_threads, learner_threads
+    from raygrpo.actors.placement import (
+        address_of,
+        demand_of,
+        generator_threads,
+        learner_threads,
+    )
 
     config = checked.placed
-    demand = demand_of(config)
-    address = config.ray.address
-    if address == "auto":
-        address = os.environ.get("RAY_ADDRESS", "local")
+    demand, address = demand_of(config), address_of(config)
     where = _check_machine(config) if address == "local" else _check_cluster(config, address)
     return {
         "processes": f"{demand.num_processes}: {config.learner.num_ranks} learner ranks, "
@@ -263,7 +264,7 @@ def _placement_facts(checked: Checked) -> Facts:
 def _check_machine(config: RunConfig) -> str:
     import torch
 
-    from raygrpo.actors.placement import demand_of
+    from raygrpo.actors.placement import check_local_labels, demand_of
 
     demand, present = demand_of(config), torch.cuda.device_count()
     if demand.num_gpus > present:
@@ -273,11 +274,7 @@ def _check_machine(config: RunConfig) -> str:
             "lower learner.num_ranks, generators.count or ray.gpus, or set ray.address to a "
             "cluster",
         )
-    if config.ray.labels:
-        raise ConfigError(
-            "ray.labels is set, but the run's own local Ray has no labels",
-            "set ray.address to a cluster that has them, or ray.labels to {}",
-        )
+    check_local_labels(config)
     return f"this machine: {os.cpu_count()} cores, {present} GPUs"
 
 
@@ -294,8 +291,6 @@ def fake_group(checked: Checked, prompt: Prompt) -> Group:
     """A group of one completion that nobody sampled: the row's answer where it has one."""
     found = (prompt.columns.get(name) for name in _ANSWERS)
     text = next((value for value in found if isinstance(value, str) and value), _FALLBACK)
-    ids = checked.tokenizer(text, add_special_tokens=False)["input_ids"]
-    ids = np.array(ids or [checked.tokenizer.eos_token_id], np.int32)
     sampling = replace(checked.config.sampling.settings(), num_completions=1)
     request = GroupRequest(
         stream="train",
@@ -306,15 +301,7 @@ def fake_group(checked: Checked, prompt: Prompt) -> Group:
         sampling=sampling,
         min_version=_START,
     )
-    completion = Completion(
-        token_ids=ids,
-        logprobs=np.zeros(ids.size, np.float32),
-        loss_mask=np.ones(ids.size, np.bool_),
-        text=text,
-        finish="stop",
-        version_runs=((_START, ids.size),),
-    )
-    return Group(request=request, completions=(completion,))
+    return Group(request=request, completions=(written(text, checked.tokenizer),))
 
 
 def score_fake(rewards: Sequence[RewardSection], group: Group) -> Facts:
@@ -325,9 +312,9 @@ def score_fake(rewards: Sequence[RewardSection], group: Group) -> Facts:
     """
     from raygrpo.rewards.contract import TrainerState
     from raygrpo.rewards.host import RewardHost
-    from raygrpo.rewards.loading import reward_name
+    from raygrpo.rewards.loading import REWARD_MODEL, reward_name
 
-    local = [reward for reward in rewards if reward.func != _REWARD_MODEL]
+    local = [reward for reward in rewards if reward.func != REWARD_MODEL]
     facts = {"fake completion": repr(group.completions[0].text[:_SHOWN_CHARACTERS])}
     if local:
         with RewardHost(local, {}) as host:
@@ -342,7 +329,7 @@ def score_fake(rewards: Sequence[RewardSection], group: Group) -> Facts:
         }
         facts["sum"] = _shown(score.value)
     skipped = {reward_name(reward): "skipped: it runs in actors" for reward in rewards
-               if reward.func == _REWARD_MODEL}  # fmt: skip
+               if reward.func == REWARD_MODEL}  # fmt: skip
     return facts | skipped
 
 

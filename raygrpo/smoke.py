@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -30,11 +29,10 @@ def smoke_run(config: RunConfig, say: Callable[[str], Any]) -> Iterator[RunConfi
     Raises:
         ConfigError: the model's configuration or tokenizer does not load.
     """
-    address = config.ray.address
-    if address == "auto":
-        address = os.environ.get("RAY_ADDRESS", "local")
+    from raygrpo.actors.placement import address_of
+
     shared = next(path for path in RunDir.at(config).root.parents if path.is_dir())
-    parent = None if address == "local" else shared
+    parent = None if address_of(config) == "local" else shared
     with tempfile.TemporaryDirectory(prefix="raygrpo-smoke-", dir=parent) as directory:
         model = save_tiny_twin(config.model, Path(directory) / "model")
         changes = smoke_changes(config)

@@ -11,7 +11,14 @@ from dataclasses import dataclass
 import ray
 from ray._private.label_utils import validate_label_selector
 
-from raygrpo.actors.placement import Demand, Nodes, settle, unplaceable
+from raygrpo.actors.placement import (
+    Demand,
+    Nodes,
+    address_of,
+    check_local_labels,
+    settle,
+    unplaceable,
+)
 from raygrpo.config import RunConfig
 from raygrpo.errors import ConfigError, InfraError
 
@@ -41,9 +48,7 @@ def connect(config: RunConfig, demand: Demand) -> Connection:
         ConfigError: no nodes have the labels, CPUs or GPUs asked for, and no autoscaler adds any.
         InfraError: no cluster answers at the address.
     """
-    address = config.ray.address
-    if address == "auto":
-        address = os.environ.get("RAY_ADDRESS", "local")
+    address = address_of(config)
     local, ours = False, not ray.is_initialized()
     if ours:
         local = address == "local"
@@ -106,15 +111,9 @@ def _check_gpus(demand: Demand) -> None:
 
 
 def _check_places(connection: Connection) -> None:
-    labels = connection.config.ray.labels
     if connection.local:
-        if labels:
-            raise ConfigError(
-                "ray.labels is set, but the run's own local Ray has no labels",
-                "set ray.address to a cluster that has them, or ray.labels to {}",
-            )
-        return
-    for role, selector in labels.items():
+        return check_local_labels(connection.config)
+    for role, selector in connection.config.ray.labels.items():
         if problem := validate_label_selector(selector):
             raise ConfigError(f"ray.labels.{role}: {problem}")
     if not _grows() and (reason := unplaceable(connection.config, _nodes())):

@@ -73,6 +73,21 @@ def actor_options(
     return {**options, "label_selector": dict(labels)} if labels else options
 
 
+def address_of(config: RunConfig) -> str:
+    """``local`` for a Ray of the run's own, else the address of a cluster."""
+    address = config.ray.address
+    return os.environ.get("RAY_ADDRESS", "local") if address == "auto" else address
+
+
+def check_local_labels(config: RunConfig) -> None:
+    """Raises a ConfigError where labels are asked of a local Ray, whose one node has none."""
+    if config.ray.labels:
+        raise ConfigError(
+            "ray.labels is set, but the run's own local Ray has no labels",
+            "set ray.address to a cluster that has them, or ray.labels to {}",
+        )
+
+
 Nodes = Sequence[Mapping[str, Any]]
 
 
