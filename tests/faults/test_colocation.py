@@ -1,0 +1,102 @@
+"""Generators beside learner ranks, on GPUs that the cluster only declares."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import ray
+
+from raygrpo.actors.colocation import Colocation, bundles_of
+from raygrpo.actors.placement import actor_options
+from raygrpo.actors.spawn import spawn
+from raygrpo.config import RunConfig
+from raygrpo.config_file import load_config
+from raygrpo.errors import ConfigError
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+def config(count: int = 2, ranks: int = 2, **sections: Any) -> RunConfig:
+    base: dict[str, Any] = {
+        "model": {"path": "m"},
+        "data": {"source": "d"},
+        "generators": {"count": count, "placement": "colocate"},
+        "learner": {"num_ranks": ranks},
+        "ray": {"gpus": {"learner": 0.6, "generator": 0.4}, "timeouts_s": {"start": 5}},
+    }
+    return load_config({**base, **sections})
+
+
+class Where:
+    """Says which devices its process was given."""
+
+    def look(self) -> tuple[list[int], int]:
+        return ray.get_gpu_ids(), os.getpid()
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    ray.init(address="local", num_cpus=4, num_gpus=2, include_dashboard=False)
+    yield
+    ray.shutdown()
+
+
+def test_a_rank_and_its_generator_share_a_gpu(cluster: None) -> None:
+    run = config()
+    places = Colocation(run, local=True)
+    actors = {
+        (role, index): spawn(
+            Where, **actor_options(local=True, threads=1, gpus=gpus) | places.options(index)
+        )
+        for role, gpus in (("learner", 0.6), ("generator", 0.4))
+        for index in range(2)
+    }
+    seen = {key: ray.get(actor.look.remote(), timeout=60) for key, actor in actors.items()}
+    devices = {key: gpus for key, (gpus, _) in seen.items()}
+    assert all(len(gpus) == 1 for gpus in devices.values())
+    for index in range(2):
+        assert devices["learner", index] == devices["generator", index]
+    assert devices["learner", 0] != devices["learner", 1]
+    assert len({pid for _, pid in seen.values()}) == 4
+    with pytest.raises(ConfigError, match="no nodes have room"):
+        Colocation(run, local=True)  # both GPUs are taken
+    for actor in actors.values():
+        ray.kill(actor)
+    places.close()
+    Colocation(run, local=True).close()  # and given back
+
+
+def test_bundles_are_what_a_rank_and_its_generators_ask_for() -> None:
+    cpu = {"threads": {"learner": 2, "generator": 1}}
+    assert bundles_of(config(), local=True) == [{"GPU": 1.0}, {"GPU": 1.0}]
+    three = config(3, ray={"gpus": {"learner": 0.5, "generator": 0.25}, **cpu})
+    assert bundles_of(three, local=False) == [{"GPU": 1.0, "CPU": 4.0}, {"GPU": 0.75, "CPU": 3.0}]
+    assert bundles_of(config(ray=cpu), local=True) == []
+    assert bundles_of(config(ray=cpu), local=False) == [{"CPU": 3.0}, {"CPU": 3.0}]
+    apart = config(generators={"count": 2})
+    assert bundles_of(apart, local=False) == []
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"train": {"max_staleness": 1}}, "needs train.max_staleness: 0"),
+        ({"ray": {"gpus": {"learner": 1, "generator": 0.5}}}, "add up to 1"),
+        (
+            {"ray": {"labels": {"generator": {"zone": "b"}}}},
+            "colocated generators run where ray.labels.learner says",
+        ),
+    ],
+)
+def test_what_cannot_be_colocated_is_refused(sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config(**sections)
