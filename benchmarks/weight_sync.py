@@ -113,7 +113,7 @@ def make_config(directory: Path, arguments: argparse.Namespace) -> RunConfig:
         "model": {"path": str(model), "random_init": True, "dtype": arguments.dtype},
         "data": {"source": str(directory / "rows.jsonl")},
         "rewards": [],
-        "train": {"steps": 1},
+        "train": {"steps": 1, "max_staleness": 1},
         "ray": {"address": "local"},
     }
     path.write_text(yaml.safe_dump(written))

@@ -20,7 +20,7 @@ from raygrpo.types import (
 class Engine(Protocol):
     """Takes group requests, yields finished groups; weights may change between two steps.
 
-    Not thread-safe but for `stage_weights`: one thread owns an engine. A request waits inside the
+    One thread owns an engine, `stage_weights` and `score` excepted. A request waits inside the
     engine until the engine holds ``request.min_version`` or a newer version.
     """
 
@@ -67,7 +67,10 @@ class Engine(Protocol):
         (`GroupRequest.partials`): all of them, or none if it had not begun or is gone."""
 
     def score(self, token_ids: Sequence[int], temperature: float = 1.0) -> FloatArray:
-        """Logprobs [T] of each token given those before it, in nats; index 0 is 0."""
+        """Logprobs [T] of each token given those before it, in nats; index 0 is 0.
+
+        May run on another thread while steps go on, as long as the weights stay.
+        """
 
     def sleep(self) -> None:
         """Frees what memory it can for another process, until `wake`; only with nothing unfinished.
