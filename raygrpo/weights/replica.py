@@ -87,7 +87,7 @@ class Replica:
             manifest=replace(manifest, kind=first.kind, base_version=None, buckets=whole),
             buckets=buckets,
         )
-        self._links = () if self._is_whole(links) else tuple(links)
+        self._links = () if self._is_whole(links) else tuple(map(_deltas, links))
         return self._staged
 
     def commit(self, staged: Staged) -> None:
@@ -165,6 +165,14 @@ def _patch(index: int, out: ByteArray, held: BucketSpec, links: Sequence[Link]) 
         expected = delta.patch(out, arrays[index], expected)
         if expected != spec.checksum:
             raise InfraError(f"{_name(spec)} is corrupt: its delta is of another version")
+
+
+def _deltas(link: Link) -> Link:
+    """A link without its whole buckets, which would stay in shared memory for nothing."""
+    manifest, arrays = link
+    none = np.empty(0, np.uint8)
+    pairs = zip(manifest.buckets, arrays, strict=True)
+    return manifest, [none if spec.encoded_bytes is None else data for spec, data in pairs]
 
 
 def _name(spec: BucketSpec) -> str:
