@@ -67,8 +67,8 @@ class VersionChain:
     def plan(self, have: Version | None) -> list[Stored]:
         """What to apply, oldest first, to get from ``have`` to the newest with the fewest bytes.
 
-        Empty where that is the newest; the first is a whole version where no chain of deltas begins
-        at ``have``, or where it is longer.
+        Empty where that is the newest; deltas alone where they begin at ``have``: a chain that was
+        longer than the newest whole version is not kept.
 
         Raises:
             WeightsLost: nothing has been published, or all of it was lost with the store's process.
@@ -77,12 +77,10 @@ class VersionChain:
             raise WeightsLost("the weight store is empty: nothing has been published")
         if have == self.version:
             return []
-        since = [delta for delta in self._deltas if delta[0].version > self._whole[0].version]
-        fresh = [self._whole, *since]
         bases = [delta[0].base_version for delta in self._deltas]
-        if have not in bases:
-            return fresh
-        return min(self._deltas[bases.index(have) :], fresh, key=_num_bytes)
+        if have in bases:
+            return self._deltas[bases.index(have) :]
+        return [self._whole, *(d for d in self._deltas if d[0].version > self._whole[0].version)]
 
     def refuse_older(self, version: Version) -> None:
         """Raises InfraError unless the version is newer than all that is here."""

@@ -72,11 +72,10 @@ class Replica:
                 back, or that are corrupt. The version in use is as it was.
         """
         self._check(links)
-        if self._staged is not None:  # it was never committed, so nothing is known of its buffers
-            self._spare, self._staged, self._trail = self._staged, None, ()
+        # From here to a commit, nothing is known of the spare's bytes.
+        self._staged, trail, self._trail = None, self._trail, ()
         manifest = links[-1][0]
         buckets = tuple(self._take(index, spec) for index, spec in enumerate(manifest.buckets))
-        trail, self._trail = self._trail, ()
         for index, (spec, bucket) in enumerate(zip(manifest.buckets, buckets, strict=True)):
             self._build(index, bucket, links, trail)
             if delta.checksum(bucket) != spec.checksum:
