@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
@@ -19,6 +20,16 @@ from safetensors.torch import load_file
 from tests.tiny import save_tiny_model
 
 DEADLINE_S = 180.0
+# What Ray, and what it leaves behind when a test ends, says in the process of the tests.
+RAY_IN_PROCESS = [
+    pytest.mark.filterwarnings(f"ignore::{category}")
+    for category in (
+        "ResourceWarning",
+        "FutureWarning",
+        "DeprecationWarning",
+        "pytest.PytestUnraisableExceptionWarning",
+    )
+]
 
 REWARD = '''
 """Rewards completions by their share of digits: nearly every group differs."""

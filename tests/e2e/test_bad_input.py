@@ -71,6 +71,7 @@ def test_export_of_what_is_no_run(tmp_path: Path) -> None:
     assert "holds no run" in result.output
 
 
+@pytest.mark.slow
 def test_more_gpus_than_the_cluster_has(directory: Path) -> None:
     config = runs.write_run(
         directory, "gpus", generators={"count": 2}, ray={"gpus": {"generator": 4}}

@@ -121,6 +121,7 @@ def test_export_again_from_a_checkpoint(echo: Path) -> None:
     runs.assert_same_weights(before, runs.weights(echo))
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_trained_again(echo: Path) -> None:
     before = runs.weights(echo)
     runs.run(echo)

@@ -100,8 +100,9 @@ def test_a_killed_scorer_costs_nothing(directory: Path, undisturbed: Path) -> No
     assert [e["worker"] for e in runs.events(config, "worker_replaced")] == ["scorer-0"]
 
 
-def test_killed_twice_and_resumed_is_the_same_run(directory: Path, undisturbed: Path) -> None:
-    config = runs.write_run(directory, "driver_killed", **SAVES)
+@pytest.mark.parametrize("times", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_killed_and_resumed_is_the_same_run(directory: Path, undisturbed: Path, times: int) -> None:
+    config = runs.write_run(directory, f"driver_killed_{times}", **SAVES)
     checkpoints = runs.run_dir(config) / "checkpoints"
 
     def committed(step: int) -> bool:
@@ -114,7 +115,7 @@ def test_killed_twice_and_resumed_is_the_same_run(directory: Path, undisturbed: 
         (lambda: committed(2) and half_written(), "a half-written checkpoint"),
         (lambda: committed(4), "checkpoint 4"),
     ]
-    for condition, what in points:
+    for condition, what in points[:times]:
         process = runs.start(config)
         runs.wait_for(process, condition, what)
         process.send_signal(signal.SIGKILL)
@@ -127,7 +128,7 @@ def test_killed_twice_and_resumed_is_the_same_run(directory: Path, undisturbed: 
     for row, other in zip(runs.metrics(config), runs.metrics(undisturbed), strict=True):
         assert [row[name] for name in same] == [other[name] for name in same]
     incarnations = [event["incarnation"] for event in runs.events(config, "resumed")]
-    assert incarnations == sorted(set(incarnations))
+    assert incarnations == sorted(set(incarnations)) and len(incarnations) == times
 
 
 def test_stopped_in_order_and_resumed_is_the_same_run(directory: Path, undisturbed: Path) -> None:

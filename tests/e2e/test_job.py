@@ -125,6 +125,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return directory, path
 
 
+@pytest.mark.slow
 def test_a_bad_configuration_fails_the_job_and_says_why(
     head: Head, project: tuple[Path, Path]
 ) -> None:
@@ -155,10 +156,10 @@ def test_a_job_is_stopped_in_order_and_resumed_by_submitting_again(
     code, logs = head.job("logs", "first")
     assert "stopped, all committed; run the same command to resume" in logs
 
-    code, output = head.submit(directory, f"--train.steps={steps + 5}", id="second")
+    code, output = head.submit(directory, f"--train.steps={steps + 2}", id="second")
     assert code == 0, output
-    assert f"step {steps + 5}/{steps + 5}" in output, "logs are followed"
+    assert f"step {steps + 2}/{steps + 2}" in output, "logs are followed"
     assert "'second' succeeded" in output
-    assert [row["step"] for row in runs.metrics(config)] == list(range(1, steps + 6))
+    assert [row["step"] for row in runs.metrics(config)] == list(range(1, steps + 3))
     assert runs.events(config, "resumed")[0]["step"] == steps
     assert (runs.run_dir(config) / "export" / "model.safetensors").is_file()

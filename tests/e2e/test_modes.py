@@ -14,6 +14,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("modes")
 
 
+@pytest.mark.slow
 def test_asynchronous_training_keeps_its_bound(directory: Path) -> None:
     config = runs.write_run(
         directory,
@@ -53,6 +54,7 @@ def test_resumed_asynchronous_run_finishes(directory: Path) -> None:
     assert all(row["ledger/unexplained"] == 0 for row in steps)
 
 
+@pytest.mark.slow
 def test_zero_3_with_all_that_a_step_can_do(directory: Path) -> None:
     """Two ranks under ZeRO-3, two minibatches twice over, a KL to the reference, checkpointing."""
     config = runs.write_run(
@@ -110,11 +112,12 @@ def test_sampling_settings_reach_the_engine(directory: Path) -> None:
         assert row["completions/max_length"] <= 5
 
 
-def test_no_evaluation_is_lost_or_doubled_by_stops(directory: Path) -> None:
+@pytest.mark.parametrize("again", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_no_evaluation_is_lost_or_doubled_by_stops(directory: Path, again: bool) -> None:
     """Stopped right after the start, then wherever step 2's evaluation is: all are there, once."""
     config = runs.write_run(
         directory,
-        "evaluated",
+        f"evaluated-{again}",
         train={"steps": 4},
         eval={
             "eval_steps": 2,
@@ -128,10 +131,12 @@ def test_no_evaluation_is_lost_or_doubled_by_stops(directory: Path) -> None:
     process.terminate()
     runs.finish(process, config, expected=3)
     process = runs.start(config)
-    runs.wait_for(process, lambda: any(r["step"] == 1 for r in runs.metrics(config)), "step 1")
-    process.terminate()
+    if again:
+        runs.wait_for(process, lambda: any(r["step"] == 1 for r in runs.metrics(config)), "step 1")
+        process.terminate()
     if process.wait(timeout=runs.DEADLINE_S) == 3:
-        runs.run(config)
+        process = runs.start(config)
+    runs.finish(process, config)
     rows = runs.metrics(config)
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
     assert [row["step"] for row in rows if "eval/reward" in row] == [0, 2, 4]

@@ -77,6 +77,7 @@ def test_a_profile_changes_no_result(profiled: tuple[Path, str]) -> None:
     runs.assert_same_weights(runs.weights(config), load_file(serial))
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_left_is_bad_input(profiled: tuple[Path, str]) -> None:
     config, _ = profiled
     output = runs.run(config, "--profile-step", "3", "--train.steps=3", expected=2)

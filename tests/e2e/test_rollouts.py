@@ -31,12 +31,7 @@ from raygrpo.rollouts import files, read_facts
 from raygrpo.types import PlannedSample, StepBatch
 from tests import builders, runs
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = runs.RAY_IN_PROCESS
 
 # Coarse, so that some groups have no signal; and without a value for some completions.
 COARSE = '''
@@ -60,7 +55,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "killed",
         rewards=[{"func": f"{directory / 'coarse.py'}:coarse"}],
         train={"steps": STEPS, "num_minibatches": 2, "num_iterations": 2},
-        eval={"eval_steps": 3, "num_prompts": 4, "num_completions": 3, "data": {"split": "train"}},
+        eval={"eval_steps": 3, "num_prompts": 4, "num_completions": 3},
         checkpoint={"save_steps": 2, "keep": 0},
     )
     store = runs.run_dir(path) / "completions"
@@ -181,6 +176,7 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
+@pytest.mark.slow
 def test_a_replay_on_two_ranks_differs_by_rounding(
     config: Path, cluster: None, tmp_path: Path
 ) -> None:

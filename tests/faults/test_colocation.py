@@ -15,13 +15,9 @@ from raygrpo.actors.spawn import spawn
 from raygrpo.config import RunConfig
 from raygrpo.config_file import load_config
 from raygrpo.errors import ConfigError
+from tests import runs
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = runs.RAY_IN_PROCESS
 
 
 def config(count: int = 2, ranks: int = 2, **sections: Any) -> RunConfig:

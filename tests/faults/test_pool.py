@@ -23,7 +23,7 @@ from raygrpo.actors.weight_store import end_store, start_store
 from raygrpo.actors.workers import Done
 from raygrpo.config import RunConfig
 from raygrpo.config_file import load_config
-from raygrpo.errors import InfraError
+from raygrpo.errors import ConfigError, InfraError
 from raygrpo.failures import MAX_DEATHS
 from raygrpo.models import load_model
 from raygrpo.rewards.contract import TrainerState
@@ -31,12 +31,7 @@ from raygrpo.types import GroupRequest, Prompt, Sampling, Version, WeightsManife
 from raygrpo.weights.buckets import make_buckets
 from tests import runs
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = runs.RAY_IN_PROCESS
 
 GATED = '''
 import pathlib, time
@@ -56,13 +51,13 @@ class Cluster:
     pool: RolloutPool
     gate: Path
 
-    def publish(self, version: Version, *, corrupt: bool = False) -> None:
+    def publish(self, version: Version) -> None:
         """Puts the model's own weights into the store, as a learner would."""
         model = load_model(self.config.model, seed=0, dtype=torch.float32)
         specs = []
         for index, (spec, data) in enumerate(make_buckets(model.named_parameters())):
             resolve(self.store.put.remote(version, index, data), "store")
-            specs.append(replace(spec, checksum=spec.checksum ^ 1) if corrupt else spec)
+            specs.append(spec)
         manifest = WeightsManifest(
             version=version, kind="full", base_version=None, buckets=tuple(specs)
         )
@@ -170,19 +165,11 @@ def test_a_dead_scorer_costs_no_generation(cluster: Cluster) -> None:
     assert len(ray.get(group.payload).completions) == 2
 
 
-def test_corrupt_weights_are_refused_and_the_next_version_serves(cluster: Cluster) -> None:
-    pool = cluster.pool
-    cluster.publish(Version(1, 0), corrupt=True)
-    pool.load()
-    done = cluster.wait_until(lambda d: bool(d.events))[-1]
-    ((kind, fields),) = done.events
-    assert kind == "worker_replaced"
-    assert "corrupt" in fields["error"]
-    cluster.publish(Version(1, 1))
-    pool.load()
-    pool.submit(order(0, Version(1, 1)))
-    (group, _) = cluster.wait_until(lambda d: bool(d.groups))[-1].groups[0]
-    assert group.summary.oldest[0] == Version(1, 1)
+def test_more_gpus_than_the_cluster_has_are_refused(joined: RunConfig) -> None:
+    gpus = joined.ray.gpus.model_copy(update={"generator": 4.0})
+    config = joined.model_copy(update={"ray": joined.ray.model_copy(update={"gpus": gpus})})
+    with pytest.raises(ConfigError, match=r"asks for 4 GPUs[^;]*; the cluster has 0[^~]*ray\.gpus"):
+        connect(config, demand_of(config))
 
 
 def test_the_store_keeps_order(cluster: Cluster) -> None:

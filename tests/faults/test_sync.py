@@ -39,12 +39,7 @@ from raygrpo.weights.buckets import make_buckets
 from raygrpo.weights.probe import probe_tokens
 from tests import runs
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = runs.RAY_IN_PROCESS
 
 # Of a load and of a group: long enough for a tiny model on a machine that is busy otherwise.
 DEADLINE_S = 10.0

@@ -113,7 +113,7 @@ def test_the_order_is_a_function_of_the_seed(files: Path) -> None:
     assert order(3) != order(4)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(before=st.integers(0, 90), seed=st.integers(0, 3))
 def test_a_restored_mixture_goes_on_where_it_was(files: Path, before: int, seed: int) -> None:
     whole = ids(make_prompts(mixed(files), TOKENIZER, seed=seed), before + 40)

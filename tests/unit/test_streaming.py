@@ -80,7 +80,7 @@ def test_the_order_is_a_function_of_the_seed(path: Path) -> None:
     assert draw(stream(path, seed=3), 80) != draw(stream(path, seed=4), 80)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(before=st.integers(0, 130), seed=st.integers(0, 3), shuffle=st.booleans())
 def test_a_restored_stream_neither_repeats_nor_skips(
     path: Path, before: int, seed: int, shuffle: bool
