@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import os
 import resource
-import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -143,7 +140,7 @@ def serve_raygrpo(_name: str, spec: dict[str, Any], pipe: Connection) -> None:
             batch,
             1,
             tokens_per_microbatch=config.train.tokens_per_microbatch,
-            shared_prompts=learner.supports_shared_prompts,
+            layout=learner.layout,
             attention_length=6.0 * learner.hf_model.config.get_text_config().hidden_size,
         )
         return plans, [make_microbatch(plan, payloads) for plan in plans]

@@ -26,6 +26,9 @@ class ModelSection(Section):
         False,
         "Build random weights (from the run's seed) from path's config.json; no weights read.",
     )
+    fp32_head: bool = key(
+        False, "Form the language head's product in float32 where dtype is bfloat16, in training."
+    )
     trust_remote_code: bool = key(False, "Run modelling code that comes with the model.")
 
 

@@ -86,8 +86,7 @@ def load_model(model: ModelSection, *, seed: int, dtype: torch.dtype) -> Any:
             loaded = _load(model, seed, dtype)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"model.path {model.path!r} does not load: {error}") from error
-    nowhere = torch.zeros(1, 1, dtype=torch.long)
-    attention_masks(loaded.config, torch.ones(1, 1, 1, dtype=torch.bool), nowhere, nowhere, dtype)
+    attention_windows(loaded.config)
     return loaded
 
 
@@ -147,6 +146,30 @@ def logit_transform(config: Any) -> LogitTransform:
     return LogitTransform(scale=scale, cap=None if cap is None else float(cap))
 
 
+def attention_windows(config: Any) -> dict[str, int | None]:
+    """The sliding window of each kind of layer, None where it sees everything.
+
+    The names are transformers'; a model that does not name its layers' kind has one without name.
+
+    Raises:
+        ConfigError: layers of another kind than these two.
+    """
+    text = config.get_text_config()
+    window = getattr(text, "sliding_window", None)
+    if getattr(text, "use_sliding_window", True) is False:
+        window = None
+    kinds = sorted(set(getattr(text, "layer_types", None) or ()))
+    if not kinds:
+        return {"": window}
+    if set(kinds) - {"full_attention", "sliding_attention"}:
+        raise ConfigError(
+            f"models of type {text.model_type!r} have attention of the kinds {kinds}, "
+            "which is not supported",
+            "use a model with full or sliding-window attention",
+        )
+    return {kind: window if kind == "sliding_attention" else None for kind in kinds}
+
+
 def attention_masks(
     config: Any,
     allowed: Tensor,  # [B, Q, K] bool
@@ -160,29 +183,13 @@ def attention_masks(
     distance of positions, not of row indices. A row that may see nothing sees everything: its
     output is not used, and softmax over nothing is NaN.
     """
-    text = config.get_text_config()
-    window = getattr(text, "sliding_window", None)
-    if getattr(text, "use_sliding_window", True) is False:
-        window = None
-    kinds = sorted(set(getattr(text, "layer_types", None) or ()))
-    full = _additive(allowed, dtype)
-    if window is None and not kinds:
-        return full
-    near = allowed
-    if window is not None:
-        near = allowed & (query_positions[:, :, None] - key_positions[:, None, :] < window)
-    if not kinds:
-        return _additive(near, dtype)
-    masks = {"full_attention": full}
-    if "sliding_attention" in kinds:
-        masks["sliding_attention"] = _additive(near, dtype)
-    if set(kinds) - set(masks):
-        raise ConfigError(
-            f"models of type {text.model_type!r} have attention of the kinds {kinds}, "
-            "which is not supported",
-            "use a model with full or sliding-window attention",
-        )
-    return masks if len(kinds) > 1 else masks[kinds[0]]
+    masks = {}
+    for kind, window in attention_windows(config).items():
+        near = allowed
+        if window is not None:
+            near = allowed & (query_positions[:, :, None] - key_positions[:, None, :] < window)
+        masks[kind] = _additive(near, dtype)
+    return masks if len(masks) > 1 else next(iter(masks.values()))
 
 
 def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:

@@ -134,10 +134,10 @@ class LearnerActor:
             batch,
             num_shares,
             tokens_per_microbatch=self._config.train.tokens_per_microbatch,
-            shared_prompts=learner.supports_shared_prompts,
+            layout=learner.layout,
             attention_length=6.0 * learner.hf_model.config.get_text_config().hidden_size,
         )[share]
-        needed = {row[0].group_id for plan in plans for rows in plan for row in rows}
+        needed = {s.group_id for plan in plans for rows in plan for row in rows for s in row}
         groups = self._fetch(batch.payloads, sorted(needed))
         return [[make_microbatch(rows, groups) for rows in plan] for plan in plans]
 

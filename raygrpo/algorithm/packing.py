@@ -1,24 +1,32 @@
 """From a plan to microbatches: rows, their assignment to ranks, and the arrays a rank computes.
 
-A row holds completions of one group that share its prompt (``prompt, completion 1, completion 2,
-...``, each completion's positions restarting after the prompt), or a single completion with its
-prompt. Nothing is cut and nothing is dropped: ranks get equal numbers of microbatches by splitting,
-and, where there is nothing left to split, by fillers that carry no weight.
+A row holds one or more trees; a tree is a prompt and completions of its group (``prompt, completion
+1, completion 2, ...``, each completion's positions restarting after the prompt). What a row may
+hold is the model's `RowLayout`: ``plain`` one completion; ``shared`` one tree; ``packed`` any
+number of trees, so that a microbatch is one row without padding. Nothing is cut and nothing is
+dropped: ranks get equal numbers of microbatches by splitting, and, where there is nothing left to
+split, by fillers that carry no weight.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any, Literal
 
 import numpy as np
 
 from raygrpo.types import Group, Microbatch, PlannedSample, Sample, StepBatch
 
+RowLayout = Literal["plain", "shared", "packed"]
+# Consecutive samples of one group are one tree.
 Row = tuple[PlannedSample, ...]
 MicrobatchPlan = tuple[Row, ...]
+# Trees are split, and their prompts computed again, where it lowers the most loaded rank's cost so.
+_WORTH_SPLITTING = 0.99
+_MAX_SWAPS = 200
 
 
 def place(
@@ -26,7 +34,7 @@ def place(
     num_ranks: int,
     *,
     tokens_per_microbatch: int,
-    shared_prompts: bool = True,
+    layout: RowLayout = "shared",
     attention_length: float = math.inf,
 ) -> list[list[list[MicrobatchPlan]]]:
     """Assigns a step's samples to ranks: ``[rank][minibatch][microbatch] -> rows``.
@@ -34,20 +42,56 @@ def place(
     Every rank gets the same number of microbatches in each minibatch. Deterministic.
 
     Args:
-        tokens_per_microbatch: padded tokens of a microbatch; a single row may exceed it.
-        shared_prompts: whether completions may share their prompt's computation in a row.
+        tokens_per_microbatch: padded tokens of a microbatch; a single tree may exceed it.
         attention_length: the row length at which attention costs as much as all the rest (about six
             times the hidden size).
     """
+    cost = _Cost(layout, attention_length)
     ranks: list[list[list[MicrobatchPlan]]] = [[] for _ in range(num_ranks)]
     for samples in batch.minibatches:
-        rows = _make_rows(samples, tokens_per_microbatch, shared_prompts, attention_length)
-        shares = _balance(rows, num_ranks, attention_length)
-        plans = [_split_rows(share, tokens_per_microbatch) for share in shares]
-        plans = _equalise(plans, rows)
-        for rank, plan in enumerate(plans):
+        trees = _make_trees(samples, tokens_per_microbatch, layout, cost)
+        shares = _balance(trees, num_ranks, cost)
+        if layout == "packed":
+            plans = [_pack(share, tokens_per_microbatch) for share in shares]
+        else:
+            plans = [_split_rows(share, tokens_per_microbatch) for share in shares]
+        for rank, plan in enumerate(_equalise(plans, samples)):
             ranks[rank].append(plan)
     return ranks
+
+
+def trees_of(row: Row) -> list[Row]:
+    """The trees of a row, in order."""
+    return [tuple(members) for _, members in groupby(row, key=lambda sample: sample.group_id)]
+
+
+def row_length(row: Row) -> int:
+    """Tokens of a row: of each tree the prompt once, and its completions."""
+    return sum(
+        tree[0].prompt_length + sum(sample.completion_length for sample in tree)
+        for tree in trees_of(row)
+    )
+
+
+def attention_pairs(tree: Row) -> int:
+    """Pairs of tokens that attend to each other in a tree, computed segment by segment."""
+    prompt = tree[0].prompt_length
+    lengths = [sample.completion_length for sample in tree]
+    return prompt * (prompt + 1) // 2 + sum(c * prompt + c * (c + 1) // 2 for c in lengths)
+
+
+@dataclass(frozen=True, slots=True)
+class _Cost:
+    """What a tree costs, in tokens without attention."""
+
+    layout: RowLayout
+    attention_length: float
+
+    def __call__(self, tree: Row) -> float:
+        length = row_length(tree)
+        # Under a mask, or a causal kernel that counts alike, a row pays for all of its square.
+        pairs = attention_pairs(tree) if self.layout == "packed" else length * length
+        return length + pairs / self.attention_length
 
 
 def make_samples(group: Group, plans: Sequence[PlannedSample]) -> list[Sample]:
@@ -73,7 +117,7 @@ def make_samples(group: Group, plans: Sequence[PlannedSample]) -> list[Sample]:
 
 def make_microbatch(plan: MicrobatchPlan, groups: Mapping[int, Group]) -> Microbatch:
     """The arrays of a microbatch; ``groups`` holds at least the groups that it names."""
-    length = max(_row_length(row) for row in plan)
+    length = max(row_length(row) for row in plan)
     shape = (len(plan), length)
     arrays: dict[str, Any] = {
         "token_ids": np.zeros(shape, np.int32),
@@ -87,9 +131,14 @@ def make_microbatch(plan: MicrobatchPlan, groups: Mapping[int, Group]) -> Microb
     }
     planned: list[PlannedSample] = []
     for index, row in enumerate(plan):
-        samples = make_samples(groups[row[0].group_id], row)
-        _fill_row({name: array[index] for name, array in arrays.items()}, samples, len(planned))
-        planned += row
+        column = segment = 0
+        for tree in trees_of(row):
+            here = {name: array[index, column:] for name, array in arrays.items()}
+            samples = make_samples(groups[tree[0].group_id], tree)
+            _fill_tree(here, samples, len(planned), segment, column)
+            planned += tree
+            column += row_length(tree)
+            segment += 1 + len(tree)
     return Microbatch(
         **arrays,
         advantages=np.array([sample.advantage for sample in planned], np.float32),
@@ -99,8 +148,14 @@ def make_microbatch(plan: MicrobatchPlan, groups: Mapping[int, Group]) -> Microb
     )
 
 
-def _fill_row(row: Mapping[str, Any], samples: Sequence[Sample], first_sequence: int) -> None:
-    """Writes one row: a lone sample as one segment, several as a prompt with branches."""
+def _fill_tree(
+    row: Mapping[str, Any], samples: Sequence[Sample], sequence: int, segment: int, column: int
+) -> None:
+    """Writes one tree: a lone sample as one segment, several as a prompt with branches.
+
+    The first sample is number ``sequence`` of its microbatch, the first segment number ``segment``
+    of its row; the views in ``row`` begin at its ``column``.
+    """
     prompt_length = samples[0].plan.prompt_length
     start = 0
     for offset, sample in enumerate(samples):
@@ -112,68 +167,132 @@ def _fill_row(row: Mapping[str, Any], samples: Sequence[Sample], first_sequence:
         row["positions"][here] = np.arange(tokens.start, tokens.stop)
         row["loss_mask"][here] = sample.loss_mask[tokens]
         row["sampler_logprobs"][here] = sample.sampler_logprobs[tokens]
-        row["predictors"][here] = np.maximum(np.arange(start, start + count) - 1, 0)
+        row["predictors"][here] = np.maximum(column + np.arange(start, start + count) - 1, 0)
         completion = slice(start + (0 if shares else prompt_length), start + count)
-        row["sequence_ids"][completion] = first_sequence + offset
-        row["segment_ids"][here] = 0
+        row["sequence_ids"][completion] = sequence + offset
+        row["segment_ids"][here] = segment
         if len(samples) > 1:
-            row["segment_ids"][completion] = offset + 1
-            row["parent_ids"][completion] = 0
+            row["segment_ids"][completion] = segment + offset + 1
+            row["parent_ids"][completion] = segment
         if completion.start < completion.stop:
-            row["predictors"][completion.start] = prompt_length - 1
+            row["predictors"][completion.start] = column + prompt_length - 1
         start += count
 
 
-def _row_length(row: Row) -> int:
-    return row[0].prompt_length + sum(sample.completion_length for sample in row)
-
-
-def _row_cost(row: Row, attention_length: float) -> float:
-    length = _row_length(row)
-    return length * (1 + length / attention_length)
-
-
-def _make_rows(
-    samples: Sequence[PlannedSample],
-    tokens_per_microbatch: int,
-    shared_prompts: bool,
-    attention_length: float,
+def _make_trees(
+    samples: Sequence[PlannedSample], tokens_per_microbatch: int, layout: RowLayout, cost: _Cost
 ) -> list[Row]:
+    """Each group as trees of like size, as few or as many as cost least within the budget."""
     groups: dict[int, list[PlannedSample]] = {}
     for sample in samples:
         groups.setdefault(sample.group_id, []).append(sample)
-    rows: list[Row] = []
+    trees: list[Row] = []
     for members in groups.values():
         widths = [1]
-        while shared_prompts and widths[-1] < len(members):
+        while layout != "plain" and widths[-1] < len(members):
             widths.append(min(widths[-1] * 2, len(members)))
         choices = [[tuple(members[i : i + w]) for i in range(0, len(members), w)] for w in widths]
         fitting = [
             choice
             for choice, width in zip(choices, widths, strict=True)
-            if width == 1 or max(map(_row_length, choice)) <= tokens_per_microbatch
+            if width == 1 or max(map(row_length, choice)) <= tokens_per_microbatch
         ]
-        rows += min(fitting, key=lambda c: sum(_row_cost(row, attention_length) for row in c))
-    return rows
+        trees += min(fitting, key=lambda choice: sum(map(cost, choice)))
+    return trees
 
 
-def _balance(rows: list[Row], num_ranks: int, attention_length: float) -> list[list[Row]]:
-    """Longest processing time first: the next costliest row goes to the least loaded rank."""
+def _balance(trees: list[Row], num_ranks: int, cost: _Cost) -> list[list[Row]]:
+    """Assigns trees to ranks, in halves and quarters where that evens out the loads."""
+    owners, peak = _assign(trees, num_ranks, cost)
+    parts, limit = trees, sum(map(cost, trees)) / num_ranks
+    even = limit / _WORTH_SPLITTING
+    while peak > even and any(len(part) > 1 for part in parts):
+        parts = [piece for part in parts for piece in _cut(part, limit, cost)]
+        limit /= 2
+        new_owners, new_peak = _assign(parts, num_ranks, cost)
+        if new_peak < _WORTH_SPLITTING * peak:
+            trees, owners, peak = parts, new_owners, new_peak
     shares: list[list[Row]] = [[] for _ in range(num_ranks)]
-    loads = [0.0] * num_ranks
-    for row in sorted(rows, key=lambda row: (-_row_cost(row, attention_length), _order(row))):
-        rank = loads.index(min(loads))
-        shares[rank].append(row)
-        loads[rank] += _row_cost(row, attention_length)
+    for tree, owner in zip(trees, owners, strict=True):
+        shares[owner].append(tree)
     return shares
+
+
+def _cut(tree: Row, limit: float, cost: _Cost) -> list[Row]:
+    """A tree as parts of at most that cost each, or of one completion."""
+    if len(tree) < 2 or cost(tree) <= limit:
+        return [tree]
+    half = len(tree) // 2
+    return _cut(tree[:half], limit, cost) + _cut(tree[half:], limit, cost)
+
+
+def _assign(trees: list[Row], num_ranks: int, cost: _Cost) -> tuple[list[int], float]:
+    """The rank of each tree, and the highest cost of a rank.
+
+    A rank's load is the larger of its shares of cost and of attention. The longest go first, each
+    to the rank that stays lowest; then the highest rank swaps trees while that lowers it.
+    """
+    if not trees:
+        return [], 0.0
+    weights = np.array([(cost(tree), attention_pairs(tree)) for tree in trees], np.float64)
+    mean_cost = weights[:, 0].sum() / num_ranks
+    weights *= num_ranks / weights.sum(0)
+    loads = np.zeros((num_ranks, 2))
+    owners = np.zeros(len(trees), np.int64)
+    for index in sorted(range(len(trees)), key=lambda i: (-weights[i].max(), _order(trees[i]))):
+        owners[index] = (loads + weights[index]).max(1).argmin()
+        loads[owners[index]] += weights[index]
+    for _ in range(_MAX_SWAPS):
+        if loads.max() * _WORTH_SPLITTING < 1 or not _swap(weights, owners, loads):
+            break
+    return owners.tolist(), float(loads[:, 0].max() * mean_cost)
+
+
+def _swap(weights: Any, owners: Any, loads: Any) -> bool:
+    """Gives a tree of the highest rank away, for another or for none, where both end up lower."""
+    highest = loads.max(1).argmax()
+    mine, others = np.flatnonzero(owners == highest), np.flatnonzero(owners != highest)
+    if not others.size:
+        return False
+    # The last columns give a tree away for none.
+    ranks = np.concatenate([owners[others], np.delete(np.arange(len(loads)), highest)])
+    back = np.concatenate([weights[others], np.zeros((len(loads) - 1, 2))])
+    given = weights[mine][:, None] - back
+    peaks = np.maximum((loads[highest] - given).max(2), (loads[ranks] + given).max(2))
+    tree, partner = np.unravel_index(peaks.argmin(), peaks.shape)
+    if peaks[tree, partner] >= loads[highest].max() - 1e-9:
+        return False
+    owners[mine[tree]] = ranks[partner]
+    if partner < others.size:
+        owners[others[partner]] = highest
+    loads[ranks[partner]] += given[tree, partner]
+    loads[highest] -= given[tree, partner]
+    return True
+
+
+def _pack(trees: list[Row], tokens_per_microbatch: int) -> list[MicrobatchPlan]:
+    """Trees in one row a microbatch: first fit, long ones first. A group's trees stay apart."""
+    rows: list[list[Row]] = []
+    free: list[int] = []
+    for tree in sorted(trees, key=lambda tree: (-row_length(tree), _order(tree))):
+        length = row_length(tree)
+        index = next((i for i, room in enumerate(free) if length <= room), None)
+        if index is None:
+            index = len(rows)
+            rows.append([])
+            free.append(tokens_per_microbatch)
+        rows[index].append(tree)
+        free[index] -= length
+    # In order of groups, so that two trees of one group in a row become one.
+    return [(sum(sorted(row, key=_order), ()),) for row in rows]
 
 
 def _split_rows(rows: list[Row], tokens_per_microbatch: int) -> list[MicrobatchPlan]:
     """Rows of like length together, each microbatch within the budget of padded tokens."""
     plans: list[list[Row]] = []
-    for row in sorted(rows, key=lambda row: (_row_length(row), _order(row))):
+    for row in sorted(rows, key=lambda row: (row_length(row), _order(row))):
         # Rows come in rising length, so the newest row sets the padded length.
-        fits = plans and (len(plans[-1]) + 1) * _row_length(row) <= tokens_per_microbatch
+        fits = plans and (len(plans[-1]) + 1) * row_length(row) <= tokens_per_microbatch
         if fits:
             plans[-1].append(row)
         else:
@@ -181,21 +300,39 @@ def _split_rows(rows: list[Row], tokens_per_microbatch: int) -> list[MicrobatchP
     return [tuple(plan) for plan in plans]
 
 
-def _equalise(plans: list[list[MicrobatchPlan]], rows: list[Row]) -> list[list[MicrobatchPlan]]:
+def _equalise(
+    plans: list[list[MicrobatchPlan]], samples: Sequence[PlannedSample]
+) -> list[list[MicrobatchPlan]]:
     target = max((len(plan) for plan in plans), default=0)
-    if not rows:
+    if not samples:
         return plans
-    smallest = min(rows, key=lambda row: (_row_length(row[:1]), _order(row)))
-    filler: MicrobatchPlan = ((replace(smallest[0], filler=True, advantage=0.0),),)
+    shortest = min(samples, key=lambda s: (s.prompt_length + s.completion_length, _order((s,))))
+    filler: MicrobatchPlan = ((replace(shortest, filler=True, advantage=0.0),),)
     for plan in plans:
         while len(plan) < target:
-            widest = max(range(len(plan)), key=lambda i: len(plan[i]), default=-1)
-            if widest < 0 or len(plan[widest]) < 2:
+            largest = max(range(len(plan)), key=lambda i: _num_samples(plan[i]), default=-1)
+            if largest < 0 or _num_samples(plan[largest]) < 2:
                 plan.append(filler)
-                continue
-            half = len(plan[widest]) // 2
-            plan[widest : widest + 1] = [plan[widest][:half], plan[widest][half:]]
+            else:
+                plan[largest : largest + 1] = _halves(plan[largest])
     return plans
+
+
+def _halves(plan: MicrobatchPlan) -> list[MicrobatchPlan]:
+    """Two microbatches of one: by rows, else by trees, else by completions of a tree."""
+    if len(plan) > 1:
+        return [plan[: len(plan) // 2], plan[len(plan) // 2 :]]
+    (row,) = plan
+    trees = trees_of(row)
+    if len(trees) > 1:
+        half = len(trees) // 2
+        return [(sum(trees[:half], ()),), (sum(trees[half:], ()),)]
+    half = len(row) // 2
+    return [(row[:half],), (row[half:],)]
+
+
+def _num_samples(plan: MicrobatchPlan) -> int:
+    return sum(map(len, plan))
 
 
 def _order(row: Row) -> tuple[int, int]:

@@ -14,13 +14,16 @@ from torch import Tensor
 
 from raygrpo.algorithm.entropy import EntropyControl
 from raygrpo.algorithm.loss import LossInputs, policy_loss
+from raygrpo.algorithm.packing import RowLayout
 from raygrpo.algorithm.plan import loss_config
+from raygrpo.algorithm.token_gradient import token_gradient
 from raygrpo.config import RunConfig
 from raygrpo.errors import ConfigError, NumericError, RayGrpoError, StorageError
 from raygrpo.learner.first_pass import Held, first_pass
 from raygrpo.learner.lora import adapter_off, adapter_parameters, base_parameters
 from raygrpo.learner.policy import PolicyInputs, PolicyModel, policy_inputs
 from raygrpo.learner.schedule import learning_rate
+from raygrpo.learner.sequence_parallel import sequence_ranks
 from raygrpo.learner.shards import (
     Layout,
     random_state,
@@ -28,8 +31,12 @@ from raygrpo.learner.shards import (
     set_random_state,
     write_shard,
 )
+from raygrpo.learner.watch import MovementWatch
 from raygrpo.types import FloatArray, Microbatch, Stat, merge_stats
 from raygrpo.weights.adapter import merged_weights
+
+# Optimizer updates in a row that may be skipped because something was not finite.
+MAX_SKIPPED_UPDATES = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,9 +54,8 @@ class _Prepared:
 class Learner(ABC):
     """One rank of the learner; every method but ``num_updates`` is collective over the ranks.
 
-    A step is ``num_iterations`` passes over its minibatches, one optimizer update each. After a
-    NumericError the weights are those before the failed update, but gradients may be left behind:
-    make a new learner and load a checkpoint.
+    A step is ``num_iterations`` passes over its minibatches, one optimizer update each. An update
+    whose loss or gradient is not finite is skipped, on all ranks and at every ZeRO stage.
 
     Attributes:
         num_updates: optimizer updates done or skipped, which the learning rate is a function of.
@@ -69,9 +75,12 @@ class Learner(ABC):
         self.device = device
         self.rank = rank
         self.num_updates = 0
+        self._num_skipped = 0
+        self._watch: MovementWatch | None = None
         self._policy = policy
         self._reference = reference
         self._layout = layout
+        self._sequence_ranks = sequence_ranks(config)
         self._loss_config = loss_config(config)
         loss = config.loss
         self._entropy = EntropyControl(coef=loss.entropy_coef, target=loss.entropy_target)
@@ -86,9 +95,15 @@ class Learner(ABC):
         return self._policy.model
 
     @property
-    def supports_shared_prompts(self) -> bool:
-        """Whether microbatches may hold rows that share a prompt."""
-        return self._policy.supports_shared_prompts
+    def data_share(self) -> tuple[int, int]:
+        """Which of how many shares of a step this rank computes, alone or with others."""
+        size = self._sequence_ranks
+        return self.rank // size, self.config.learner.num_ranks // size
+
+    @property
+    def layout(self) -> RowLayout:
+        """What rows of microbatches may hold."""
+        return self._policy.layout
 
     def update(
         self, minibatches: Sequence[Sequence[Microbatch]], *, skip: bool = False
@@ -104,20 +119,25 @@ class Learner(ABC):
             skip: train nothing and only count the step's updates (``minibatches`` is not read).
 
         Raises:
-            NumericError: on every rank, when a loss or the gradient is not finite on any.
+            NumericError: on every rank, when a loss or the gradient was not finite on any in more
+                than `MAX_SKIPPED_UPDATES` updates in a row (such an update is skipped), or when a
+                trainable tensor is not reached or does not move.
         """
         if skip:
             self.num_updates += self._updates_per_step
             return {}
+        if self._watch is None:
+            self._watch = self._start_watch()
         batches = [[self._prepare(item) for item in minibatch] for minibatch in minibatches]
         inputs = [[item.inputs for item in batch] for batch in batches]
-        held = first_pass(inputs, self._forward, self._sum_over_ranks, self._loss_config)
+        held = first_pass(inputs, self._forward, self._sum_over_rows, self._loss_config)
         stats: list[dict[str, Stat]] = []
         for _ in range(self.config.train.num_iterations):
             for batch, kept in zip(batches, held, strict=True):
                 stats.append(self._update_once(batch, kept))
         self._sync_reference()
-        return merge_stats(list(stats))
+        # Ranks that share their rows have the same statistics.
+        return {} if self.rank % self._sequence_ranks else merge_stats(list(stats))
 
     def score(self, microbatch: Microbatch) -> FloatArray:
         """Logprobs [B, T] of the trained tokens under the policy, in nats; 0 elsewhere."""
@@ -206,6 +226,10 @@ class Learner(ABC):
         """
 
     @abstractmethod
+    def _master_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The trained fp32 weights by name, whole; every rank must iterate to the end."""
+
+    @abstractmethod
     def _sum_over_ranks(self, value: float) -> float: ...
 
     @abstractmethod
@@ -244,18 +268,32 @@ class Learner(ABC):
         stats: list[dict[str, Stat]] = []
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for index, (item, kept) in enumerate(zip(batch, held, strict=True)):
-            logprobs, entropies = self._forward(item.inputs)
-            loss, part = policy_loss(_loss_inputs(item, logprobs, entropies, kept), config)
-            self._backward(loss, last=index == len(batch) - 1)
+            given = _loss_inputs(item, kept)
+            foretold = token_gradient(given, item.inputs.rows, item.inputs.columns, config)
+            logprobs, entropies = self._forward(replace(item.inputs, token_gradient=foretold))
+            found = replace(given, logprobs=logprobs, entropies=entropies)
+            loss, part = policy_loss(found, config)
+            total += loss.detach()
+            if last := index == len(batch) - 1:
+                # One rank's part that is not finite makes the sum so on all ranks: they agree.
+                total.fill_(self._sum_over_ranks(float(total)) / self._sequence_ranks)
+                # Every ZeRO stage discards a gradient that is not finite, and what came before it.
+                loss = loss if total.isfinite() else loss * math.nan
+            self._backward(loss, last=last)
             if kept.old_logprobs is None:
                 kept.old_logprobs = logprobs.detach()
-            total += loss.detach()
             stats.append(part)
-        if batch:
-            stats.append(self._finish(float(total), lr))
-            self._adapt_entropy(merge_stats(list(stats))["entropy"])
         self.num_updates += 1
+        if not batch:
+            return {}
+        if not self._finish(float(total), lr, stats):
+            return {"skipped_updates_frac": Stat.of(1.0)} if self.rank == 0 else {}
+        self._adapt_entropy(merge_stats(list(stats))["entropy"])
         return merge_stats(list(stats))
+
+    def _sum_over_rows(self, value: float) -> float:
+        """A sum over the ranks in which rows that several ranks share count once."""
+        return self._sum_over_ranks(value) / self._sequence_ranks
 
     def _adapt_entropy(self, entropy: Stat) -> None:
         if self._entropy.target is not None and (count := self._sum_over_ranks(entropy.count)):
@@ -287,37 +325,45 @@ class Learner(ABC):
             for name, value in self._reference.model.named_parameters():
                 value.data.copy_(state["reference"][name])
 
-    def _finish(self, rank_loss: float, lr: float) -> dict[str, Stat]:
-        # The sum is not finite on any rank when one rank's part is not: all ranks agree.
-        loss = self._sum_over_ranks(rank_loss)
-        if not math.isfinite(loss):
-            raise NumericError(
-                f"the loss of optimizer update {self.num_updates} is {loss}",
-                "lower optimizer.lr, or resume from an earlier checkpoint",
-            )
+    def _finish(self, loss: float, lr: float, stats: list[dict[str, Stat]]) -> bool:
+        """Applies the gradient and adds the update's global statistics; False: it was skipped."""
         norm = self._apply(lr)
-        if not math.isfinite(norm):
-            raise NumericError(
-                f"the gradient norm of optimizer update {self.num_updates} is {norm}; "
-                "the weights are unchanged",
-                "lower optimizer.lr, or resume from an earlier checkpoint",
-            )
-        if self.rank:
-            return {}
-        values = {"loss": loss, "grad_norm": norm, "learning_rate": lr}
-        if self.config.loss.has_entropy_bonus:
-            values["entropy_coef"] = self._entropy.applied
-        return {name: Stat.of(value) for name, value in values.items()}
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self._num_skipped += 1
+            if self._num_skipped > MAX_SKIPPED_UPDATES:
+                raise NumericError(
+                    f"{self._num_skipped} optimizer updates in a row were skipped: in the last, "
+                    f"number {self.num_updates}, the loss is {loss} and the gradient norm {norm}; "
+                    "the weights are those before them",
+                    "lower optimizer.lr, or resume from an earlier checkpoint",
+                )
+            return False
+        self._num_skipped = 0
+        if lr and self._watch is not None:
+            self._watch.after_update(norm)
+        if self.rank == 0:
+            values = {"loss": loss, "grad_norm": norm, "learning_rate": lr}
+            values["skipped_updates_frac"] = 0.0
+            if self.config.loss.has_entropy_bonus:
+                values["entropy_coef"] = self._entropy.applied
+            stats.append({name: Stat.of(value) for name, value in values.items()})
+        return True
+
+    def _start_watch(self) -> MovementWatch:
+        named = self._policy.model.named_parameters()
+        trained = {name: parameter for name, parameter in named if parameter.requires_grad}
+        return MovementWatch(trained, self._master_weights, self._sum_over_ranks)
 
 
-def _loss_inputs(item: _Prepared, logprobs: Tensor, entropies: Tensor, held: Held) -> LossInputs:
+def _loss_inputs(item: _Prepared, held: Held) -> LossInputs:
+    """All but what the forward pass finds: the sampler's logprobs stand in for the policy's."""
     return LossInputs(
-        logprobs=logprobs,
+        logprobs=item.sampler_logprobs,
         old_logprobs=held.old_logprobs,
         policy_mask=held.policy_mask,
         sampler_logprobs=item.sampler_logprobs,
         ref_logprobs=item.ref_logprobs,
-        entropies=entropies,
+        entropies=None,
         loss_mask=item.inputs.loss_mask,
         advantages=item.advantages,
         sequence_ids=item.sequence_ids,

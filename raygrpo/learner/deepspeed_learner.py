@@ -18,6 +18,7 @@ from raygrpo.learner.base import Learner
 from raygrpo.learner.deepspeed_config import clips_itself, deepspeed_config
 from raygrpo.learner.lora import add_adapter
 from raygrpo.learner.policy import LogprobHead, PolicyInputs, PolicyModel, load_policy
+from raygrpo.learner.sequence_parallel import SequenceShard, sequence_ranks
 from raygrpo.learner.shards import Layout
 from raygrpo.models import DTYPES
 from raygrpo.weights.buckets import BUCKET_BYTES
@@ -88,6 +89,11 @@ class DeepSpeedLearner(Learner):
             **section.adamw.model_dump(),
         )
         _init_distributed(config, place)
+        if (size := sequence_ranks(config)) > 1:
+            shard = SequenceShard(
+                policy.model, rank=rank, num_ranks=config.learner.num_ranks, size=size
+            )
+            shard.attach(policy, frozen)
         self._engine = _make_engine(policy, self._optimizer, settings)
 
     def _copies(
@@ -140,6 +146,18 @@ class DeepSpeedLearner(Learner):
         else:
             self._engine.zero_grad()
         return norm
+
+    def _master_weights(self) -> Iterator[tuple[str, Tensor]]:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        named = self._policy.model.named_parameters()
+        trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]
+        if self._stage == 0:
+            masters = iter(self._masters())
+            yield from ((name, next(masters)) for name, _ in trained)
+            return
+        for name, parameter in trained:
+            yield name, safe_get_full_fp32_param(parameter)
 
     def _sum_over_ranks(self, value: float) -> float:
         import torch.distributed as dist

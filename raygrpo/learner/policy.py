@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +17,13 @@ from raygrpo.algorithm.logprobs import (
     token_logprobs,
     token_logprobs_by,
 )
+from raygrpo.algorithm.packing import RowLayout
 from raygrpo.config import ModelSection
 from raygrpo.errors import ConfigError
+from raygrpo.learner.segments import SegmentPlan, make_plan, use_segments, window_marks
 from raygrpo.learner.sequence_parallel import SequenceShard
 from raygrpo.models import attention_masks, load_model, logit_transform
-from raygrpo.types import Microbatch
-
-log = logging.getLogger(__name__)
+from raygrpo.types import IntArray, Microbatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,11 +48,12 @@ class PolicyInputs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TreeLayout:
-    """Positions, segments and their parents [B, T] of rows that share prompts."""
+    """Positions, segments and their parents [B, T] of rows with more than one segment."""
 
     positions: Tensor
     segment_ids: Tensor
     parent_ids: Tensor
+    plan: SegmentPlan
 
     def allowed(self) -> Tensor:
         """[B, Q, K]: a token sees its own and its parent's segment, up to its position."""
@@ -70,10 +70,8 @@ def policy_inputs(microbatch: Microbatch, device: torch.device) -> PolicyInputs:
         rows = columns = np.zeros(1, np.int64)
     tree = None
     if not _is_plain(microbatch):
-        tree = TreeLayout(
-            positions=_tensor(microbatch.positions, device).clamp(min=0),
-            segment_ids=_tensor(microbatch.segment_ids, device),
-            parent_ids=_tensor(microbatch.parent_ids, device),
+        tree = tree_layout(
+            microbatch.positions, microbatch.segment_ids, microbatch.parent_ids, device
         )
     return PolicyInputs(
         token_ids=_tensor(microbatch.token_ids, device),
@@ -82,6 +80,18 @@ def policy_inputs(microbatch: Microbatch, device: torch.device) -> PolicyInputs:
         columns=_tensor(columns, device),
         predictors=_tensor(microbatch.predictors[rows, columns], device),
         tree=tree,
+    )
+
+
+def tree_layout(
+    positions: IntArray, segment_ids: IntArray, parent_ids: IntArray, device: torch.device
+) -> TreeLayout:
+    """The layout of a microbatch's arrays [B, T]."""
+    return TreeLayout(
+        positions=_tensor(positions, device).clamp(min=0),
+        segment_ids=_tensor(segment_ids, device),
+        parent_ids=_tensor(parent_ids, device),
+        plan=make_plan(positions, segment_ids, parent_ids, device),
     )
 
 
@@ -156,8 +166,9 @@ class PolicyModel(nn.Module):
 
     Attributes:
         model: the Hugging Face model; its parameters are the policy's.
-        supports_shared_prompts: whether rows in which completions share their prompt compute the
-            same as rows of their own; where False, callers build plain rows.
+        layout: rows that compute the same as samples in rows of their own. ``plain``: one sample
+            a row; ``shared``: completions of a group that share their prompt, under a mask over
+            the row; ``packed``: any number of both, with attention by segment.
         shard: this rank's part of the rows, where ranks share their tokens.
     """
 
@@ -166,13 +177,14 @@ class PolicyModel(nn.Module):
         model: Any,
         *,
         temperature: float = 1.0,
-        supports_shared_prompts: bool = True,
+        layout: RowLayout = "shared",
+        fp32_head: bool = False,
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
-        self.logprob_head = LogprobHead(model, temperature)
-        self.supports_shared_prompts = supports_shared_prompts
+        self.logprob_head = LogprobHead(model, temperature, fp32=fp32_head)
+        self._layout: RowLayout = layout
         self.shard: SequenceShard | None = None
         _disable_dropout(model)
         # Transformers recomputes activations in training mode only; nothing else depends on it.
@@ -181,6 +193,11 @@ class PolicyModel(nn.Module):
             # The name since transformers 5.2x; the older one warns there.
             newer = getattr(model, "activation_checkpointing_enable", None)
             (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
+
+    @property
+    def layout(self) -> RowLayout:
+        """See the class; ranks that share a row's tokens attend under a mask over it."""
+        return "shared" if self._layout == "packed" and self.shard is not None else self._layout
 
     def forward(self, inputs: PolicyInputs) -> tuple[Tensor, Tensor]:
         """Logprobs and entropies [B, T], fp32, in nats; zeros where nothing is trained."""
@@ -199,9 +216,15 @@ class PolicyModel(nn.Module):
         options: dict[str, Any] = {}
         if tree is not None:
             options["position_ids"] = tree.positions
-            options["attention_mask"] = attention_masks(
-                self.model.config, tree.allowed(), tree.positions, tree.positions, self.dtype
-            )
+            config = self.model.config
+            if self.layout == "packed":
+                like = torch.empty(0, dtype=self.dtype, device=token_ids.device)
+                options["attention_mask"] = window_marks(config, like)
+                options["segments"] = tree.plan
+            else:
+                options["attention_mask"] = attention_masks(
+                    config, tree.allowed(), tree.positions, tree.positions, self.dtype
+                )
         output = self.model.base_model(input_ids=token_ids, use_cache=False, **options)
         hidden: Tensor = output.last_hidden_state
         return hidden
@@ -249,75 +272,16 @@ def load_policy(
             f"{section.path!r} keeps parameters in {sorted(map(str, kinds))}, not only in {dtype}",
             "set model.dtype: float32",
         )
+    from raygrpo.learner.model_probe import find_layout
+
     # The comparison is of exact mathematics: bfloat16's rounding would hide a real difference.
     probed = model if dtype == torch.float32 else copy.deepcopy(model).float()
-    supported = probe(PolicyModel(probed))
+    layout = find_layout(probed)
+    use_segments(model, layout == "packed")
     return PolicyModel(
         model,
         temperature=temperature,
-        supports_shared_prompts=supported,
+        layout=layout,
+        fp32_head=section.fp32_head,
         gradient_checkpointing=gradient_checkpointing,
     )
-
-
-PROBE_PROMPT, PROBE_COMPLETIONS = 7, (5, 4)
-# fp32 rounding of two orders of summation stays below 1e-5 of the largest logit, while a forgotten
-# cap, scale or mask shows in the second or third digit.
-PROBE_TOLERANCE = 1e-4
-
-
-@torch.no_grad()
-def probe(policy: PolicyModel) -> bool:
-    """Compares logits with the wrapped fp32 model's own; returns whether prompts can be shared.
-
-    Raises:
-        ConfigError: the logits differ.
-    """
-    vocabulary = policy.model.config.get_text_config().vocab_size
-    rows = _probe_rows(vocabulary)
-    expected = [policy.model(row[None], use_cache=False).logits.float()[0] for row in rows]
-    ours = [policy.logprob_head.logits(policy.hidden(row[None], None))[0] for row in rows]
-    if not all(_close(a, b) for a, b in zip(ours, expected, strict=True)):
-        kind = policy.model.config.model_type
-        raise ConfigError(
-            f"models of type {kind!r} make their logits in a way that raygrpo does not know",
-            "use another model type, or report this one",
-        )
-    try:
-        shared = _shared_probe_logits(policy, rows)
-    except (ConfigError, TypeError, ValueError, RuntimeError, KeyError) as error:
-        # Which layers take a 4-D mask only shows when one is given.
-        log.warning("prompts are not shared in training rows: %s", error)
-        return False
-    return all(_close(a, b[PROBE_PROMPT - 1 :]) for a, b in zip(shared, expected, strict=True))
-
-
-def _probe_rows(vocabulary: int) -> list[Tensor]:
-    tokens = torch.arange(1, 1 + PROBE_PROMPT + sum(PROBE_COMPLETIONS)) * 7919 % vocabulary
-    prompt, *completions = torch.split(tokens, [PROBE_PROMPT, *PROBE_COMPLETIONS])
-    return [torch.cat([prompt, completion]) for completion in completions]
-
-
-def _shared_probe_logits(policy: PolicyModel, rows: list[Tensor]) -> list[Tensor]:
-    """Logits of each row from the prompt's last token on, all computed in one row, padded."""
-    tails = [row[PROBE_PROMPT:] for row in rows]
-    padding = torch.zeros(1, dtype=torch.long)
-    tokens = torch.cat([rows[0][:PROBE_PROMPT], *tails, padding])
-    lengths = [PROBE_PROMPT, *map(len, tails)]
-    segments = [torch.full((n,), i) for i, n in enumerate(lengths)]
-    starts = [0] + [PROBE_PROMPT] * len(tails)
-    positions = [torch.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)]
-    segment_ids = torch.cat([*segments, padding - 1])[None]
-    layout = TreeLayout(
-        positions=torch.cat([*positions, padding])[None],
-        segment_ids=segment_ids,
-        parent_ids=torch.where(segment_ids > 0, 0, -1),
-    )
-    logits = policy.logprob_head.logits(policy.hidden(tokens[None], layout))[0]
-    prompt, *rest = torch.split(logits[:-1], lengths)
-    return [torch.cat([prompt[-1:], tail]) for tail in rest]
-
-
-def _close(ours: Tensor, expected: Tensor) -> bool:
-    scale = max(1.0, float(expected.abs().max()))
-    return float((ours - expected).abs().max()) <= PROBE_TOLERANCE * scale

@@ -90,7 +90,7 @@ def main(config_path: str, output: str) -> None:
             batch,
             1,
             tokens_per_microbatch=config.train.tokens_per_microbatch,
-            shared_prompts=learner.supports_shared_prompts,
+            layout=learner.layout,
             attention_length=6.0 * learner.hf_model.config.hidden_size,
         )
         learner.update([[make_microbatch(rows, groups) for rows in plan] for plan in plans])

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from raygrpo.config import ModelSection, OptimizerSection
 from raygrpo.errors import ConfigError, NumericError, StorageError
-from raygrpo.learner.policy import PolicyModel, load_policy, policy_inputs, probe
+from raygrpo.learner.model_probe import find_layout
+from raygrpo.learner.policy import PolicyModel, load_policy, policy_inputs
 from raygrpo.learner.reference_learner import ReferenceLearner
 from raygrpo.learner.schedule import learning_rate
 from raygrpo.learner.watch import PATIENCE
@@ -104,7 +105,7 @@ def test_logprobs_equal_the_models_own_logits(kind: str, models: dict[str, Path]
 @pytest.mark.parametrize("kind", KINDS)
 def test_shared_prompt_rows_equal_plain_rows(kind: str, models: dict[str, Path]) -> None:
     policy, trees = load(models[kind]), random_trees(5, 4)
-    assert policy.supports_shared_prompts
+    assert policy.layout == "packed"
     shared, plain = microbatch(trees), microbatch(separate(trees))
     with torch.no_grad():
         pair = [by_sequence(policy(policy_inputs(b, CPU))[0], b) for b in (shared, plain)]
@@ -164,7 +165,7 @@ def test_dropout_is_off_even_in_training_mode(tmp_path: Path) -> None:
         GPT2Config(vocab_size=60, n_positions=64, n_embd=16, n_layer=1, n_head=2, **rates)
     ).save_pretrained(tmp_path)
     policy = load(tmp_path, gradient_checkpointing=True)
-    assert policy.training and policy.supports_shared_prompts
+    assert policy.training and policy.layout != "plain"
     batch = policy_inputs(microbatch(random_trees(1, 2)), CPU)
     assert torch.equal(policy(batch)[0], policy(batch)[0])
 
@@ -192,14 +193,14 @@ def test_a_model_that_takes_no_four_dimensional_mask_does_not_share_prompts(
     layers = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = FalconConfig(vocab_size=60, alibi=True, new_decoder_architecture=False, **layers)
     FalconForCausalLM(config).save_pretrained(tmp_path)
-    assert not load(tmp_path).supports_shared_prompts
+    assert load(tmp_path).layout == "plain"
 
 
 def test_a_mask_that_goes_wrong_silently_does_not_share_prompts(models: dict[str, Path]) -> None:
     """What the shared row computes is compared, not only whether it runs."""
     policy = load(models["llama"])
     policy.model.base_model.register_forward_pre_hook(_drop_mask, with_kwargs=True)
-    assert not probe(policy)
+    assert find_layout(policy.model) == "plain"
 
 
 def _drop_mask(_module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

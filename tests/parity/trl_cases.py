@@ -180,21 +180,16 @@ class RecordingLearner(ReferenceLearner):
         self.statistics: list[dict[str, Stat]] = []
         self._gradient: dict[str, Tensor] = {}
 
-    def _first_logprobs(self, batches: Any) -> list[list[Tensor | None]]:
-        if self.noise is None:
-            return super()._first_logprobs(batches)
-        (batch,) = batches
-        with torch.no_grad():
-            pairs = zip(batch, self.noise, strict=True)
-            return [[self._forward(item.inputs)[0] + grid for item, grid in pairs]]
-
     def _apply(self, lr: float) -> float:
         named = self._policy.model.named_parameters()
         self._gradient = {name: p.grad.clone() for name, p in named if p.grad is not None}
         return super()._apply(lr)
 
-    def _update_once(self, batch: Any, old: Any) -> dict[str, Stat]:
-        stats = super()._update_once(batch, old)
+    def _update_once(self, batch: Any, held: Any) -> dict[str, Stat]:
+        for item, kept, grid in zip(batch, held, self.noise or (), strict=self.noise is not None):
+            with torch.no_grad():
+                kept.old_logprobs = self._forward(item.inputs)[0] + grid
+        stats = super()._update_once(batch, held)
         self.statistics.append(stats)
         self.updates.append(
             Update(
@@ -223,7 +218,7 @@ def train(
             batch,
             1,
             tokens_per_microbatch=config.train.tokens_per_microbatch,
-            shared_prompts=learner.supports_shared_prompts,
+            layout=learner.layout,
             attention_length=6.0 * learner.hf_model.config.hidden_size,
         )
         microbatches = [make_microbatch(plan, payloads) for plan in plans]

@@ -1,19 +1,21 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raygrpo.algorithm.packing import make_microbatch, place
+from raygrpo.algorithm.packing import RowLayout, make_microbatch, place, row_length, trees_of
 from raygrpo.algorithm.plan import make_step_batch
 from raygrpo.algorithm.window import FinishedGroup
 from raygrpo.config_file import load_config
 from raygrpo.types import Group, PlannedSample, StepBatch
 from tests.builders import completion, finished, group, request, summary
 
+LAYOUTS: tuple[RowLayout, ...] = ("plain", "shared", "packed")
 LENGTHS = st.lists(st.integers(1, 30), min_size=2, max_size=6)
 
 
@@ -49,51 +51,61 @@ def plan_of(groups: list[tuple[int, list[int]]], minibatches: int = 1) -> StepBa
     groups=st.lists(st.tuples(st.integers(1, 40), LENGTHS), min_size=1, max_size=6),
     ranks=st.integers(1, 5),
     budget=st.integers(1, 300),
-    shared=st.booleans(),
+    layout=st.sampled_from(LAYOUTS),
     scale=st.sampled_from([10.0, 400.0, 1e9]),
 )
 def test_every_sample_has_one_place_and_ranks_agree(
-    groups: list[tuple[int, list[int]]], ranks: int, budget: int, shared: bool, scale: float
+    groups: list[tuple[int, list[int]]], ranks: int, budget: int, layout: RowLayout, scale: float
 ) -> None:
     batch = plan_of(groups)
-    placed = place(
-        batch,
-        ranks,
-        tokens_per_microbatch=budget,
-        shared_prompts=shared,
-        attention_length=scale,
-    )
+    options: dict[str, Any] = {"layout": layout, "attention_length": scale}
+    placed = place(batch, ranks, tokens_per_microbatch=budget, **options)
     assert len(placed) == ranks
     for index, minibatch in enumerate(batch.minibatches):
         counts = {len(rank[index]) for rank in placed}
         assert len(counts) == 1, "every rank runs as many microbatches"
+        microbatches = [microbatch for rank in placed for microbatch in rank[index]]
+        rows = [row for microbatch in microbatches for row in microbatch]
         found = Counter(
-            (s.group_id, s.completion_index)
-            for rank in placed
-            for microbatch in rank[index]
-            for row in microbatch
-            for s in row
-            if not s.filler
+            (s.group_id, s.completion_index) for row in rows for s in row if not s.filler
         )
         assert found == Counter((s.group_id, s.completion_index) for s in minibatch)
-        for rank in placed:
-            for microbatch in rank[index]:
-                rows = [
-                    r[0].prompt_length + sum(s.completion_length for s in r) for r in microbatch
-                ]
-                assert len(rows) == 1 or max(rows) * len(rows) <= budget
-                for row in microbatch:
-                    assert len({s.group_id for s in row}) == 1
-                    assert shared or len(row) == 1
-    again = place(
-        batch, ranks, tokens_per_microbatch=budget, shared_prompts=shared, attention_length=scale
+        for microbatch in microbatches:
+            lengths = [row_length(row) for row in microbatch]
+            lone = len(microbatch) == 1 and len(trees_of(microbatch[0])) == 1
+            assert lone or max(lengths) * len(lengths) <= budget
+            assert layout != "packed" or len(microbatch) == 1
+        for row in rows:
+            assert layout == "packed" or len({s.group_id for s in row}) == 1
+            assert layout != "plain" or len(row) == 1
+            assert len(trees_of(row)) == len({s.group_id for s in row}), "a prompt once a row"
+    assert place(batch, ranks, tokens_per_microbatch=budget, **options) == placed
+
+
+def test_a_fuller_rank_is_split_where_there_is_one_group_too_few() -> None:
+    """Three groups on four ranks: no rank idles, and a group's prompt is computed twice."""
+    placed = place(plan_of([(4, [50] * 8)] * 3), 4, tokens_per_microbatch=1000, layout="packed")
+    loads = [sum(row_length(row) for m in rank[0] for row in m) for rank in placed]
+    assert max(loads) < 1.2 * sum(loads) / 4 and not any(
+        s.filler for rank in placed for m in rank[0] for row in m for s in row
     )
-    assert again == placed
+
+
+def test_microbatches_are_filled_with_the_long_first() -> None:
+    groups = [(2, [58]), (2, [38]), (2, [38]), (2, [18]), (2, [18])]
+    ((microbatches,),) = place(plan_of(groups), 1, tokens_per_microbatch=80, layout="packed")
+    assert [[s.group_id for s in row] for (row,) in microbatches] == [[0, 3], [1, 2], [4]]
 
 
 def test_sharing_is_chosen_where_it_saves_work() -> None:
     long_prompt = place(plan_of([(100, [5] * 8)]), 1, tokens_per_microbatch=4096)
     assert [len(row) for row in long_prompt[0][0][0]] == [8]
+    # By segment, a long row pays for no more attention than separate rows do.
+    by_segment = plan_of([(2, [500] * 8)])
+    packed = place(
+        by_segment, 1, tokens_per_microbatch=10**6, attention_length=300.0, layout="packed"
+    )
+    assert [len(row) for row in packed[0][0][0]] == [8]
     # Completions attend to nothing of each other, so a long row of long completions pays for
     # attention that separate rows do not.
     short_prompt = place(
@@ -130,6 +142,24 @@ def test_arrays_of_plain_and_shared_rows() -> None:
     assert plain.predictors.tolist() == [[0, 0, 1, 2, 3, 0], [0, 0, 1, 2, 3, 4]]
     assert plain.sequence_ids.tolist() == [[-1] * 3 + [0, 0, -1], [-1] * 3 + [1] * 3]
     assert plain.advantages.tolist() == [0.5, 0.5]
+
+
+def test_arrays_of_a_packed_row() -> None:
+    """A tree after another sample: columns and segments go on, positions begin anew."""
+    payloads = {
+        0: group(request(0, num_completions=2, tokens=(5, 6)), [completion([10])] * 2),
+        1: group(
+            request(1, num_completions=2, tokens=(7, 8)), [completion([20]), completion([21, 22])]
+        ),
+    }
+    samples = plan_of([(2, [1, 1]), (2, [1, 2])]).minibatches[0]
+    packed = make_microbatch(((samples[0], *samples[2:]),), payloads)
+    assert packed.token_ids.tolist() == [[5, 6, 10, 7, 8, 20, 21, 22]]
+    assert packed.positions.tolist() == [[0, 1, 2, 0, 1, 2, 2, 3]]
+    assert packed.segment_ids.tolist() == [[0, 0, 0, 2, 2, 3, 4, 4]]
+    assert packed.parent_ids.tolist() == [[-1, -1, -1, -1, -1, 2, 2, 2]]
+    assert packed.predictors.tolist() == [[0, 0, 1, 2, 3, 4, 4, 6]]
+    assert packed.sequence_ids.tolist() == [[-1, -1, 0, -1, -1, 1, 2, 2]]
 
 
 def test_fillers_weigh_nothing() -> None:
