@@ -20,6 +20,7 @@ import pytest
 
 from raygrpo.tracking.metrics import StepFacts, step_metrics
 from raygrpo.types import GroupSummary, Score, Version
+from tests.parity.trl_cases import TRL_SETTINGS
 from tests.tiny import save_tiny_model
 
 pytestmark = [
@@ -108,13 +109,8 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
         max_completion_length=MAX_TOKENS,
         reward_weights=list(WEIGHTS.values()),
         max_steps=1,
-        logging_steps=1,
         seed=1,
-        bf16=False,
-        use_cpu=True,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
+        **TRL_SETTINGS,
     )
     trainer = Recorder(
         model=str(save_tiny_model(root / "model", "llama", seed=3)),

@@ -41,6 +41,7 @@ from tests.parity.trl_cases import (
     GROUPS_PER_STEP,
     KINDS,
     NUM_STEPS,
+    TRL_SETTINGS,
     RecordingLearner,
     Rollout,
     Update,
@@ -171,13 +172,7 @@ def trl(
         max_steps=NUM_STEPS * num_iterations,
         learning_rate=lr,
         shuffle_dataset=False,
-        logging_steps=1,
-        # TRL mixes in bf16 by default; fp32 shows differences of mathematics.
-        bf16=False,
-        use_cpu=True,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
+        **TRL_SETTINGS,
     )
     trainer = Recorder(
         model=str(path),
@@ -382,7 +377,7 @@ def test_the_recipe_has_trls_settings(tmp_path: Path) -> None:
     """Against TRL 1.16's defaults; the two that changed since 0.24 by 0.24's numbers."""
     from trl import GRPOConfig
 
-    theirs = GRPOConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True)
+    theirs = GRPOConfig(output_dir=str(tmp_path), **TRL_SETTINGS)
     ours = trl024_config(Path("unused"), sampling={"max_tokens": 256})
     section = ours.optimizer
     assert section.lr == theirs.learning_rate == 1e-6

@@ -29,6 +29,16 @@ from tests.builders import completion, request
 from tests.tiny import Kind, save_tiny_model, tiny_tokenizer
 
 KINDS: tuple[Kind, ...] = ("llama", "gemma3")
+# What every run of TRL's is told: fp32 (its default mixes in bf16), so that a difference is one of
+# mathematics; on the CPU; and to keep its files to itself.
+TRL_SETTINGS: dict[str, Any] = {
+    "bf16": False,
+    "use_cpu": True,
+    "logging_steps": 1,
+    "report_to": "none",
+    "save_strategy": "no",
+    "disable_tqdm": True,
+}
 NUM_STEPS, GROUPS_PER_STEP, GROUP_SIZE, MAX_TOKENS = 2, 3, 8, 12
 
 

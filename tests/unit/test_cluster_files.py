@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import os
 import re
@@ -10,7 +12,7 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -160,9 +162,33 @@ JOB = closed(
 KUBERAY = ("kuberay/raycluster.yaml", "kuberay/rayjob.yaml")
 
 
-def test_kuberay_files_are_of_the_api() -> None:
-    jsonschema.validate(load(KUBERAY[0]), resource("RayCluster", SPEC))
-    jsonschema.validate(load(KUBERAY[1]), resource("RayJob", JOB))
+@pytest.mark.parametrize(
+    ("name", "kind", "spec"), [(KUBERAY[0], "RayCluster", SPEC), (KUBERAY[1], "RayJob", JOB)]
+)
+def test_kuberay_files_are_of_the_api(name: str, kind: str, spec: dict[str, Any]) -> None:
+    """Every key of a file is the API's: spelt otherwise, at any depth, each would be refused."""
+    schema, file = resource(kind, spec), load(name)
+    jsonschema.validate(file, schema)
+    free = ("labels", "rayStartParams", "nodeSelector", "requests", "limits")
+    paths = list(key_paths(file, free))
+    assert len(paths) > 40
+    for path in paths:
+        misspelt = copy.deepcopy(file)
+        *parents, last = path
+        place = functools.reduce(lambda tree, part: tree[part], parents, misspelt)
+        place[f"{last}s"] = place.pop(last)
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(misspelt, schema)
+
+
+def key_paths(tree: Any, free: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+    """Where the keys of nested mappings and lists are; below the ``free`` ones names are free."""
+    if isinstance(tree, Mapping | list):
+        for part, child in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
+            if isinstance(tree, Mapping):
+                yield (part,)
+            if part not in free:
+                yield from ((part, *rest) for rest in key_paths(child, free))
 
 
 @pytest.mark.parametrize("name", KUBERAY)

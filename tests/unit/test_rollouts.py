@@ -360,8 +360,13 @@ def test_a_run_without_steps_has_nothing_to_replay(tmp_path: Path) -> None:
 
 
 def test_the_writer_does_without_torch() -> None:
-    code = "import raygrpo.actors.rollouts, sys; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    code = "import raygrpo.actors.rollouts, sys; print(*sorted(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    modules = done.stdout.split()
+    assert "pyarrow" in modules and "torch" not in modules
 
 
 def test_rows_are_in_order_however_groups_come() -> None:
