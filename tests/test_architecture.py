@@ -27,6 +27,7 @@ FLOORS = {
     "raygrpo.errors": 0,
     "raygrpo.failures": 0,
     "raygrpo.models": 1,
+    "raygrpo.memory": 1,
     "raygrpo.algorithm": 1,
     "raygrpo.data": 1,
     "raygrpo.rewards": 1,
@@ -177,7 +178,7 @@ def code_lines(path: Path) -> int:
 # weights, from a configuration and prompts to a checkpoint.
 LIMITS = {
     "recording": (
-        1600,
+        1750,
         (
             "raygrpo.tracking.",
             "raygrpo.model_card",
@@ -189,7 +190,20 @@ LIMITS = {
     "rewards": (1800, ("raygrpo.rewards.", "raygrpo.actors.reward_model")),
     "data": (850, ("raygrpo.data.",)),
     "commands": (2000, ()),
-    "core": (6000, ()),
+    "fast rollouts": (
+        3000,
+        (
+            "raygrpo.engines.",
+            "raygrpo.weights.",
+            "raygrpo.actors.generator",
+            "raygrpo.actors.publishing",
+            "raygrpo.actors.weight_store",
+            "raygrpo.actors.colocation",
+            "raygrpo.actors.engine_probe",
+        ),
+    ),
+    "learner": (3300, ("raygrpo.learner.", "raygrpo.algorithm.", "raygrpo.memory")),
+    "core": (4500, ()),
 }
 
 
