@@ -1,10 +1,12 @@
 """A generator's copy of the weights: two sets of buffers, the version in use and the next one.
 
 `Replica.stage` builds the next version beside the one in use, from what the store says to apply,
-and may run on another thread meanwhile; `Replica.commit` then makes it the one in use. The set
-that was in use before is written again by the next `stage`, so its arrays may serve as an engine's
-memory until then. Between two deltas that set lags by one version: it is brought up by the deltas
-that made the other one, which touch a few percent of it, where a copy would touch all.
+and may run on another thread meanwhile; `Replica.commit` then makes it the one in use. A whole
+bucket in memory that nobody writes to, as shared memory is, is used in place, without a copy.
+
+The set that was in use before is written again by the next `stage`, so its arrays may serve as an
+engine's memory until then. Between two deltas that set lags by one version: it is brought up by the
+deltas that made the other one, which touch a few percent of it, where a copy would touch all.
 """
 
 from __future__ import annotations
@@ -75,9 +77,13 @@ class Replica:
         # From here to a commit, nothing is known of the spare's bytes.
         self._staged, trail, self._trail = None, self._trail, ()
         manifest = links[-1][0]
-        buckets = tuple(self._take(index, spec) for index, spec in enumerate(manifest.buckets))
+        buckets = tuple(
+            links[-1][1][index] if _serves(links[-1], index) else self._take(index, spec)
+            for index, spec in enumerate(manifest.buckets)
+        )
         for index, (spec, bucket) in enumerate(zip(manifest.buckets, buckets, strict=True)):
-            self._build(index, bucket, links, trail)
+            if bucket.flags.writeable:
+                self._build(index, bucket, links, trail)
             if delta.checksum(bucket) != spec.checksum:
                 raise InfraError(f"{_name(spec)} is corrupt", "the weights are pulled again")
         whole = tuple(replace(spec, encoded_bytes=None) for spec in manifest.buckets)
@@ -97,7 +103,7 @@ class Replica:
         """
         if staged is not self._staged:
             raise InfraError(f"version {tuple(staged.manifest.version)} is not staged")
-        self._spare, self._current, self._staged = self._current, staged, None
+        self._spare, self._current, self._staged = _writable(self._current), staged, None
         self._trail, self._links = self._links, ()
 
     @staticmethod
@@ -149,11 +155,32 @@ class Replica:
             return
         in_use = self.current
         num_bytes = sum(manifest.buckets[index].sent_bytes for manifest, _ in trail)
-        if self._spare and trail and num_bytes <= MAX_TRAIL_FRAC * out.nbytes:
+        if (
+            self._spare
+            and out is self._spare.buckets[index]
+            and trail
+            and num_bytes <= MAX_TRAIL_FRAC * out.nbytes
+        ):
             _patch(index, out, self._spare.manifest.buckets[index], trail)
         else:
             np.copyto(out, in_use.buckets[index])
         _patch(index, out, in_use.manifest.buckets[index], links)
+
+
+def _serves(link: Link, index: int) -> bool:
+    """Whether a whole bucket can be used where it is, since nobody writes to it."""
+    data = link[1][index]
+    is_whole = link[0].buckets[index].encoded_bytes is None
+    return is_whole and not data.flags.writeable and data.ctypes.data % ALIGNMENT == 0
+
+
+def _writable(held: Staged | None) -> Staged | None:
+    """What was held, without arrays that others own: those are let go."""
+    if held is None:
+        return None
+    none = np.empty(0, np.uint8)
+    buckets = tuple(data if data.flags.writeable else none for data in held.buckets)
+    return replace(held, buckets=buckets)
 
 
 def _patch(index: int, out: ByteArray, held: BucketSpec, links: Sequence[Link]) -> None:
