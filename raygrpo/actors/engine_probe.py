@@ -42,7 +42,7 @@ def _ask(config: RunConfig, local: bool) -> str | None:
         labels=labels_of(config, "generator"),
     )
     # A process of its own: nothing else should find vLLM imported.
-    probe = ray.remote(vllm_problem).options(max_calls=1, max_retries=3, **options)
+    probe = ray.remote(max_calls=1)(vllm_problem).options(**options)
     answer = probe.remote(engine_device(config))
     try:
         problem: str | None = ray.get(answer, timeout=config.ray.timeouts_s.start)

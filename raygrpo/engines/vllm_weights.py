@@ -11,6 +11,7 @@ of each worker waits for that and ends worker and core.
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import select
@@ -113,5 +114,7 @@ def _watch_owner() -> None:
         threading.Thread(target=end_with, args=arguments, name="owner", daemon=True).start()
 
 
+# It warns of each layer without weights at each update; `finish_weight_update` knows which matter.
+logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
 WeightTransferEngineFactory.register_engine(BACKEND, SharedMemoryEngine)
 _watch_owner()

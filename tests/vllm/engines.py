@@ -1,0 +1,130 @@
+"""What the tests of the vLLM engine share: engines, requests, and transformers as the reference."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raygrpo.config import RunConfig
+from raygrpo.engines.choose import make_engine
+from raygrpo.engines.sampling import penalise, truncate
+from raygrpo.engines.weights import weight_targets
+from raygrpo.models import load_model, stop_token_ids
+from raygrpo.types import (
+    ByteArray,
+    Completion,
+    Group,
+    GroupRequest,
+    Prompt,
+    Sampling,
+    Version,
+    WeightsManifest,
+)
+from raygrpo.weights.buckets import make_buckets
+
+ROOT = Path(__file__).parents[2]
+SMOLLM2 = ROOT / "weights" / "smollm2-135m"
+ECHO = ROOT / "examples" / "echo" / "model"
+SEED = 5
+FIRST = Version(0, 0)
+STEP_DEADLINE = 60.0
+_group_ids = itertools.count()
+
+
+def start(path: Path, *, threads: int = 2, load: bool = True, **model: Any) -> Any:
+    """An engine as a generator makes it, in float32, on the weights of ``path`` as (0, 0)."""
+    options = {"max_model_len": 512 if path == SMOLLM2 else 64, "kv_cache_memory_bytes": 2**29}
+    config = RunConfig.model_validate(
+        {
+            "seed": SEED,
+            "model": {"path": str(path), "dtype": "float32", **model},
+            "data": {"source": "none.jsonl"},
+            "generators": {"engine": "vllm", "max_rows": 16, "options": options},
+        }
+    )
+    return make_engine(config, threads=threads, version=Version(0, 0) if load else None)
+
+
+def publish(model: Any, version: Version) -> tuple[WeightsManifest, list[ByteArray]]:
+    """Buckets of a model, as a learner publishes them."""
+    specs, buckets = zip(*make_buckets(weight_targets(model).items()), strict=True)
+    manifest = WeightsManifest(version=version, kind="full", base_version=None, buckets=specs)
+    return manifest, list(buckets)
+
+
+def perturbed(model: Any, seed: int, only: str = "") -> Any:
+    """``model`` with other weights, in place: those whose names hold ``only``."""
+    noise = torch.randn(9973, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if only in name:
+                repeats = -(-tensor.numel() // noise.numel())
+                tensor *= 1 + 0.1 * noise.repeat(repeats)[: tensor.numel()].view(tensor.shape)
+    return model
+
+
+def request(ids: Any, *, min_version: Version = FIRST, **sampling: Any) -> GroupRequest:
+    """A group of its own of a prompt; 3 completions of 12 tokens unless said otherwise."""
+    settings: dict[str, Any] = {"num_completions": 3, "max_tokens": 12, **sampling}
+    return GroupRequest(
+        stream="train",
+        group_id=next(_group_ids),
+        attempt=0,
+        prompt=Prompt(id="p", text="", token_ids=np.asarray(ids, np.int32)),
+        seed=SEED,
+        sampling=Sampling(**settings),
+        min_version=min_version,
+    )
+
+
+def drain(engine: Any) -> Iterator[Group]:
+    """Groups as they finish, until all have."""
+    while engine.num_unfinished:
+        assert engine.can_step
+        yield from engine.step()
+
+
+def run(engine: Any, item: GroupRequest) -> tuple[Completion, ...]:
+    """A request's completions."""
+    engine.submit(item)
+    (group,) = drain(engine)
+    assert group.request == dataclasses.replace(item, partials=())
+    return group.completions
+
+
+def step_until(engine: Any, tokens: int) -> None:
+    """Steps until some request has that many tokens; they are counted where vLLM keeps them."""
+    states = engine._client._llm.output_processor.request_states
+    while not any(
+        state.detokenizer.num_output_tokens() >= tokens for state in list(states.values())
+    ):
+        assert not engine.step(), "finished before it had so many tokens"
+
+
+def forced(model: Any, item: GroupRequest, completion: Completion) -> Tensor:
+    """Logprobs [C] that a full forward pass of transformers gives the completion's tokens."""
+    prompt, written = item.prompt.token_ids, completion.token_ids
+    ids = torch.from_numpy(np.concatenate([prompt, written]).astype(np.int64))
+    sampling, rows = item.sampling, []
+    with torch.inference_mode():
+        logits = model(input_ids=ids[None]).logits[0, prompt.size - 1 : -1].float()
+        logits[: sampling.min_tokens, sorted(stop_token_ids(model, None))] = -torch.inf
+        for end, row in enumerate(logits, start=prompt.size):
+            scores = penalise(row[None], ids[None, :end], sampling.repetition_penalty)
+            rows.append(truncate(scores, sampling).log_softmax(-1)[0, ids[end]])
+    return torch.stack(rows)
+
+
+def plain(path: Path) -> Any:
+    """The model in transformers, in float32."""
+    config = RunConfig.model_validate(
+        {"model": {"path": str(path)}, "data": {"source": "none.jsonl"}}
+    )
+    return load_model(config.model, seed=SEED, dtype=torch.float32).eval()
