@@ -326,11 +326,10 @@ class Session:
             self._tracker.event("resumed", step=step, incarnation=self._incarnation)
 
     def _start_actors(self, rewards: Sequence[RewardSection]) -> None:
+        from raygrpo.actors.colocation import Colocation
         from raygrpo.actors.connect import connect, disconnect, placing
         from raygrpo.actors.engine_probe import settle_engine
-        from raygrpo.actors.learner import LearnerGroup
         from raygrpo.actors.placement import demand_of, labels_of
-        from raygrpo.actors.pool import RolloutPool
         from raygrpo.actors.weight_store import end_store, start_store
 
         with self._signals.kept():
@@ -347,9 +346,10 @@ class Session:
             "local": connection.local,
             "logs": self.run_dir.logs if connection.local else None,
             "profile": self._profile,
+            "places": Colocation(self._placed, local=connection.local),
         }
-        self._learner = LearnerGroup(self._placed, store, **where)
-        self._pool = RolloutPool(self._placed, store, rewards, self._functions, **where)
+        self._closers.callback(where["places"].close)
+        self._learner, self._pool = self._make_workers(store, rewards, where)
         self._closers.callback(self._learner.close)
         self._closers.callback(self._pool.close)
         with placing(connection):
@@ -364,6 +364,13 @@ class Session:
         self._tracker.event("started", step=0, pids=self.pids, seconds=time.time() - self._born)
         if self._restored_from is not None:
             self._learner.load(self._restored_from).wait()
+
+    def _make_workers(self, store: Any, rewards: Sequence[RewardSection], where: Any) -> Any:
+        from raygrpo.actors.learner import LearnerGroup
+        from raygrpo.actors.pool import RolloutPool
+
+        learner = LearnerGroup(self._placed, store, **where)
+        return learner, RolloutPool(self._placed, store, rewards, self._functions, **where)
 
     def _example(self) -> str | list[dict[str, Any]]:
         """The first prompt, for the quick start of the model's card."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from raygrpo.actors.futures import Pending
+from raygrpo.actors.idle import IdleClock, IdleShare
 from raygrpo.actors.scorer import ScoreReport
 from raygrpo.actors.workers import Done
 from raygrpo.algorithm.ledger import TokenLedger, buffered_tokens
@@ -68,6 +69,7 @@ class Trainer:
         self._publish: Pending[Any] | None = None
         self._training: tuple[StepBatch, list[FinishedGroup]] | None = None
         self._sync: dict[str, float] = {}
+        self._learner_idle, self._learner_share = IdleClock(), IdleShare()
         self._span = Span()
         self._driver_s = 0.0
         self._num_groups = 0
@@ -87,6 +89,7 @@ class Trainer:
     def run(self) -> bool:
         """Trains to the last step; False when it was stopped before, with all committed."""
         self._span = Span()
+        self._learner_share.update(self._learner_idle.read())
         self._start_publish()
         if self.step < self._config.train.steps:
             for request in self._window.pending:
@@ -97,6 +100,8 @@ class Trainer:
             self._boundary.start_save(updating=self._update is not None)
             self._admit()
             self._start_update()
+            ours = self._update, self._publish, self._boundary.save
+            self._learner_idle.mark(busy=any(ours))
             self._take(self._pool.wait(self._pendings(), _TICK_S))
             blocked = self._pool.waited_s - waited
             self._driver_s += time.monotonic() - started - blocked
@@ -133,6 +138,8 @@ class Trainer:
             return
         if not (self._window.step_ready() and self._rollouts.has_room):
             return
+        if self._config.generators.placement == "colocate" and not self._pool.sleep():
+            return
         groups = self._window.take_step()
         self._prompts.settle(groups[-1].summary.group_id)
         batch = make_step_batch(self.step, groups, self._config)
@@ -162,6 +169,7 @@ class Trainer:
             self._tracker.event(kind, step=self.step, **fields)
         for load in done.loads:
             self._sync = with_load(self._sync, load)
+        self._ledger = self._ledger.abort(done.aborted_tokens)
         for group, report in done.groups:
             self._take_group(group, report)
         for stream, group_id in done.lost:
@@ -271,9 +279,17 @@ class Trainer:
         self.step += 1
         buffered = buffered_tokens(self._window.buffered)
         ours = self._ledger.metrics(buffered) | self._sync | self._rollouts.metrics()
-        record = step_metrics(facts) | ours | self._prompt_metrics()
+        record = step_metrics(facts) | ours | self._prompt_metrics() | self._idle_metrics()
         self._boundary.end_step(self._state(), record)
         self._start_publish()
+
+    def _idle_metrics(self) -> dict[str, float]:
+        self._learner_share.update(self._learner_idle.read())
+        shares = {
+            "timing/generator_idle_frac": self._pool.take_idle_frac(),
+            "timing/learner_wait_frac": self._learner_share.take(),
+        }
+        return {name: share for name, share in shares.items() if share is not None}
 
     def _prompt_metrics(self) -> dict[str, float]:
         metrics = self._prompts.metrics()

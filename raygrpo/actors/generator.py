@@ -8,24 +8,37 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal, TypeVar
 
-from raygrpo.actors.spawn import log_to
+from raygrpo.actors.idle import IdleClock, IdleReading
+from raygrpo.actors.spawn import log_to, on_sigterm
+from raygrpo.actors.weight_store import pull
 from raygrpo.config import RunConfig
 from raygrpo.engines.base import Engine
-from raygrpo.errors import ProbeFailed
 from raygrpo.profiling import EngineTracer, ProfileRequest
-from raygrpo.types import Group, GroupRequest, Version
+from raygrpo.types import Completion, Group, GroupRequest, Stream, Version, WeightsManifest
 from raygrpo.weights.probe import ProbeCheck
 from raygrpo.weights.replica import Link, Replica, Staged
+
+Partials = tuple[Completion, ...]
+GroupKey = tuple[Stream, int, int]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationReport:
-    """The small half of a generator's answer, which says that the other half is there to score."""
+    """The small half of a generator's answer, which says what the other half is: a group to score,
+    or, with ``aborted_tokens``, what was written of one that was aborted.
+
+    ``idle`` is of the engine: a group that it must not decode yet leaves it idle too.
+    """
 
     group_id: int
+    aborted_tokens: int | None = None
+    idle: IdleReading | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +47,7 @@ class LoadReport:
 
     ``num_bytes`` were pulled for ``full_bytes`` of weights: nothing (kind ``none``), a chain of
     deltas, or a whole version with those on it (``full``). ``load_s`` is from call to loaded,
-    ``stall_s`` what decoding lost of it, the probe included; ``probe_gap`` is the last probe's.
+    ``stall_s`` what decoding lost of it; ``probe_gap`` is the last probe's.
     """
 
     version: Version
@@ -44,6 +57,7 @@ class LoadReport:
     load_s: float
     stall_s: float
     probe_gap: float | None = None
+    idle: IdleReading | None = None
 
 
 class GeneratorActor:
@@ -53,40 +67,86 @@ class GeneratorActor:
     """
 
     def __init__(
-        self, config: RunConfig, store: Any, threads: int, profile: ProfileRequest | None = None
+        self,
+        config: RunConfig,
+        store: Any,
+        threads: int,
+        profile: ProfileRequest | None = None,
+        make_engine: Callable[..., Engine] | None = None,
     ) -> None:
         os.environ["OMP_NUM_THREADS"] = str(threads)
         self._config = config
         self._threads = threads
         self._store = store
         self._profile = profile
+        self._make_engine = make_engine
         self._commands: queue.SimpleQueue[tuple[Callable[[], Any], asyncio.Future[Any]]]
         self._commands = queue.SimpleQueue()
-        self._waiting: dict[tuple[str, int, int], asyncio.Future[Group]] = {}
+        self._waiting: dict[tuple[Stream, int, int], asyncio.Future[Group | Partials]] = {}
+        self._leaving = False
+        self._idle = IdleClock()
         self._replica = Replica()
         self._probe = ProbeCheck(config.model.dtype, config.sampling.temperature)
+        self._unproven: list[tuple[GroupKey, Group | Partials]] | None = None
         self._loading = asyncio.Lock()
+        self._asleep = False
 
     async def start(self, log: str | None) -> int:
         """Loads the engine (not in the constructor, whose errors lose their type); the pid."""
         log_to(log)
-        from raygrpo.engines.choose import make_engine
-        from raygrpo.weights.adapter import AdapterBase
-
-        self._adapter_base = AdapterBase(self._config)
         version = Version(0, 0) if self._store is None else None
-        self._engine: Engine = make_engine(self._config, threads=self._threads, version=version)
+        self._engine = self._new_engine(version)
         self._traced: Engine | EngineTracer = self._engine
         if self._profile is not None:
             self._traced = EngineTracer(self._engine, self._profile, "generator-0")
         self._loop = asyncio.get_running_loop()
         threading.Thread(target=self._run, name="engine", daemon=True).start()
+        on_sigterm(lambda: self._loop.call_soon_threadsafe(self._leave))
         return os.getpid()
 
-    async def generate(self, request: GroupRequest) -> tuple[GenerationReport, Group]:
-        """Generates a group; called with ``num_returns=2`` so that the driver owns both halves."""
-        group = await self._submit(request)
-        return GenerationReport(group_id=request.group_id), group
+    def _new_engine(self, version: Version | None) -> Engine:
+        if self._make_engine is not None:
+            return self._make_engine(self._config, threads=self._threads, version=version)
+        from raygrpo.engines.choose import make_engine
+        from raygrpo.weights.adapter import AdapterBase
+
+        self._adapter_base = AdapterBase(self._config)
+        return make_engine(self._config, threads=self._threads, version=version)
+
+    async def generate(
+        self, request: GroupRequest, partials: Partials = ()
+    ) -> tuple[GenerationReport, Group | Partials]:
+        """Generates a group, or the rest of it; called with ``num_returns=2`` so that the driver
+        owns both halves of the answer."""
+        whole = replace(request, partials=partials)
+        written: Group | Partials = partials
+        if not whole.unfinished:  # the last completion ended as the group was aborted
+            written = Group(request=request, completions=partials)
+        elif not self._leaving:
+            written = await self._submit(whole) or partials
+        aborted = None
+        if not isinstance(written, Group):
+            aborted = sum(completion.token_ids.size for completion in written)
+        report = GenerationReport(
+            group_id=request.group_id, aborted_tokens=aborted, idle=self._idle.read()
+        )
+        return report, written
+
+    async def abort(self) -> None:
+        """Ends generation: each open `generate` answers with what is written, for others to go on
+        with; so does each that comes later."""
+        await self._leave()
+
+    def _leave(self) -> asyncio.Future[None]:
+        self._leaving = True
+        done: asyncio.Future[None] = self._loop.create_future()
+        self._enqueue(self._abort_all, done)
+        return done
+
+    def _abort_all(self) -> None:
+        for key in list(self._waiting):
+            partials = tuple(self._engine.abort(key[0], key[1]))
+            self._loop.call_soon_threadsafe(self._finish, key, partials)
 
     async def load(self) -> LoadReport:
         """Pulls what leads to the store's newest version; returns once the engine holds it.
@@ -95,14 +155,16 @@ class GeneratorActor:
         """
         started = time.monotonic()
         async with self._loading:
-            plan = await self._store.plan.remote(self._replica.version)
-            links = [(manifest, await asyncio.gather(*refs)) for manifest, refs in plan]
+            if self._asleep:
+                await self._on_engine(self._engine.wake)
+                self._asleep = False
+            links = await pull(self._store, self._replica.version)
             stall_s = 0.0
             if links:
                 staged = await asyncio.to_thread(self._stage, links)
-                done: asyncio.Future[float] = self._loop.create_future()
-                self._enqueue(lambda: self._commit(staged), done)
-                stall_s = await done
+                self._unproven = []
+                stall_s = await self._on_engine(lambda: self._commit(staged))
+                await self._prove(staged.manifest)
             held = self._replica.current.manifest
         whole = bool(links) and links[0][0].kind != "delta"
         return LoadReport(
@@ -113,7 +175,14 @@ class GeneratorActor:
             load_s=time.monotonic() - started,
             stall_s=stall_s,
             probe_gap=self._probe.last_gap,
+            idle=self._idle.read(),
         )
+
+    async def sleep(self) -> None:
+        """Has the engine free its device until the next `load`."""
+        async with self._loading:
+            await self._on_engine(self._engine.sleep)
+            self._asleep = True
 
     def _stage(self, links: Sequence[Link]) -> Staged:
         staged = self._replica.stage(links)
@@ -128,24 +197,41 @@ class GeneratorActor:
         started = time.monotonic()
         self._engine.commit_weights()
         self._replica.commit(staged)
-        if (probe := staged.manifest.probe) is not None:
-            self._probe.check(self._engine, probe, staged.manifest.version)
         return time.monotonic() - started
 
-    async def _submit(self, request: GroupRequest) -> Group:
-        finished: asyncio.Future[Group] = self._loop.create_future()
+    async def _prove(self, manifest: WeightsManifest) -> None:
+        """Checks the version in use by its probe; what is written meanwhile is answered after that.
+
+        So decoding does not wait for it, and a version that fails has served nothing.
+        """
+        if manifest.probe is not None:
+            check = partial(self._probe.check, self._engine, manifest.probe, manifest.version)
+            if self._config.train.max_staleness:
+                await asyncio.to_thread(check)
+            else:  # on-policy, nothing was decoded anyway
+                await self._on_engine(check)
+        written, self._unproven = self._unproven or [], None
+        for key, answer in written:
+            self._finish(key, answer)
+
+    async def _submit(self, request: GroupRequest) -> Group | Partials:
+        finished: asyncio.Future[Group | Partials] = self._loop.create_future()
         key = (request.stream, request.group_id, request.attempt)
         self._waiting[key] = finished
-        accepted: asyncio.Future[None] = self._loop.create_future()
-        self._enqueue(lambda: self._traced.submit(request), accepted)
         try:
-            await accepted
+            await self._on_engine(lambda: self._traced.submit(request))
             return await finished
         finally:
             self._waiting.pop(key, None)
 
+    async def _on_engine(self, call: Callable[[], T]) -> T:
+        """Runs ``call`` on the engine's thread, between two steps."""
+        done: asyncio.Future[T] = self._loop.create_future()
+        self._enqueue(call, done)
+        return await done
+
     def _enqueue(self, call: Callable[[], Any], done: asyncio.Future[Any]) -> None:
-        """Runs ``call`` on the engine's thread and resolves ``done`` with its outcome."""
+        """Has the engine's thread run ``call`` and resolve ``done`` with its outcome."""
         self._commands.put((call, done))
 
     def _run(self) -> None:
@@ -158,7 +244,9 @@ class GeneratorActor:
                 self._loop.call_soon_threadsafe(self._fail_all, error)
                 self._serve_nothing(error)
             for group in groups:
-                self._loop.call_soon_threadsafe(self._finish, group)
+                request = group.request
+                key = (request.stream, request.group_id, request.attempt)
+                self._loop.call_soon_threadsafe(self._finish, key, group)
 
     def _serve_nothing(self, error: BaseException) -> None:
         """A broken engine answers whatever still comes with the error that broke it."""
@@ -168,21 +256,22 @@ class GeneratorActor:
 
     def _run_commands(self) -> None:
         while not self._engine.can_step or not self._commands.empty():
+            if not self._engine.can_step:
+                self._idle.mark(busy=False)
             call, done = self._commands.get()
+            self._idle.mark(busy=True)
             try:
                 outcome = call()
             except Exception as error:
                 self._loop.call_soon_threadsafe(_fail, done, error)
-                if isinstance(error, ProbeFailed):
-                    self._serve_nothing(error)
             else:
                 self._loop.call_soon_threadsafe(_resolve, done, outcome)
 
-    def _finish(self, group: Group) -> None:
-        request = group.request
-        future = self._waiting.get((request.stream, request.group_id, request.attempt))
-        if future is not None:
-            _resolve(future, group)
+    def _finish(self, key: tuple[Stream, int, int], written: Group | Partials) -> None:
+        if self._unproven is not None:
+            self._unproven.append((key, written))
+        elif (future := self._waiting.get(key)) is not None:
+            _resolve(future, written)
 
     def _fail_all(self, error: BaseException) -> None:
         for future in self._waiting.values():

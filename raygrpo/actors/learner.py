@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 
+from raygrpo.actors.colocation import Colocation
 from raygrpo.actors.futures import Pending
 from raygrpo.actors.placement import actor_options, labels_of, learner_threads
 from raygrpo.actors.publishing import Publisher, PublishReport, WholeKind
@@ -162,6 +163,7 @@ class LearnerGroup:
         local: bool,
         logs: Path | None = None,
         profile: ProfileRequest | None = None,
+        places: Colocation | None = None,
     ) -> None:
         self._config = config
         self._logs = logs
@@ -171,7 +173,13 @@ class LearnerGroup:
         labels = labels_of(config, "learner")
         options = actor_options(local=local, threads=self._threads, gpus=gpus, labels=labels)
         self._actors = [
-            spawn(LearnerActor, config, rank, profile if rank == 0 else None, **options)
+            spawn(
+                LearnerActor,
+                config,
+                rank,
+                profile if rank == 0 else None,
+                **(options | (places.options(rank) if places else {})),
+            )
             for rank in range(config.learner.num_ranks)
         ]
         self._local = local

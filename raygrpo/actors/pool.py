@@ -11,26 +11,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import ray
 
 from raygrpo.actors.dispatch import Dispatcher
+from raygrpo.actors.factory import WorkerFactory
 from raygrpo.actors.futures import DependencyDied, Pending, WorkerDied, resolve
-from raygrpo.actors.generator import GenerationReport, GeneratorActor, LoadReport
-from raygrpo.actors.placement import actor_options, generator_threads, labels_of
-from raygrpo.actors.reward_model import RewardModelActor
-from raygrpo.actors.scorer import ModelLost, ScorerActor, ScoreReport
-from raygrpo.actors.spawn import log_path, spawn
+from raygrpo.actors.generator import GenerationReport, LoadReport
+from raygrpo.actors.nodes import on_draining_nodes
+from raygrpo.actors.scorer import ModelLost, ScoreReport
 from raygrpo.actors.workers import Done, Flight, GroupKey, Worker
 from raygrpo.algorithm.window import FinishedGroup
 from raygrpo.config import RewardSection, RunConfig
 from raygrpo.errors import InfraError, ProbeFailed, WeightsLost
 from raygrpo.failures import MAX_DEATHS, Action, History, decide
-from raygrpo.profiling import ProfileRequest
-from raygrpo.rewards.loading import reward_models
 from raygrpo.types import Group, GroupRequest
+
+_ABORT_S = 15.0  # how long a generator that leaves has to answer with what it wrote
+_DRAIN_CHECK_S = 2.0
 
 
 class RolloutPool:
@@ -44,25 +43,23 @@ class RolloutPool:
         functions: Mapping[str, bytes],
         *,
         local: bool,
-        logs: Path | None = None,
-        profile: ProfileRequest | None = None,
+        **options: Any,
     ) -> None:
+        """``options`` are those of `WorkerFactory`."""
         self._config = config
-        self._logs = logs
-        self._store = store
-        self._rewards = rewards
-        self._functions = functions
         self._local = local
-        self._profile = profile
-        self._generators = [self._new_generator(i) for i in range(config.generators.count)]
-        self._scorers = [self._new_scorer(i) for i in range(config.scorers.count)]
-        models = reward_models(rewards)
-        self._model_specs = [item for item in models.items() for _ in range(item[1].count)]
-        self._models = [self._new_model(i) for i in range(len(self._model_specs))]
-        self._dispatcher = Dispatcher(config.ray.timeouts_s.generate)
+        self._factory = WorkerFactory(config, store, rewards, functions, local=local, **options)
+        self._generators = self._factory.all("generator")
+        self._scorers = self._factory.all("scorer")
+        self._models = self._factory.all("reward_model")
+        # A deterministic engine decodes one group at a time.
+        max_rows = 1 if config.deterministic else config.generators.max_rows
+        self._dispatcher = Dispatcher(config.ray.timeouts_s.generate, max_rows)
         self._flights = self._dispatcher.flights
         self._num_publishes = 0
+        self._sleeping = False
         self._consecutive_losses = 0
+        self._drains_checked = 0.0
         self._clear()
         self.trainer_state: Any = None
         self.waited_s = 0.0
@@ -85,6 +82,13 @@ class RolloutPool:
             worker.pid = pending.wait()
             worker.starting = None
 
+    def take_idle_frac(self) -> float | None:
+        """The generators' mean share of time with nothing to decode, since the last call; None
+        while none has reported twice."""
+        shares = [worker.idle.take() for worker in self._generators]
+        known = [share for share in shares if share is not None]
+        return sum(known) / len(known) if known else None
+
     def close(self) -> None:
         """Ends all workers."""
         for worker in self._workers:
@@ -101,9 +105,18 @@ class RolloutPool:
         One whose load is under way, under the deadline of that load, loads again afterwards.
         """
         self._num_publishes += 1
+        self._sleeping = False
         for worker in self._generators:
             if worker.starting is None and worker.loading is None:
                 self._start_loading(worker)
+
+    def sleep(self) -> bool:
+        """Has idle generators give their devices to the learner until `load`; whether all have."""
+        self._sleeping = True
+        for worker in self._generators:
+            if not worker.asleep and worker.starting is None and worker.loading is None:
+                self._start_loading(worker)
+        return all(worker.asleep for worker in self._generators)
 
     def wait(self, pendings: Sequence[Pending[Any]], timeout_s: float) -> Done:
         """Blocks until something happens or the time is over, and handles all that has happened.
@@ -120,6 +133,8 @@ class RolloutPool:
             if flight.ref is not None and flight.ref in ready:
                 self._collect_flight(key, flight)
         self._check_deadlines()
+        self._check_drains()
+        self._replace_left()
         self._dispatch()
         done = Done(
             groups=tuple(self._groups),
@@ -129,6 +144,7 @@ class RolloutPool:
             loads=tuple(self._loads),
             events=tuple(self._events),
             weights_lost=self._weights_lost,
+            aborted_tokens=self._aborted_tokens,
         )
         self._clear()
         return done
@@ -140,6 +156,7 @@ class RolloutPool:
         self._loads: list[LoadReport] = []
         self._events: list[tuple[str, Mapping[str, Any]]] = []
         self._weights_lost = False
+        self._aborted_tokens = 0
 
     def _wait_for(self, refs: list[Any], timeout_s: float) -> set[Any]:
         started = time.monotonic()
@@ -162,42 +179,12 @@ class RolloutPool:
         ]
         return workers + [f.ref for f in self._flights.values() if f.ref is not None]
 
-    def _new_generator(self, index: int) -> Worker:
-        config = self._config
-        threads = generator_threads(config)
-        options = actor_options(
-            local=self._local,
-            threads=threads,
-            gpus=config.ray.gpus.generator,
-            labels=labels_of(config, "generator"),
-        )
-        profile = self._profile if index == 0 else None
-        actor = spawn(
-            GeneratorActor, config, self._store, threads, profile, max_concurrency=10_000, **options
-        )
-        return self._started(Worker("generator", f"generator-{index}", actor))
-
-    def _new_scorer(self, index: int) -> Worker:
-        labels = labels_of(self._config, "scorer")
-        options = actor_options(local=self._local, threads=1, labels=labels)
-        actor = spawn(ScorerActor, self._rewards, self._functions, **options)
-        return self._started(Worker("scorer", f"scorer-{index}", actor))
-
-    def _new_model(self, index: int) -> Worker:
-        reward, params = self._model_specs[index]
-        options = actor_options(local=self._local, threads=params.threads, gpus=params.gpus)
-        actor = spawn(RewardModelActor, params, **options)
-        worker = Worker("reward_model", f"reward-model-{index}", actor, reward=reward)
-        worker.living = actor.live.remote()
-        return self._started(worker)
-
-    def _started(self, worker: Worker) -> Worker:
-        worker.starting = worker.actor.start.remote(log_path(self._logs, worker.name))
-        worker.deadline = time.monotonic() + self._config.ray.timeouts_s.start
-        return worker
-
     def _start_loading(self, worker: Worker) -> None:
-        worker.loading = worker.actor.load.remote()
+        """Has a generator load the newest weights, or sleep while that is the order."""
+        if worker.leaving:
+            return
+        call = worker.actor.sleep if self._sleeping else worker.actor.load
+        worker.loading, worker.asleep = call.remote(), False
         worker.loading_publish = self._num_publishes
         worker.deadline = time.monotonic() + self._config.ray.timeouts_s.update
 
@@ -224,8 +211,13 @@ class RolloutPool:
         ref, worker.loading = worker.loading, None
         newest = worker.loading_publish == self._num_publishes
         try:
-            self._loads.append(resolve(ref, worker.name))
-            worker.joining = worker.joining and not newest
+            report = resolve(ref, worker.name)
+            if report is None:
+                worker.asleep = newest
+            else:
+                self._loads.append(report)
+                worker.idle.update(report.idle)
+                worker.joining = worker.joining and not newest
         except WeightsLost as error:  # no fault of the generator, which keeps what it has
             if newest:
                 self._weights_lost = True
@@ -245,14 +237,19 @@ class RolloutPool:
             return
         self._dispatcher.answered(key)
         if isinstance(answer, GenerationReport):
-            self._dispatcher.to_score(key, answer)
+            if answer.idle is not None:
+                worker.idle.update(answer.idle)
+            if answer.aborted_tokens is None:
+                self._dispatcher.to_score(key, answer)
+            else:
+                self._take_aborted(key, worker, answer.aborted_tokens)
             return
         if isinstance(answer, ModelLost):
             self._lose_worker(flight.models[answer.reward], InfraError(answer.error))
             self._give_back(key)
             return
         self._consecutive_losses = 0
-        del self._flights[key]
+        self._dispatcher.drop(key)
         for reward in answer.late:
             late = InfraError(f"no answer within the timeout_s of reward {reward}")
             self._lose_worker(flight.models[reward], late)
@@ -272,8 +269,7 @@ class RolloutPool:
         if action is Action.REPLACE_WORKER:
             self._lose_worker(worker, error)
             return
-        worker.groups.discard(key)
-        del self._flights[key]
+        self._forget(key)
         event = {"stream": key[0], "group_id": key[1], "error": str(error)}
         if action is Action.DROP_GROUP:
             self._dropped.append(key)
@@ -284,13 +280,12 @@ class RolloutPool:
 
     def _lose_worker(self, worker: Worker, error: Exception) -> None:
         """Replaces a worker and gives its groups back: generation is lost, a payload is not."""
-        pool, make = {
-            "generator": (self._generators, self._new_generator),
-            "scorer": (self._scorers, self._new_scorer),
-            "reward_model": (self._models, self._new_model),
-        }[worker.role]
-        if worker not in pool:
+        if worker not in self._workers:
             return
+        self._count_loss(worker, error)
+        self._replace(worker, str(error))
+
+    def _count_loss(self, worker: Worker, error: Exception) -> None:
         history = History(consecutive_losses=self._consecutive_losses)
         if decide(error, worker.role, history, worker_died=True) is Action.STOP:
             raise InfraError(
@@ -299,6 +294,8 @@ class RolloutPool:
                 "see logs/ for the reason (out of memory is the usual one)",
             ) from error
         self._consecutive_losses += 1
+
+    def _replace(self, worker: Worker, reason: str) -> None:
         ray.kill(worker.actor)
         lost = sorted(worker.groups)
         worker.groups.clear()
@@ -307,11 +304,16 @@ class RolloutPool:
         self._events.append(
             (
                 "worker_replaced",
-                {"worker": worker.name, "groups": [list(k) for k in lost], "error": str(error)},
+                {"worker": worker.name, "groups": [list(k) for k in lost], "error": reason},
             )
         )
+        pool = {
+            "generator": self._generators,
+            "scorer": self._scorers,
+            "reward_model": self._models,
+        }[worker.role]
         index = pool.index(worker)
-        pool[index] = make(index)
+        pool[index] = self._factory.make(worker.role, index)
 
     def _give_back(self, key: GroupKey) -> None:
         """A group's worker died: again, unless the group itself seems to be the reason."""
@@ -321,7 +323,7 @@ class RolloutPool:
             flight.scorer_deaths += 1
         deaths = flight.scorer_deaths if flight.report else flight.request.attempt + 1
         if deaths >= MAX_DEATHS:
-            del self._flights[key]
+            self._forget(key)
             self._dropped.append(key)
             reason = f"{deaths} workers died while they had it"
             event = {"stream": key[0], "group_id": key[1], "error": reason}
@@ -329,16 +331,60 @@ class RolloutPool:
         elif flight.report is not None:
             self._dispatcher.to_score(key, flight.report)
         else:
-            del self._flights[key]
+            self._forget(key)
             self._lost.append(key)
+
+    def _forget(self, key: GroupKey) -> None:
+        flight = self._dispatcher.drop(key)
+        self._count_aborted(key, flight.kept_tokens)
+
+    def _count_aborted(self, key: GroupKey, num_tokens: int) -> None:
+        if key[0] == "train":
+            self._aborted_tokens += num_tokens
+
+    def _take_aborted(self, key: GroupKey, worker: Worker, num_tokens: int) -> None:
+        """A generator that leaves gave a group back: another one goes on with it."""
+        if not worker.leaving:  # nobody here asked it to
+            self.retire(worker, "it was told to end (SIGTERM)")
+        keep = not self._config.deterministic
+        if not keep:
+            self._count_aborted(key, num_tokens)
+        self._dispatcher.resume(key, num_tokens if keep else 0)
+
+    def retire(self, worker: Worker, reason: str) -> None:
+        """Replaces a generator that still answers, once it has given back what it has."""
+        worker.leaving = reason
+        worker.deadline = time.monotonic() + _ABORT_S
+        worker.actor.abort.remote()
+        event = {"worker": worker.name, "groups": len(worker.groups), "reason": reason}
+        self._events.append(("worker_leaving", event))
+
+    def _replace_left(self) -> None:
+        for worker in self._generators:
+            if worker.leaving and not worker.groups:
+                self._replace(worker, worker.leaving)
+
+    def _check_drains(self) -> None:
+        now = time.monotonic()
+        if self._local or now < self._drains_checked + _DRAIN_CHECK_S:
+            return
+        self._drains_checked = now
+        for worker in on_draining_nodes([w for w in self._generators if w.ready]):
+            self.retire(worker, "its node is drained")
 
     def _check_deadlines(self) -> None:
         now = time.monotonic()
         late: dict[str, tuple[Worker, str]] = {}
         for worker in self._workers:
-            busy = worker.starting is not None or worker.loading is not None
-            if busy and now > worker.deadline:
-                late[worker.name] = (worker, "start or load")
+            busy = worker.starting is not None or worker.loading is not None or worker.leaving
+            if not busy or now <= worker.deadline:
+                continue
+            if worker.ready and worker.groups:  # a slow load, beside which it still decodes
+                slow = InfraError(f"{worker.name} missed the deadline of a load")
+                self._count_loss(worker, slow)
+                self.retire(worker, str(slow))
+            else:
+                late[worker.name] = (worker, worker.leaving or "start or load")
         late |= {worker.name: (worker, what) for worker, what in self._dispatcher.late(now)}
         for worker, what in late.values():
             self._lose_worker(worker, InfraError(f"{worker.name} missed its deadline: {what}"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,3 +40,23 @@ def log_path(logs: Path | None, name: str) -> str | None:
 @functools.cache
 def _actor_class(cls: type) -> Any:
     return ray.remote(cls)
+
+
+def on_sigterm(prepare: Callable[[], Any]) -> None:
+    """Has ``prepare`` run as a SIGTERM reaches this actor's process, before Ray ends it.
+
+    Ray then takes no more calls, but lets those that run end and answers them. Handlers belong to
+    the main thread, which no code of an actor runs on, so this hooks into what Ray's own ends in.
+    """
+    from ray._private import worker
+
+    name = "raise_sys_exit_with_custom_error_message"
+    end = getattr(worker, name, None)
+    if end is None:
+        return
+
+    def prepare_and_end(*arguments: Any, **options: Any) -> None:
+        prepare()
+        end(*arguments, **options)
+
+    setattr(worker, name, prepare_and_end)

@@ -70,6 +70,10 @@ class TokenLedger:
         """Groups died with a worker before they were reported."""
         return replace(self, lost_groups=self.lost_groups + groups)
 
+    def abort(self, num_tokens: int) -> TokenLedger:
+        """Tokens of groups that were broken off, which nothing goes on with."""
+        return replace(self, reported=self.reported + num_tokens, aborted=self.aborted + num_tokens)
+
     def drop(self, groups: int) -> TokenLedger:
         """Groups were given up before they were reported."""
         return replace(self, dropped_groups=self.dropped_groups + groups)

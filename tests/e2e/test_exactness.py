@@ -72,7 +72,9 @@ def test_records_of_a_whole_run(undisturbed: Path) -> None:
 
 
 def test_a_killed_generator_costs_nothing(directory: Path, undisturbed: Path) -> None:
-    config = runs.write_run(directory, "generator_killed", **SAVES)
+    # Colocated too: generators that sleep while the learner trains make the same run.
+    colocated = {"generators": {"placement": "colocate"}}
+    config = runs.write_run(directory, "generator_killed", **SAVES, **colocated)
     process = runs.start(config)
     runs.wait_for(process, lambda: len(runs.metrics(config)) >= 2, "step 2")
     (started,) = runs.events(config, "started")

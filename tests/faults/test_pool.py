@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from raygrpo.actors.connect import connect, disconnect
 from raygrpo.actors.futures import resolve
 from raygrpo.actors.placement import demand_of
 from raygrpo.actors.pool import RolloutPool
+from raygrpo.actors.publishing import Publisher
 from raygrpo.actors.weight_store import end_store, start_store
 from raygrpo.actors.workers import Done
 from raygrpo.config import RunConfig
@@ -82,6 +84,7 @@ def joined(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunConfig]:
         "params": {"gate": str(directory / "gate")},
     }
     path = runs.write_run(directory, "pool", rewards=[reward], deterministic=False)
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     config = load_config(path)
     connection = connect(config, demand_of(config))
     yield config
@@ -170,6 +173,36 @@ def test_more_gpus_than_the_cluster_has_are_refused(joined: RunConfig) -> None:
     config = joined.model_copy(update={"ray": joined.ray.model_copy(update={"gpus": gpus})})
     with pytest.raises(ConfigError, match=r"asks for 4 GPUs[^;]*; the cluster has 0[^~]*ray\.gpus"):
         connect(config, demand_of(config))
+
+    # From here on deltas travel: what the engine then computes with has the learner's very bits.
+    model = load_model(cluster.config.model, seed=0, dtype=torch.float32)
+    publisher = Publisher(cluster.store, local=True, timeout_s=60.0)
+    kinds = []
+    for step in (2, 3, 4):
+        change_bits(model, seed=step, frac=0.002)
+        publisher.publish(Version(1, step), model.named_parameters())
+        pool.load()
+        kinds.append(cluster.wait_until(lambda d: bool(d.loads))[-1].loads[0].kind)
+    assert kinds == ["full", "delta", "delta"]
+    held = resolve(pool._generators[0].actor.__ray_call__.remote(tensors_of), "generator")
+    assert held == {name: bytes_of(tensor) for name, tensor in model.named_parameters()}
+
+
+def change_bits(model: torch.nn.Module, *, seed: int, frac: float) -> None:
+    """Flips the lowest bit of a share of all weights."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        chosen = torch.rand(parameter.shape, generator=generator) < frac
+        parameter.data.view(torch.int32)[chosen] ^= 1
+
+
+def bytes_of(tensor: torch.Tensor) -> bytes:
+    return bytes(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+
+
+def tensors_of(generator: Any) -> dict[str, bytes]:
+    """The tensors that a generator's engine computes with; runs in its process."""
+    return {name: bytes_of(tensor) for name, tensor in generator._engine._weights.targets.items()}
 
 
 def test_the_store_keeps_order(cluster: Cluster) -> None:

@@ -21,7 +21,7 @@ import pytest
 import ray
 import torch
 
-from raygrpo.actors import pool as pool_module
+from raygrpo.actors import factory
 from raygrpo.actors.connect import connect, disconnect
 from raygrpo.actors.futures import resolve
 from raygrpo.actors.generator import GeneratorActor
@@ -188,11 +188,17 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     directory = tmp_path_factory.mktemp("sync")
     timeouts = {"start": 120.0, "generate": DEADLINE_S, "update": DEADLINE_S}
-    path = runs.write_run(directory, "sync", deterministic=False, ray={"timeouts_s": timeouts})
+    path = runs.write_run(
+        directory,
+        "sync",
+        deterministic=False,
+        train={"max_staleness": 1},
+        ray={"timeouts_s": timeouts},
+    )
     config = load_config(path)
     connection = connect(config, demand_of(config))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pool_module, "GeneratorActor", FaultyGenerator)
+        patch.setattr(factory, "GeneratorActor", FaultyGenerator)
         patch.setattr("raygrpo.actors.weight_store.WeightStoreActor", StoreWithPid)
         store = start_store()
         pool = RolloutPool(config, store, config.rewards, {}, local=True)

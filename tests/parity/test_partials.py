@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from raygrpo.engines.transformers_engine import TransformersEngine
-from raygrpo.types import Completion, Group, GroupRequest, Version
+from raygrpo.types import Completion, Group, GroupRequest, Stream, Version
 from tests.parity.test_transformers_engine import (
     KINDS,
     make_engine,
@@ -26,10 +26,10 @@ from tests.tiny import Kind
 __all__ = ["paths"]  # the fixture
 
 # A continuation computes its tokens' keys and values at once, decoding did it one by one: float32
-# sums in other orders. The largest difference seen is 4e-6; a wrong position or a lost token moves
+# sums in other orders. The largest difference seen is 2e-6; a wrong position or a lost token moves
 # a logprob of these models by 0.1 and more.
 TOLERANCE = 5e-5
-KEY = ("train", 3)
+KEY: tuple[Stream, int] = ("train", 3)
 
 
 def order(**sampling: Any) -> GroupRequest:
