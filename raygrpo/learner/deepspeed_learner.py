@@ -86,6 +86,8 @@ class DeepSpeedLearner(Learner):
         self._optimizer = torch.optim.AdamW(
             [parameter for parameter in policy.parameters() if parameter.requires_grad],
             lr=section.lr,
+            # One pass over weights, moments and gradient, on a CPU too.
+            fused=True,
             **section.adamw.model_dump(),
         )
         _init_distributed(config, place)
@@ -193,8 +195,7 @@ class DeepSpeedLearner(Learner):
                 if name in held:
                     held[name].copy_(value)
                 else:
-                    # AdamW keeps its step count on the CPU.
-                    held[name] = value if value.ndim == 0 else value.to(master.device)
+                    held[name] = value.to(master.device)
         self._publish_masters()
 
     def _publish_masters(self) -> None:

@@ -42,11 +42,13 @@ def weights(learner: DeepSpeedLearner) -> dict[str, torch.Tensor]:
 def train(learner: DeepSpeedLearner, case: dict[str, Any], rank: int) -> dict[str, Any]:
     """Trains the case's steps; reports statistics and weights, before and after."""
     num_minibatches = learner.config.train.num_minibatches
-    steps = make_steps(case["steps"], num_minibatches, learner.config.learner.num_ranks)
+    share, num_shares = learner.data_share
+    steps = make_steps(case["steps"], num_minibatches, num_shares)
     # Several chunks a microbatch, and not as many on every rank.
-    learner._policy.logprob_head.chunk_tokens = 5
+    head = learner._policy.logprob_head
+    head.settings = replace(head.settings, chunk_tokens=5)
     before = weights(learner)
-    history = [learner.update(step[rank]) for step in steps]
+    history = [learner.update(step[share]) for step in steps]
     after = weights(learner)
     return {"before": before, "after": after, "masters": masters(learner), "history": history}
 
@@ -80,22 +82,48 @@ def masters(learner: DeepSpeedLearner) -> dict[str, torch.Tensor]:
 
 
 def nan_loss(learner: DeepSpeedLearner, case: dict[str, Any], rank: int) -> dict[str, Any]:
-    """An update whose advantages are NaN on the last rank only."""
-    first, second = make_steps(2, 1, learner.config.learner.num_ranks)
-    learner.update(first[rank])
-    poisoned = second[rank]
-    if rank == learner.config.learner.num_ranks - 1:
-        poisoned = [[_with_advantages(batch, float("nan")) for batch in poisoned[0]]]
-    return attempt(learner, lambda: learner.update(poisoned))
+    """Updates whose advantages are NaN on the last rank only."""
+
+    def poison(batch: list[list[Microbatch]]) -> list[list[Microbatch]]:
+        if rank < learner.config.learner.num_ranks - 1:
+            return batch
+        return [[_with_advantages(item, float("nan")) for item in batch[0]]]
+
+    return skipping(learner, rank, lambda batch: learner.update(poison(batch)))
 
 
 def infinite_gradient(learner: DeepSpeedLearner, case: dict[str, Any], rank: int) -> dict[str, Any]:
-    """An update whose loss is finite, but whose gradient is not, on the last rank only."""
-    first, second = make_steps(2, 1, learner.config.learner.num_ranks)
+    """Updates whose loss is finite, but whose gradient is not, on the last rank only."""
+
+    def update(batch: list[list[Microbatch]]) -> dict[str, Any]:
+        hooks = []
+        if rank == learner.config.learner.num_ranks - 1:
+            hooks.append(learner._policy.register_forward_hook(_spoil_gradient))
+        try:
+            return learner.update(batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    return skipping(learner, rank, update)
+
+
+def skipping(
+    learner: DeepSpeedLearner, rank: int, bad_update: Callable[[Any], dict[str, Any]]
+) -> dict[str, Any]:
+    """One bad update between two good ones, then bad ones until the learner gives up."""
+    first, second, third = make_steps(3, 1, learner.config.learner.num_ranks)
     learner.update(first[rank])
-    if rank == learner.config.learner.num_ranks - 1:
-        learner._policy.register_forward_hook(_spoil_gradient)
-    return attempt(learner, lambda: learner.update(second[rank]))
+    before = weights(learner)
+    stats = bad_update(second[rank])
+    skipped = weights(learner)
+    learner.update(third[rank])
+    after, count, raised = weights(learner), 0, ""
+    while not raised and count < 10:
+        raised = attempt(learner, lambda: bad_update(second[rank]))["raised"]
+        count += 1
+    report = {"before": before, "skipped": skipped, "stats": stats, "after": after}
+    return {**report, "raised": raised, "count": count, "end": weights(learner)}
 
 
 def attempt(learner: DeepSpeedLearner, action: Callable[[], object]) -> dict[str, Any]:
