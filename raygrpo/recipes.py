@@ -68,6 +68,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         },
         # ScaleRL, 2510.13786: CISPO against the sampler, eight versions of staleness.
         "scalerl": {
+            "model": {"fp32_head": True},
             "data": {"max_pass_rate": 0.9},
             "advantage": {"baseline": "mean", "scale": "batch_centred"},
             "loss": {

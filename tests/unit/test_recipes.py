@@ -55,6 +55,7 @@ def test_recipes_are_those_of_the_table(recipe: str) -> None:
 def test_what_else_recipes_set() -> None:
     scalerl, dppo, dapo = load("scalerl"), load("dppo"), load("dapo")
     assert (scalerl.loss.cispo_cap, scalerl.loss.ratio_anchor) == (5.0, "sampler")
+    assert scalerl.model.fp32_head
     assert (scalerl.data.max_pass_rate, scalerl.train.max_staleness) == (0.9, 8)
     assert (dppo.loss.dppo_tv, dppo.loss.anchored_at_sampler) == (0.2, True)
     assert dapo.advantage.overlong_buffer == 4096 / 20480
