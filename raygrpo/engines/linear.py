@@ -16,14 +16,14 @@ from torch import Tensor, nn
 class PackedLinear(nn.Linear):
     """An ``nn.Linear`` over the same parameters that multiplies by a reordered copy of them."""
 
-    packed: Tensor
+    packed: Tensor | None
 
     @classmethod
     def over(cls, linear: nn.Linear) -> PackedLinear:
-        """Shares the parameters of ``linear``; ``packed`` must be set before use."""
+        """Shares the parameters of ``linear``; ``packed`` is None until it is set."""
         with torch.device("meta"):
             made = cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
-        made.weight, made.bias = linear.weight, linear.bias
+        made.weight, made.bias, made.packed = linear.weight, linear.bias, None
         return made
 
     @staticmethod
@@ -33,9 +33,11 @@ class PackedLinear(nn.Linear):
         return packed
 
     def forward(self, input: Tensor) -> Tensor:
-        """``input @ weight.T + bias``."""
+        """``input @ weight.T + bias``; by the plain weight while there is no packed one."""
+        packed = self.packed  # another thread may set it
+        weight = self.weight if packed is None else packed
         product: Tensor = torch.ops.mkldnn._linear_pointwise(
-            input, self.packed, self.bias, "none", [], ""
+            input, weight, self.bias, "none", [], ""
         )
         return product
 

@@ -70,7 +70,13 @@ class TransformersEngine:
         self._model = load_model(model, seed=seed, dtype=DTYPES[model.dtype]).to(self._device)
         self._model.eval().requires_grad_(False)
         # ``version`` is of the weights read from disk, where they are to be served.
-        self._weights = ModelWeights(self._model, self._device, num_rows=max_rows, version=version)
+        self._weights = ModelWeights(
+            self._model,
+            self._device,
+            num_rows=max_rows,
+            version=version,
+            pack_later=not deterministic,
+        )
         self._tokenizer = load_tokenizer(model)
         self._config = self._model.config
         self._text_config = self._config.get_text_config()
@@ -323,6 +329,7 @@ class TransformersEngine:
         """Stages and commits a version."""
         self.stage_weights(manifest, buckets)
         self.commit_weights()
+        self._weights.wait_packed()
 
     @torch.inference_mode()
     def abort(self, stream: Stream, group_id: int) -> list[Completion]:

@@ -7,13 +7,20 @@ without a copy (a tensor that does not start at a multiple of 64 bytes is copied
 see the same alignment and give the same bits however a version arrived). On a GPU a second set of
 tensors is filled on a stream of its own, and the two sets change places.
 
+Packed linear weights are made at staging or, with ``pack_later``, after the commit by a thread of
+low priority; until then the same kernels take the plain weights, a little slower. Sums may then be
+rounded otherwise, so deterministic engines pack first.
+
 Memory: at most twice the weights, and while a version is staged twice the packed linear weights.
 """
 
 from __future__ import annotations
 
 import math
+import os
+import threading
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,9 +55,18 @@ class ModelWeights:
     """
 
     def __init__(
-        self, model: Any, device: torch.device, *, num_rows: int, version: Version | None
+        self,
+        model: Any,
+        device: torch.device,
+        *,
+        num_rows: int,
+        version: Version | None,
+        pack_later: bool = False,
     ) -> None:
         self.version = version
+        self._packer = ThreadPoolExecutor(1, "pack", _lower_priority) if pack_later else None
+        self._packing: Future[None] | None = None
+        self._swap = threading.Lock()
         self._device, self._num_rows = device, num_rows
         self._linears: list[PackedLinear] = []
         if can_pack(device, model.dtype):
@@ -78,10 +94,7 @@ class ModelWeights:
         with torch.no_grad():
             views = _unpack_all(manifest, buckets)
             tensors = self._on_device(views)
-            packed = [
-                linear.pack(tensors[name], self._num_rows)
-                for linear, name in zip(self._linears, self._packed_names, strict=True)
-            ]
+            packed = [] if self._packer else [self._pack(tensors[n]) for n in self._packed_names]
         self._staged = _Staged(version=manifest.version, tensors=tensors, packed=packed)
 
     def commit(self) -> Version:
@@ -97,12 +110,33 @@ class ModelWeights:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
             self._spare = {name: target.data for name, target in self.targets.items()}
-        for name, tensor in staged.tensors.items():
-            self.targets[name].data = tensor
-        for linear, packed in zip(self._linears, staged.packed, strict=True):
-            linear.packed = packed
-        self.version = staged.version
+        with self._swap:
+            for name, tensor in staged.tensors.items():
+                self.targets[name].data = tensor
+            for place, linear in enumerate(self._linears):
+                linear.packed = None if self._packer else staged.packed[place]
+            self.version = staged.version
+        if self._packer:
+            self._packing = self._packer.submit(self._pack_all, staged)
         return staged.version
+
+    def wait_packed(self) -> None:
+        """Returns once all linear weights of the version in use are packed."""
+        if self._packing is not None:
+            self._packing.result()
+
+    def _pack(self, weight: Tensor) -> Tensor:
+        return PackedLinear.pack(weight, self._num_rows)
+
+    @torch.no_grad()
+    def _pack_all(self, used: _Staged) -> None:
+        """Packs what has been put into use, as long as nothing newer is."""
+        for linear, name in zip(self._linears, self._packed_names, strict=True):
+            packed = self._pack(used.tensors[name])
+            with self._swap:
+                if self.targets[name].data_ptr() != used.tensors[name].data_ptr():
+                    return
+                linear.packed = packed
 
     def _on_device(self, views: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         if self._device.type != "cuda":
@@ -116,6 +150,10 @@ class ModelWeights:
                 self._spare[name].copy_(view, non_blocking=True)
         stream.synchronize()
         return self._spare
+
+
+def _lower_priority() -> None:
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
 def weight_targets(model: Any) -> dict[str, Tensor]:
