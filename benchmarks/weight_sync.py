@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import ray
 
-from benchmarks.rollout_engine import save_smollm2_shape
+from benchmarks.rollout_throughput import save_smollm2_shape
 from raygrpo.actors.connect import connect, disconnect
 from raygrpo.actors.generator import GeneratorActor
 from raygrpo.actors.placement import demand_of
@@ -65,7 +65,7 @@ class Source:
         started = time.perf_counter()
         probe = self._score()
         probe_s = time.perf_counter() - started
-        tensors = ((name, p.clone()) for name, p in self._model.named_parameters())
+        tensors = ((name, p.detach()) for name, p in self._model.named_parameters())
         return probe_s, self._publisher.publish(version, tensors, probe=probe)
 
     def _score(self) -> Probe:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,6 +24,7 @@ import ray
 from raygrpo.errors import InfraError
 from raygrpo.types import BucketSpec, ByteArray, Probe, Version, WeightsManifest
 from raygrpo.weights import delta
+from raygrpo.weights.segments import Segment, SegmentPool
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,25 +54,31 @@ class _Compared:
     """A bucket of the version under way, and what comparing it with the base brought."""
 
     spec: BucketSpec
-    data: ByteArray
-    held: ByteArray
+    segment: Segment
     encoded: delta.Encoded | None
+
+    @property
+    def data(self) -> ByteArray:
+        return self.segment.data
 
 
 class Publisher:
-    """Publishes one model's versions; keeps a copy of the bytes that it published last.
+    """Publishes one model's versions; keeps the bytes that it published last.
 
-    Bucket i is compared on a thread of its own while bucket i + 1 is gathered.
+    They are written into shared memory, where a store on this host takes them from, and compared
+    with what was written the time before: bucket i on a thread of its own while bucket i + 1 is
+    gathered. A store on another host is sent them.
     """
 
     def __init__(self, store: Any, *, local: bool, timeout_s: float) -> None:
         self._store, self._timeout_s = store, timeout_s
         self._max_changed_frac = LOCAL_FRAC if local else delta.DENSE_FRAC
-        self._base: list[tuple[BucketSpec, ByteArray]] = []
+        self._base: list[tuple[BucketSpec, Segment]] = []
         self._base_version: Version | None = None
         self._chain_bytes = 0
-        self._room = deque([np.empty(0, np.uint8)] * 2)
-        self._puts: deque[Any] = deque()
+        self._segments = SegmentPool()
+        self._same_host = True  # as far as is known
+        self._puts: deque[tuple[Any, Callable[[], Any]]] = deque()
 
     def publish(
         self,
@@ -93,11 +100,13 @@ class Publisher:
         self._puts.clear()
         newest = self._get(self._store.newest.remote())  # none where the store was lost meanwhile
         if newest is None or newest != self._base_version or version.incarnation != newest[0]:
+            self._give_back(base)
             base = []
         whole = not base or self._chain_bytes > sum(spec.num_bytes for spec, _ in base)
         buckets: list[_Compared] = []
         for bucket in self._compare_all(tensors, base):
             self._send(version, len(buckets), bucket, whole=whole)
+            self._give_back(base[len(buckets) : len(buckets) + 1])
             buckets.append(bucket)
         self._finish_puts(0)
         link, manifests = _manifests(version, self._base_version, buckets, kind, probe, whole=whole)
@@ -107,70 +116,83 @@ class Publisher:
             if self._get(self._store.newest.remote()) is not None:
                 raise
             # The store was lost in the midst of this: the kept bytes are the version's own.
-            link = self._send_again(link, [bucket.held for bucket in buckets], kind)
+            link = self._send_again(link, [bucket.segment for bucket in buckets], kind)
             manifests = [link]
-        self._base = [(bucket.spec, bucket.held) for bucket in buckets]
+        self._base = [(bucket.spec, bucket.segment) for bucket in buckets]
         self._base_version = version
         is_whole = any(manifest.kind != "delta" for manifest in manifests)
         self._chain_bytes = 0 if is_whole else self._chain_bytes + link.sent_bytes
         return _report(link, buckets)
 
     def _compare_all(
-        self, tensors: Iterable[tuple[str, Tensor]], base: list[tuple[BucketSpec, ByteArray]]
+        self, tensors: Iterable[tuple[str, Tensor]], base: list[tuple[BucketSpec, Segment]]
     ) -> Iterator[_Compared]:
-        """Packs buckets into two rooms by turns; a yielded one's data is good until the next."""
+        """Packs buckets into segments, and compares each with the base's."""
         from raygrpo.weights.buckets import make_buckets
+
+        taken: deque[Segment] = deque()
+
+        def take(num_bytes: int) -> ByteArray:
+            taken.append(self._segments.take(num_bytes))
+            return taken[-1].data
 
         held = iter(base)
         with ThreadPoolExecutor(1, "compare") as worker:
             before: Future[_Compared] | None = None
-            for spec, data in make_buckets(tensors, take=self._take_room):
-                after = worker.submit(self._compare, spec, data, next(held, None))
+            for spec, _ in make_buckets(tensors, take=take):
+                after = worker.submit(self._compare, spec, taken.popleft(), next(held, None))
                 if before is not None:
                     yield before.result()
                 before = after
             if before is not None:
                 yield before.result()
 
-    def _take_room(self, num_bytes: int) -> ByteArray:
-        self._room.rotate()
-        if self._room[0].nbytes < num_bytes:
-            self._room[0] = np.empty(num_bytes, np.uint8)
-        return self._room[0][:num_bytes]
+    def _give_back(self, base: Iterable[tuple[BucketSpec, Segment]]) -> None:
+        for _, segment in base:
+            self._segments.give_back(segment)
 
     def _compare(
-        self, spec: BucketSpec, data: ByteArray, base: tuple[BucketSpec, ByteArray] | None
+        self, spec: BucketSpec, segment: Segment, base: tuple[BucketSpec, Segment] | None
     ) -> _Compared:
-        """Compares a bucket with the base, and brings the base up to it."""
-        if base is None:
-            return _Compared(spec=spec, data=data, held=data.copy(), encoded=None)
-        old, held = base
-        encoded = delta.compare(
-            held, data, old.checksum, spec.checksum, _itemsize(spec), self._max_changed_frac
-        )
-        if encoded.data is None:
-            np.copyto(held, data)
-        else:
-            delta.patch(held, encoded.data, old.checksum)
-        return _Compared(spec=spec, data=data, held=held, encoded=encoded)
+        encoded = None
+        if base is not None:
+            old, held = base
+            encoded = delta.compare(
+                held.data,
+                segment.data,
+                old.checksum,
+                spec.checksum,
+                _itemsize(spec),
+                self._max_changed_frac,
+            )
+        return _Compared(spec=spec, segment=segment, encoded=encoded)
 
     def _send(self, version: Version, index: int, bucket: _Compared, *, whole: bool) -> None:
-        put, coded = self._store.put.remote, bucket.encoded.data if bucket.encoded else None
-        # Ray has copied the bytes when the call returns: their room is free then.
+        coded = bucket.encoded.data if bucket.encoded else None
         if coded is not None:
-            self._puts.append(put(version, index, np.frombuffer(coded, np.uint8), True))
+            ref = self._store.put.remote(version, index, np.frombuffer(coded, np.uint8), True)
+            self._puts.append((ref, lambda: ref))
         if coded is None or whole:
-            self._puts.append(put(version, index, bucket.data))
+            self._send_whole(version, index, bucket.segment)
         self._finish_puts(_PUTS_IN_FLIGHT)
 
+    def _send_whole(self, version: Version, index: int, segment: Segment) -> None:
+        def put() -> Any:
+            return self._store.put.remote(version, index, segment.data)
+
+        def adopt() -> Any:
+            return self._store.adopt.remote(version, index, segment.show())
+
+        self._puts.append((adopt() if self._same_host else put(), put))
+
     def _send_again(
-        self, link: WeightsManifest, data: Sequence[ByteArray], kind: WholeKind
+        self, link: WeightsManifest, segments: Sequence[Segment], kind: WholeKind
     ) -> WeightsManifest:
         """Gives an empty store the whole version; returns its manifest."""
         specs = tuple(replace(spec, encoded_bytes=None) for spec in link.buckets)
         whole = replace(link, kind=kind, base_version=None, buckets=specs)
-        for index, bucket in enumerate(data):
-            self._puts.append(self._store.put.remote(link.version, index, bucket))
+        for index, segment in enumerate(segments):
+            self._send_whole(link.version, index, segment)
             self._finish_puts(_PUTS_IN_FLIGHT)
         self._finish_puts(0)
         self._get(self._store.commit.remote(whole))
@@ -178,7 +200,10 @@ class Publisher:
 
     def _finish_puts(self, num_left: int) -> None:
         while len(self._puts) > num_left:
-            self._get(self._puts.popleft())
+            ref, put = self._puts.popleft()
+            if self._get(ref) is False:  # a store on another host
+                self._same_host = False
+                self._get(put())
 
     def _get(self, ref: Any) -> Any:
         return ray.get(ref, timeout=self._timeout_s)
