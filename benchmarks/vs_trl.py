@@ -2,6 +2,7 @@
 
     python benchmarks/vs_trl.py                                    # speed, on SmolLM2-135M
     python benchmarks/vs_trl.py --workload chain_sum --curves      # half the wall-clock to 0.7?
+    python benchmarks/vs_trl.py --engine vllm --new-tokens 64      # where vLLM is installed
 
 Every run is a fresh process on the same model, prompts, group size, lengths and number of updates:
 ``python -m raygrpo train`` with Ray, generator, learner and scorers, and TRL's GRPOTrainer with
@@ -52,6 +53,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--workload", choices=["speed", "chain_sum"], default="speed")
     add("--model", default=str(ROOT / "weights/smollm2-135m"), help="model directory")
     add("--prompts", type=int, help="prompts of a step; none: 4, chain_sum 8")
+    add("--engine", choices=["transformers", "vllm"], default="transformers", help="raygrpo's")
     add("--completions", type=int, default=8, help="completions of a prompt")
     add("--prompt-tokens", type=int, default=100, help="tokens of a prompt (speed)")
     add("--new-tokens", type=int, default=32, help="tokens of a completion (speed)")
@@ -100,6 +102,7 @@ def speed_config(options: argparse.Namespace, work: Path) -> dict[str, Any]:
         "sampling": {"num_completions": options.completions, **length},
         "rewards": [{"func": f"{ROOT / 'benchmarks/vowels.py'}:vowels"}],
         "train": {"steps": options.steps, "groups_per_step": options.prompts},
+        "generators": {"engine": options.engine},
         "ray": {"address": "local"},
     }
 
@@ -112,6 +115,7 @@ def chain_sum_config(options: argparse.Namespace) -> dict[str, Any]:
     config["sampling"]["num_completions"] = options.completions
     config["train"] |= {"steps": options.steps, "groups_per_step": options.prompts}
     config["checkpoint"] = {}
+    config["generators"] = {"engine": options.engine}
     config["ray"] = {"address": "local"}
     return config
 
