@@ -250,6 +250,23 @@ def replay(
     typer.echo(f"replayed {done.steps} steps: {done.directory}")
 
 
+@app.command(context_settings=_OVERRIDES)
+def plan(
+    context: typer.Context,
+    path: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")],
+) -> None:
+    """Estimate a run's batch, placement and memory of each actor; exit 2 where it does not fit.
+
+    Reads the model's configuration alone. Keys are overridden by --section.key=value.
+    """
+    from raygrpo.plan import print_plan
+
+    try:
+        print_plan(load_config(path, context.args))
+    except RayGrpoError as error:
+        _fail(error)
+
+
 @app.command(name="config", context_settings=_OVERRIDES)
 def show_config(
     context: typer.Context,

@@ -19,6 +19,7 @@ from raygrpo.errors import ConfigError, RewardError
 from raygrpo.eval_setup import written
 from raygrpo.learner.deepspeed_config import deepspeed_config
 from raygrpo.learner.schedule import learning_rate
+from raygrpo.learner.sequence_parallel import sequence_ranks
 from raygrpo.run_dir import RunDir
 from raygrpo.session import Session
 from raygrpo.types import (
@@ -229,7 +230,7 @@ def fullest_step(config: RunConfig, longest_prompt: int, hidden_size: int) -> tu
     )
     plan = place(
         batch,
-        config.learner.num_ranks,
+        config.learner.num_ranks // sequence_ranks(config),
         tokens_per_microbatch=train.tokens_per_microbatch,
         attention_length=6.0 * hidden_size,
     )[0][0]
