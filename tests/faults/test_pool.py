@@ -174,7 +174,9 @@ def test_more_gpus_than_the_cluster_has_are_refused(joined: RunConfig) -> None:
     with pytest.raises(ConfigError, match=r"asks for 4 GPUs[^;]*; the cluster has 0[^~]*ray\.gpus"):
         connect(config, demand_of(config))
 
-    # From here on deltas travel: what the engine then computes with has the learner's very bits.
+
+def test_deltas_leave_an_engine_with_the_learners_very_bits(cluster: Cluster) -> None:
+    pool = cluster.pool
     model = load_model(cluster.config.model, seed=0, dtype=torch.float32)
     publisher = Publisher(cluster.store, local=True, timeout_s=60.0)
     kinds = []
@@ -203,6 +205,32 @@ def bytes_of(tensor: torch.Tensor) -> bytes:
 def tensors_of(generator: Any) -> dict[str, bytes]:
     """The tensors that a generator's engine computes with; runs in its process."""
     return {name: bytes_of(tensor) for name, tensor in generator._engine._weights.targets.items()}
+
+
+def test_a_generator_that_is_told_to_end_hands_on_what_it_wrote(cluster: Cluster) -> None:
+    pool, before, after = cluster.pool, Version(1, 0), Version(1, 1)
+    cluster.publish(before)
+    pool.load()
+    length = 500  # a second or more; the short group is written in its first four steps
+    sampling = Sampling(num_completions=8, max_tokens=length, min_tokens=length)
+    pool.submit(replace(order(0, before), sampling=sampling))
+    pool.submit(order(1, before))
+    while pool._flights[("train", 1)].report is None:
+        pool.wait([], 1.0)
+    os.kill(pool.pids["generator-0"], signal.SIGTERM)
+    cluster.publish(after)  # only the generator that comes in its place loads it
+    seen = cluster.wait_until(lambda d: any(g.summary.group_id == 0 for g, _ in d.groups))
+    assert [(kind, fields.get("groups")) for done in seen for kind, fields in done.events] == [
+        ("worker_leaving", 0),
+        ("worker_replaced", []),
+    ]
+    assert not any(done.lost or done.aborted_tokens for done in seen)
+    (group,) = (g for done in seen for g, _ in done.groups if g.summary.group_id == 0)
+    assert group.summary.attempt == 0
+    for completion in ray.get(group.payload).completions:
+        (old, kept), (new, written) = completion.version_runs
+        assert (old, new, kept + written) == (before, after, length)
+        assert 4 <= kept < length
 
 
 def test_the_store_keeps_order(cluster: Cluster) -> None:
