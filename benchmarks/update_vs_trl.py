@@ -1,9 +1,9 @@
-"""The update alone against TRL's: forward, loss, backward and optimizer on the same stored rollouts.
+"""The update alone against TRL's: forward, loss, backward, optimizer on the same stored rollouts.
 
-    python benchmarks/update_vs_trl.py                                  # SmolLM2, 4 x 8 x (105 + 64)
-    python benchmarks/update_vs_trl.py --workload long_prompt           # SmolLM2, 2 x 16 x (256 + 32)
-    python benchmarks/update_vs_trl.py --workload gemma                 # Gemma 3, 4 x 8 x (12 + 32)
-    python benchmarks/update_vs_trl.py --parity                         # the same loss and gradient?
+    python benchmarks/update_vs_trl.py                               # SmolLM2, 4 x 8 x (105 + 64)
+    python benchmarks/update_vs_trl.py --workload long_prompt        # SmolLM2, 2 x 16 x (256 + 32)
+    python benchmarks/update_vs_trl.py --workload gemma                # Gemma 3, 4 x 8 x (12 + 32)
+    python benchmarks/update_vs_trl.py --parity                        # the same loss and gradient?
 
 Each side is a process of its own on --threads threads, and they take turns: ours (DeepSpeed, bf16
 with fp32 masters, recipe trl024), TRL's GRPOTrainer with all in bf16, and with fp32 weights and
@@ -27,8 +27,6 @@ import os
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -39,7 +37,7 @@ import numpy as np
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.update_sides import matmul_flops, serve
+from benchmarks.update_sides import matmul_flops, serve  # noqa: E402
 
 SIDES = ("raygrpo", "TRL bf16", "TRL autocast")
 PARITY_TOLERANCE = 1e-4
@@ -115,10 +113,47 @@ def make_rollouts(model: str, size: Workload, seed: int = 0) -> list[dict[str, A
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     random = np.random.default_rng(seed)
-    words = (
-        "the of and to in is that it was for on are with as at be this have from or one had "
-        "by word but not what all were we when your can said there use an each which"
-    ).split()
+    words = [
+        "the",
+        "of",
+        "and",
+        "to",
+        "in",
+        "is",
+        "that",
+        "it",
+        "was",
+        "for",
+        "on",
+        "are",
+        "with",
+        "as",
+        "at",
+        "be",
+        "this",
+        "have",
+        "from",
+        "or",
+        "one",
+        "had",
+        "by",
+        "word",
+        "but",
+        "not",
+        "what",
+        "all",
+        "were",
+        "we",
+        "when",
+        "your",
+        "can",
+        "said",
+        "there",
+        "use",
+        "an",
+        "each",
+        "which",
+    ]
 
     def text(num_tokens: int) -> list[int]:
         drawn = " ".join(random.choice(words, 2 * num_tokens))
@@ -253,7 +288,7 @@ def compare(options: argparse.Namespace, spec: dict[str, Any]) -> list[str]:
 
 
 def update_flops(model: str, groups: list[dict[str, Any]]) -> float:
-    """Matrix-product FLOPs of one update on separate, unpadded rows, head at trained tokens only."""
+    """Matrix-product FLOPs of one update on separate, unpadded rows, head at trained tokens."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(model).get_text_config()
@@ -298,7 +333,7 @@ def main(arguments: list[str] | None = None) -> int:
     }
     flops = update_flops(model, groups)
     print(
-        f"# a plain matrix product: "
+        "# a plain matrix product: "
         + ", ".join(f"{k} {v / 1e9:.0f} GFLOP/s" for k, v in plain.items())
     )
     print("\n".join(report(seconds, flops, plain, size.bar)))

@@ -27,7 +27,6 @@ FLOORS = {
     "raygrpo.errors": 0,
     "raygrpo.failures": 0,
     "raygrpo.models": 1,
-    "raygrpo.memory": 1,
     "raygrpo.algorithm": 1,
     "raygrpo.data": 1,
     "raygrpo.rewards": 1,
@@ -191,9 +190,9 @@ LIMITS = {
     ),
     "rewards": (1800, ("raygrpo.rewards.", "raygrpo.actors.reward_model")),
     "data": (850, ("raygrpo.data.",)),
-    "commands": (2000, ()),
+    "commands": (2300, ()),
     "fast rollouts": (
-        3000,
+        3300,
         (
             "raygrpo.engines.",
             "raygrpo.weights.",
