@@ -195,8 +195,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(
                 f"  {form}: {seconds:.2f} s, {cpu:.2f} CPU-s, "
                 f"{seconds / medians['full'][0]:.2f} "
-                f"of full logits, {flops / seconds / 1e9:.0f} GFLOP/s, {flops / seconds / plain:.2f} "
-                "of a plain product"
+                f"of full logits, {flops / seconds / 1e9:.0f} GFLOP/s, "
+                f"{flops / seconds / plain:.2f} of a plain product"
             )
         full = medians["full"][0]
         holds &= medians["fused"][0] <= FUSED_BAR * full
