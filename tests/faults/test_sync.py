@@ -75,8 +75,9 @@ class FaultyGenerator(GeneratorActor):
             commit()
             if (place / "perturb").exists():
                 (place / "perturb").unlink()
-                with torch.no_grad():
-                    engine._weights.targets["model.norm.weight"].mul_(1.01)
+                # Weights in use are shared memory that nobody can write to.
+                norm = engine._weights.targets["model.norm.weight"]
+                norm.data = norm.data * 1.01
 
         engine.stage_weights, engine.commit_weights = held_stage, perturbed_commit
         engine.step = held_step
