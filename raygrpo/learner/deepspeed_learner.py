@@ -17,7 +17,7 @@ from raygrpo.errors import ConfigError
 from raygrpo.learner.base import Learner
 from raygrpo.learner.deepspeed_config import clips_itself, deepspeed_config
 from raygrpo.learner.lora import add_adapter
-from raygrpo.learner.policy import LogprobHead, PolicyInputs, PolicyModel, load_policy
+from raygrpo.learner.policy import PolicyInputs, PolicyModel, load_policy
 from raygrpo.learner.sequence_parallel import SequenceShard, sequence_ranks
 from raygrpo.learner.shards import Layout
 from raygrpo.models import DTYPES
@@ -277,9 +277,12 @@ def _make_engine(
     policy: PolicyModel, optimizer: torch.optim.Optimizer, settings: dict[str, Any]
 ) -> Any:
     import deepspeed
-    from deepspeed.utils import set_z3_leaf_modules
+    from deepspeed.runtime.zero import register_external_parameter
 
-    set_z3_leaf_modules(policy, [LogprobHead])
+    # The logprobs are made of the head's weight past its own forward. As a leaf module, whose
+    # gradients are reduced at its backward, it would lose a tied embedding's part of them.
+    for parameter in policy.logprob_head.head.parameters():
+        register_external_parameter(policy.logprob_head, parameter)
     engine, *_ = deepspeed.initialize(
         model=policy, optimizer=optimizer, config=settings, dist_init_required=False
     )
