@@ -436,7 +436,8 @@ def test_wandb_offline_continues_one_run_and_holds_no_secret(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "sentinel" + "0" * 32)
-    config = run_config(tmp_path, wandb="offline", name="a-name")
+    monkeypatch.setenv("WANDB_NAME", "a-name")
+    config = run_config(tmp_path, wandb="offline")
     run_dir = RunDir.claim(config)
     ids = []
     for resume_step, steps in ((None, (1, 2)), (1, (2, 3))):
