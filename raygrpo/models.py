@@ -83,17 +83,23 @@ def load_model(model: ModelSection, *, seed: int, dtype: torch.dtype) -> Any:
     """
     try:
         with quiet_transformers():
-            loaded = _load(model, seed, dtype)
+            try:
+                loaded = _load(model, seed, dtype, "sdpa")
+            except ValueError as error:
+                if "scaled_dot_product_attention" not in str(error):
+                    raise
+                # Gemma 2 caps its attention's logits, which SDPA cannot.
+                loaded = _load(model, seed, dtype, "eager")
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"model.path {model.path!r} does not load: {error}") from error
     attention_windows(loaded.config)
     return loaded
 
 
-def _load(model: ModelSection, seed: int, dtype: torch.dtype) -> Any:
+def _load(model: ModelSection, seed: int, dtype: torch.dtype, attention: str) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-    common = {"trust_remote_code": model.trust_remote_code, "attn_implementation": "sdpa"}
+    common = {"trust_remote_code": model.trust_remote_code, "attn_implementation": attention}
     if not model.random_init:
         return AutoModelForCausalLM.from_pretrained(
             model.path, revision=model.revision, dtype=dtype, **common

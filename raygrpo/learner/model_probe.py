@@ -43,9 +43,13 @@ def find_layout(model: Any) -> RowLayout:
             f"models of type {kind!r} make their logits in a way that raygrpo does not know",
             "use another model type, or report this one",
         )
+    own = model.config._attn_implementation
     layouts: tuple[RowLayout, ...] = ("packed", "shared")
     for layout in layouts:
-        use_segments(model, layout == "packed")
+        if layout == "packed":
+            use_segments(model)
+        else:
+            model.set_attn_implementation(own)
         reason = _try_layout(PolicyModel(model, layout=layout), rows, expected)
         if reason is None:
             return layout

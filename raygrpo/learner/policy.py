@@ -277,7 +277,8 @@ def load_policy(
     # The comparison is of exact mathematics: bfloat16's rounding would hide a real difference.
     probed = model if dtype == torch.float32 else copy.deepcopy(model).float()
     layout = find_layout(probed)
-    use_segments(model, layout == "packed")
+    if layout == "packed":
+        use_segments(model)
     return PolicyModel(
         model,
         temperature=temperature,

@@ -319,11 +319,11 @@ def window_marks(config: Any, like: Tensor) -> Any:
     return marks if len(marks) > 1 else next(iter(marks.values()))
 
 
-def use_segments(model: Any, enabled: bool = True) -> None:
-    """Makes a model's layers call `segment_attention`, or transformers' SDPA."""
+def use_segments(model: Any) -> None:
+    """Makes a model's layers call `segment_attention`; its own attention must be SDPA."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register(NAME, segment_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
-    model.set_attn_implementation(NAME if enabled else "sdpa")
+    model.set_attn_implementation(NAME)

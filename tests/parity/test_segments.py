@@ -1,0 +1,312 @@
+"""Packed rows and attention by segment: against dense attention, and against separate rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from raygrpo.algorithm.packing import RowLayout, make_microbatch, place
+from raygrpo.config import ModelSection
+from raygrpo.learner.model_probe import find_layout
+from raygrpo.learner.policy import load_policy, tree_layout
+from raygrpo.learner.reference_learner import ReferenceLearner
+from raygrpo.learner.segments import segment_attention
+from raygrpo.types import Group, Microbatch, PlannedSample, StepBatch
+from tests.builders import completion, group, request
+from tests.parity.learner_cases import VOCABULARY, make_config
+from tests.tiny import save_tiny_model
+from tests.unit.loss_cases import BESIDE, CORRECTIONS, LOSSES
+
+KINDS = ("llama", "qwen2", "gemma3")
+LAYOUTS: tuple[RowLayout, ...] = ("plain", "shared", "packed")
+CPU = torch.device("cpu")
+# fp32 sums in another order (other shapes of matrix products).
+RELATIVE = 1e-5
+
+Lengths = list[tuple[int, list[int]]]
+GROUPS = st.lists(
+    st.tuples(st.integers(1, 20), st.lists(st.integers(1, 14), min_size=1, max_size=4)),
+    min_size=1,
+    max_size=4,
+)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {kind: save_tiny_model(root / kind, kind) for kind in KINDS}
+
+
+def make_groups(lengths: Lengths, seed: int) -> tuple[tuple[PlannedSample, ...], dict[int, Group]]:
+    """Groups (prompt length, completion lengths) of random tokens, masks and advantages."""
+    random = np.random.default_rng(seed)
+    samples, payloads = [], {}
+    total = sum(sum(completions) for _, completions in lengths)
+    for group_id, (prompt, completions) in enumerate(lengths):
+        members = []
+        for index, size in enumerate(completions):
+            mask = random.random(size) < 0.8
+            mask[-1] = True
+            logprobs = random.normal(-3, 1, size).tolist()
+            members.append(
+                completion(random.integers(3, VOCABULARY, size).tolist(), logprobs, mask.tolist())
+            )
+            samples.append(
+                PlannedSample(
+                    group_id=group_id,
+                    completion_index=index,
+                    prompt_length=prompt,
+                    completion_length=size,
+                    num_loss_tokens=int(mask.sum()),
+                    advantage=float(random.normal()),
+                    loss_weight=1 / total,
+                )
+            )
+        order = request(
+            group_id,
+            num_completions=len(completions),
+            tokens=random.integers(3, VOCABULARY, prompt).tolist(),
+        )
+        payloads[group_id] = group(order, members)
+    return tuple(samples), payloads
+
+
+def microbatches(
+    samples: tuple[PlannedSample, ...], payloads: dict[int, Group], layout: RowLayout, budget: int
+) -> list[Microbatch]:
+    batch = StepBatch(step=0, minibatches=(samples,), payloads=dict.fromkeys(payloads), versions={})
+    ((plans,),) = place(batch, 1, tokens_per_microbatch=budget, layout=layout)
+    return [make_microbatch(plan, payloads) for plan in plans]
+
+
+class Recorder(ReferenceLearner):
+    """Keeps the gradient of each update."""
+
+    def __init__(self, path: Path, layout: RowLayout, **sections: Any) -> None:
+        super().__init__(make_config(path, **sections))
+        assert self.layout == "packed"
+        self._policy._layout = layout
+        self.gradients: list[Tensor] = []
+
+    def _apply(self, lr: float) -> float:
+        parameters = self._policy.parameters()
+        flat = [p.grad.flatten().clone() for p in parameters if p.grad is not None]
+        self.gradients.append(torch.cat(flat))
+        return super()._apply(lr)
+
+
+@pytest.fixture(scope="module")
+def still(models: dict[str, Path]) -> dict[str, Recorder]:
+    """Learners whose weights stay as they are."""
+    return {kind: Recorder(models[kind], "packed", optimizer={"lr": 0}) for kind in KINDS}
+
+
+def relative(ours: Tensor, expected: Tensor) -> float:
+    return float((ours - expected).norm() / expected.norm())
+
+
+CASES = [
+    *((loss, {}) for loss in LOSSES),
+    *(("clip", CORRECTIONS[name]) for name in CORRECTIONS),
+    *(("clip", BESIDE[name]) for name in BESIDE if name != "alone"),
+]
+
+
+@pytest.mark.parametrize("case", range(len(CASES)), ids=lambda i: f"{CASES[i][0]}-{i}")
+def test_every_loss_teaches_the_same_in_all_layouts(case: int, models: dict[str, Path]) -> None:
+    """Two minibatches, so that old logprobs are those of a pass before; gradients of both."""
+    loss, beside = CASES[case]
+    section = {**LOSSES[loss], **beside}
+    if "correction" in section:
+        # The model knows nothing of the sampler: its ratios are far from 1.
+        section |= {"correction_min": 0.05, "correction_max": 20.0}
+    # A loss without a ratio is right for one update a step.
+    count = 1 if loss == "reinforce" else 2
+    lengths: list[Lengths] = [
+        [(9, [7, 3, 12]), (4, [5, 9]), (15, [2, 8, 1, 6])],
+        [(3, [11, 4]), (12, [6, 6, 2])],
+    ]
+    made = [make_groups(part, seed) for seed, part in enumerate(lengths)]
+    kind = KINDS[case % len(KINDS)]
+    gradients, losses = [], []
+    for layout in LAYOUTS:
+        learner = Recorder(
+            models[kind],
+            layout,
+            loss=section,
+            train={"num_minibatches": count, "groups_per_step": 2},
+        )
+        stats = learner.update([microbatches(*groups, layout, 64) for groups in made[:count]])
+        gradients.append(learner.gradients)
+        losses.append(stats["loss"].sum)
+    for layout in (1, 2):
+        assert losses[layout] == pytest.approx(losses[0], rel=1e-4, abs=1e-6)
+        assert relative(gradients[layout][0], gradients[0][0]) < RELATIVE
+        # The second update starts from weights that Adam moved by rounding, too.
+        assert relative(gradients[layout][-1], gradients[0][-1]) < 100 * RELATIVE
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(lengths=GROUPS, budget=st.integers(1, 150), seed=st.integers(0, 99))
+@settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_any_lengths_in_any_budget_teach_the_same(
+    kind: str, lengths: Lengths, budget: int, seed: int, still: dict[str, Recorder]
+) -> None:
+    made = make_groups(lengths, seed)
+    found = []
+    learner = still[kind]
+    for layout, size in zip(LAYOUTS, (10**6, budget, budget), strict=True):
+        learner._policy._layout = layout
+        learner.update([microbatches(*made, layout, size)])
+        found.append(learner.gradients.pop())
+    assert relative(found[1], found[0]) < RELATIVE
+    assert relative(found[2], found[0]) < RELATIVE
+
+
+class Layer(torch.nn.Module):
+    """What `segment_attention` reads of an attention layer in the plain case."""
+
+    num_key_value_groups = 2
+    is_causal = True
+
+
+@given(
+    rows=st.lists(GROUPS, min_size=1, max_size=3),
+    window=st.sampled_from([None, 3, 10]),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=40, deadline=None)
+def test_attention_by_segment_equals_dense_attention(
+    rows: list[Lengths], window: int | None, seed: int
+) -> None:
+    """In float64, from the definition: who sees whom, softmax over those, weighted values."""
+    arrays = segment_arrays(rows)
+    layout = tree_layout(*arrays, CPU)
+    allowed = layout.allowed()
+    distance = layout.positions[:, :, None] - layout.positions[:, None, :]
+    if window is not None:
+        allowed = allowed & (distance < window)
+    real = layout.segment_ids >= 0
+    generator = torch.Generator().manual_seed(seed)
+    shape = (*real.shape, 4, 8)
+    query, key, value, upstream = (
+        torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(4)
+    )
+    upstream[~real] = 0
+    results = []
+    for ours in (True, False):
+        leaves = [t.clone().requires_grad_() for t in (query, key[:, :, :2], value[:, :, :2])]
+        q, k, v = (t.transpose(1, 2) for t in leaves)
+        if ours:
+            mark = torch.zeros(1).expand(1, 1, 1, (window or 0) + 1)
+            output, _ = segment_attention(Layer(), q, k, v, mark, segments=layout.plan, scaling=0.3)
+        else:
+            scores = q @ k.repeat_interleave(2, 1).transpose(2, 3) * 0.3
+            scores = scores.masked_fill(~allowed[:, None], float("-inf"))
+            shares = torch.where(real[:, None, :, None], scores.softmax(-1), 0.0)
+            output = (shares @ v.repeat_interleave(2, 1)).transpose(1, 2)
+        (output * upstream).sum().backward()
+        results.append([output[real], *(leaf.grad for leaf in leaves)])
+    for mine, expected in zip(*results, strict=True):
+        torch.testing.assert_close(mine, expected.nan_to_num(0), atol=1e-10, rtol=0)
+
+
+def segment_arrays(rows: list[Lengths]) -> tuple[Any, Any, Any]:
+    """Positions, segments and parents of rows of trees, padded on the right."""
+    found = []
+    for row in rows:
+        positions, segments, parents, number = [], [], [], 0
+        for prompt, completions in row:
+            parts = [(0, prompt, -1), *((prompt, size, number) for size in completions)]
+            for offset, (start, size, parent) in enumerate(parts):
+                positions += range(start, start + size)
+                segments += [number + offset] * size
+                parents += [parent] * size
+            number += len(parts)
+        found.append((positions, segments, parents))
+    width = max(len(positions) for positions, _, _ in found) + 2
+    arrays = []
+    for index, fill in ((0, 0), (1, -1), (2, -1)):
+        padded = [[*row[index], *[fill] * (width - len(row[index]))] for row in found]
+        arrays.append(np.array(padded, np.int32))
+    return arrays[0], arrays[1], arrays[2]
+
+
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "cohere": ("CohereConfig", {"logit_scale": 0.25}),
+    "granite": ("GraniteConfig", {"logits_scaling": 4.0, "embedding_multiplier": 3.0}),
+    "mistral": ("MistralConfig", {"sliding_window": 6}),
+    "qwen3": ("Qwen3Config", {"head_dim": 8}),
+    "gemma2": (
+        "Gemma2Config",
+        {
+            "head_dim": 8,
+            "attn_logit_softcapping": 5.0,
+            "final_logit_softcapping": 2.0,
+            "sliding_window": 6,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_models_pack_and_make_their_own_logits(kind: str, tmp_path: Path) -> None:
+    """Scales, caps and windows: loading compares with the model's own logits, or refuses it."""
+    import transformers
+
+    name, options = OTHERS[kind]
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCABULARY}
+    config = getattr(transformers, name)(**sizes, **heads, **options)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.3)
+    model.save_pretrained(tmp_path)
+    from tests.tiny import tiny_tokenizer
+
+    tiny_tokenizer().save_pretrained(tmp_path)
+    policy = load_policy(
+        ModelSection(path=str(tmp_path)), seed=0, dtype=torch.float32, temperature=1.0
+    )
+    # Gemma 2 caps its attention's logits, which only transformers' own attention does.
+    assert policy.layout == ("shared" if kind == "gemma2" else "packed")
+
+
+def test_a_layer_that_wants_more_than_is_known_falls_back_and_says_so(
+    models: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    from raygrpo.models import load_model
+
+    model = load_model(ModelSection(path=str(models["llama"])), seed=0, dtype=torch.float32)
+    for layer in model.base_model.layers:
+        layer.self_attn.register_forward_pre_hook(_with_sinks, with_kwargs=True)
+    assert find_layout(model) == "shared"
+    assert "do not attend by segment: attention with s_aux is not known" in caplog.text
+
+
+def _with_sinks(_module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return args, {**kwargs, "s_aux": torch.zeros(1)}
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_segments_reach_the_layers_when_activations_are_recomputed(
+    recompute: bool, models: dict[str, Path]
+) -> None:
+    made = make_groups([(9, [7, 3, 12]), (4, [5, 9])], 3)
+    found = []
+    for layout, options in (("plain", {}), ("packed", {"gradient_checkpointing": recompute})):
+        learner = Recorder(models["gemma3"], layout, learner=options)  # type: ignore[arg-type]
+        learner.update([microbatches(*made, layout, 100)])  # type: ignore[arg-type]
+        found.append(learner.gradients[0])
+    assert relative(found[1], found[0]) < RELATIVE
