@@ -66,6 +66,11 @@ class Raylets:
         self._say("remove", name)
         self._answer()
 
+    def drain(self, name: str) -> None:
+        """Announces a node's preemption."""
+        self._say("drain", name)
+        self._answer()
+
     def end(self) -> None:
         """Ends the cluster."""
         self._process.communicate(timeout=60)
@@ -170,3 +175,40 @@ def test_a_run_over_two_nodes_outlives_one_of_them(
         "generator-0",
         "generator-1",
     }
+
+
+def test_a_preempted_nodes_completions_go_on_elsewhere(
+    raylets: Raylets, steady: int, tmp_path: Path
+) -> None:
+    brief = {"num_cpus": 1, "labels": {"role": "brief"}}
+    nodes = {name: raylets.add(name, **brief) for name in ("one", "two")}
+    config = runs.write_run(
+        tmp_path,
+        "preempted",
+        deterministic=False,
+        # Always in the middle of a group: each takes hundreds of steps, three steps' may be open.
+        sampling={"num_completions": 4, "max_tokens": 400, "filters": {"min_tokens": 300}},
+        train={"steps": 5, "groups_per_step": 4, "max_staleness": 2, "dynamic_sampling": False,
+               "tokens_per_microbatch": 2048},
+        generators={"count": 2, "max_rows": 8},
+        ray={"address": raylets.address, "labels": {**LABELS, "generator": brief["labels"]}},
+    )  # fmt: skip
+    process = runs.start(config)
+    runs.wait_for(process, lambda: len(runs.metrics(config)) > 0, "the first step")
+    assert [roles_on(pid) for pid in nodes.values()] == [{"GeneratorActor": 1}] * 2
+    third = raylets.add("three", **brief)
+    raylets.drain("two")
+    runs.wait_for(process, lambda: bool(runs.events(config, "worker_leaving")), "the notice")
+    runs.finish(process, config)
+
+    (leaving,) = runs.events(config, "worker_leaving")
+    assert leaving["reason"] == "its node is drained"
+    assert leaving["groups"] > 0
+    (replaced,) = runs.events(config, "worker_replaced")
+    assert (replaced["worker"], replaced["groups"]) == (leaving["worker"], [])
+    rows = runs.metrics(config)
+    assert [row["step"] for row in rows] == list(range(1, 6))
+    last = rows[-1]
+    assert last["ledger/aborted"] == last["ledger/lost_groups"] == 0, "what was written is kept"
+    assert all(row["ledger/unexplained"] == 0 for row in rows)
+    assert third, "where the generator that came in its place runs"
