@@ -3,7 +3,8 @@
 Pure bookkeeping: no clock, no IO, no processes. A group may start iff
 ``admitted - dropped < min(step + 1 + max_staleness, steps) * groups_per_step``, steps take groups
 in order of admission, and a generator serves a request only with weights at least as new as its
-``min_version``. So a trained group is never older than ``max_staleness`` versions: the number of
+``min_version``; those that land while it writes, or before another generator goes on with it, are
+newer still. So no token of a trained group is older than ``max_staleness`` versions: the number of
 groups kept before it is at most ``admitted - dropped`` when it is admitted, hence the step that
 takes it is at most ``max_staleness`` after the one at which it was admitted.
 """

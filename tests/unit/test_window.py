@@ -2,14 +2,15 @@ from __future__ import annotations
 
 import pickle
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raygrpo.algorithm.ledger import TokenLedger, buffered_tokens
-from raygrpo.algorithm.window import Window, WindowState
+from raygrpo.algorithm.window import Fate, FinishedGroup, Window, WindowState
+from raygrpo.types import Version
 from tests.builders import finished, request
 
 SIGNAL, NO_SIGNAL, ERRORED = [1.0, 0.0], [1.0, 1.0], ["boom", "boom"]
@@ -65,7 +66,7 @@ class Simulation:
         ids = [g.summary.group_id for g in groups]
         self.taken_steps.append(ids)
         for group in groups:
-            assert self.step - group.summary.oldest[0].step <= self.staleness
+            assert all(self.step - v.step <= self.staleness for v in group.summary.oldest)
             assert group.summary.group_id not in self.trained
             self.trained[group.summary.group_id] = self.step
             self.ledger = self.ledger.take(group.summary, group.summary.num_loss_tokens)
@@ -90,10 +91,25 @@ class Simulation:
                 group_id, self.rng.choices(["s", "n", "e"], [0.5, 0.4, 0.1])[0]
             )
             rewards = {"s": SIGNAL, "n": NO_SIGNAL, "e": ERRORED}[kind]
-            group = finished(group_id, rewards, step=version)  # type: ignore[arg-type]
+            group = self._written(finished(group_id, rewards), version)  # type: ignore[arg-type]
             self.ledger = self.ledger.report(group.summary)
             decided = window.finish(group)
             assert window.finish(group) == []  # a duplicate changes nothing
+        self._count(decided)
+
+    def _written(self, group: FinishedGroup, submitted: int) -> FinishedGroup:
+        """Versions land while a group is written: its oldest tokens are of any since it began."""
+        summary = group.summary
+        starts = [self.rng.randint(submitted, self.step) for _ in summary.scores]
+        newest = [self.rng.randint(start, self.step) for start in starts]
+        summary = replace(
+            summary,
+            oldest=tuple(Version(1, step) for step in starts),
+            newest=tuple(Version(1, step) for step in newest),
+        )
+        return replace(group, summary=summary)
+
+    def _count(self, decided: list[tuple[FinishedGroup, Fate]]) -> None:
         self.ledger = self.ledger.decide(decided)
         for decision, fate in decided:
             if fate != "kept":
