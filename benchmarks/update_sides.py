@@ -7,6 +7,7 @@ import resource
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -124,18 +125,18 @@ def serve_raygrpo(_name: str, spec: dict[str, Any], pipe: Connection) -> None:
     import torch
 
     from raygrpo.algorithm.packing import make_microbatch, place
-    from raygrpo.learner.deepspeed_learner import DeepSpeedLearner
 
-    parity = spec.get("parity", False)
-    config = our_config(spec, "float32" if parity else "bfloat16")
+    config = our_config(spec, "float32" if spec["parity"] else "bfloat16")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    learner = DeepSpeedLearner(config, master_port=port, device=spec["device"])
+    learner = recording_learner(spec)(config, master_port=port, device=spec["device"])
     torch.set_num_threads(spec["threads"])
     batch, payloads = our_step(spec, config)
 
-    def microbatches() -> tuple[Any, list[Any]]:
+    def update() -> tuple[float, float]:
+        synchronise(spec["device"])
+        start = now()
         ((plans,),) = place(
             batch,
             1,
@@ -143,36 +144,65 @@ def serve_raygrpo(_name: str, spec: dict[str, Any], pipe: Connection) -> None:
             layout=learner.layout,
             attention_length=6.0 * learner.hf_model.config.get_text_config().hidden_size,
         )
-        return plans, [make_microbatch(plan, payloads) for plan in plans]
-
-    def update() -> tuple[float, float]:
-        synchronise(spec["device"])
-        start = now()
-        learner.update([microbatches()[1]])
+        learner.samples = [[sample for row in plan for sample in row] for plan in plans]
+        stats = learner.update([[make_microbatch(plan, payloads) for plan in plans]])
+        learner.loss = stats["loss"].sum
         return since(start)
+
+    def parity() -> float:
+        update()
+        torch.save(learner.gradient, Path(spec["work"]) / "raygrpo.pt")
+        return float(learner.loss)
 
     def profile() -> str:
         with torch.profiler.profile(record_shapes=True) as profiler:
             update()
-        averages = profiler.key_averages
-        tables = [averages().table(sort_by="self_cpu_time_total", row_limit=40)]
-        tables.append(
-            averages(group_by_input_shape=True).table(
-                sort_by="self_cpu_time_total", row_limit=70, max_shapes_column_width=110
-            )
-        )
-        return "\n".join(tables)
+        options = {"sort_by": "self_cpu_time_total", "row_limit": 50}
+        return str(profiler.key_averages().table(**options))
 
     answers: dict[str, Callable[[], Any]] = {
         "update": update,
         "profile": profile,
         "peak": lambda: peak_gb(spec["device"]),
-        "parity": lambda: None,
+        "parity": parity,
     }
     pipe.send("ready")
     while (request := pipe.recv()) != "end":
         pipe.send(answers[request]())
     learner.close()
+
+
+def recording_learner(spec: dict[str, Any]) -> Any:
+    """The learner; for parity one that perturbs and stores old logprobs, and keeps the gradient."""
+    import torch
+    from deepspeed.utils import safe_get_full_grad
+
+    from raygrpo.learner.deepspeed_learner import DeepSpeedLearner
+
+    if not spec["parity"]:
+        return DeepSpeedLearner
+
+    class Recording(DeepSpeedLearner):
+        def _update_once(self, batch: Any, held: Any) -> Any:
+            stored = {}
+            for item, kept, samples in zip(batch, held, self.samples, strict=True):
+                with torch.no_grad():
+                    old = self._forward(item.inputs)[0]
+                for number, sample in enumerate(samples):
+                    where = sample.group_id, sample.completion_index
+                    here = item.sequence_ids == number
+                    old[here] += torch.tensor(spec["groups"][where[0]]["noise"][where[1]])
+                    stored[where] = old[here]
+                kept.old_logprobs = old
+            torch.save(stored, Path(spec["work"]) / "old.pt")
+            return super()._update_once(batch, held)
+
+        def _apply(self, lr: float) -> float:
+            named = self.hf_model.named_parameters()
+            self.gradient = {name: safe_get_full_grad(p).clone() for name, p in named}
+            return super()._apply(lr)
+
+    return Recording
 
 
 # --- TRL ----------------------------------------------------------------------------------------
@@ -208,12 +238,33 @@ def serve_trl(name: str, spec: dict[str, Any], pipe: Connection) -> None:
             if request == "end":
                 os._exit(0)
             output = super()._generate_and_score_completions(inputs)
+            if request == "parity":
+                stored = torch.load(Path(spec["work"]) / "old.pt")
+                numbers = [int(row["prompt"]) for row in inputs]
+                rows = [stored[number, i % count] for i, number in enumerate(numbers)]
+                output["old_per_token_logps"] = torch.stack(rows)
+            self.loss = 0.0
+            self.request = request
             self.started = now()
             return output
 
-    class Stop(TrainerCallback):  # type: ignore[misc]
+        def training_step(self, *arguments: Any, **keywords: Any) -> Any:
+            loss = super().training_step(*arguments, **keywords)
+            if self.request == "parity":
+                self.loss += float(loss)
+            return loss
+
+        def _clip_grad_norm(self, model: Any) -> Any:
+            if self.request == "parity":
+                named = model.named_parameters()
+                gradient = {n: p.grad.clone() for n, p in named if p.grad is not None}
+                torch.save(gradient, Path(spec["work"]) / f"{name}.pt")
+            return super()._clip_grad_norm(model)
+
+    class Answer(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            pipe.send(since(trainer.started))
+            synchronise(spec["device"])
+            pipe.send(trainer.loss if trainer.request == "parity" else since(trainer.started))
 
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     config = GRPOConfig(
@@ -239,7 +290,7 @@ def serve_trl(name: str, spec: dict[str, Any], pipe: Connection) -> None:
         args=config,
         train_dataset=Dataset.from_dict({"prompt": [str(n) for n in range(len(groups))]}),
         rollout_func=replay,
-        callbacks=[Stop()],
+        callbacks=[Answer()],
     )
     torch.set_num_threads(spec["threads"])
     pipe.send("ready")

@@ -171,8 +171,11 @@ def _joined(runs: Iterable[Run]) -> tuple[Run, ...]:
 
 
 def _logprobs(output: CompletionOutput, sampling: Sampling) -> FloatArray:
-    """Logprobs [C] of the sampled tokens; 0 where sampling is greedy."""
-    if sampling.temperature == 0 or not output.token_ids:
-        return np.zeros(len(output.token_ids), np.float32)
+    """Logprobs [C] of the sampled tokens; 0 where sampling is greedy, but NaN stays NaN."""
     found: Any = output.logprobs
-    return np.array(found.logprobs, np.float32)
+    logprobs = np.array(found.logprobs if output.token_ids else [], np.float32)
+    return (
+        np.where(np.isfinite(logprobs), np.float32(0), np.float32(np.nan))
+        if sampling.temperature == 0
+        else logprobs
+    )

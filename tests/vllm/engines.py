@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,13 @@ STEP_DEADLINE = 60.0
 _group_ids = itertools.count()
 
 
-def start(path: Path, *, threads: int = 2, load: bool = True, **model: Any) -> Any:
-    """An engine as a generator makes it, in float32, on the weights of ``path`` as (0, 0)."""
+def start(path: Path, **model: Any) -> Any:
+    """An engine as a generator makes it, in float32, on the weights of ``path`` as (0, 0).
+
+    One thread: two of vLLM's and two of the reference's would spin against each other.
+    """
+    os.environ["OMP_NUM_THREADS"] = "1"  # as a generator's constructor does
+    torch.set_num_threads(1)
     options = {"max_model_len": 512 if path == SMOLLM2 else 64, "kv_cache_memory_bytes": 2**29}
     config = RunConfig.model_validate(
         {
@@ -49,7 +55,7 @@ def start(path: Path, *, threads: int = 2, load: bool = True, **model: Any) -> A
             "generators": {"engine": "vllm", "max_rows": 16, "options": options},
         }
     )
-    return make_engine(config, threads=threads, version=Version(0, 0) if load else None)
+    return make_engine(config, threads=1, version=FIRST)
 
 
 def publish(model: Any, version: Version) -> tuple[WeightsManifest, list[ByteArray]]:

@@ -41,7 +41,7 @@ def drawn_model() -> Any:
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Any]:
     """On the embedded example's model, whose weights the run's seed draws; one thread."""
-    made = start(ECHO, threads=1, random_init=True)
+    made = start(ECHO, random_init=True)
     yield made
     made.close()
 
@@ -106,7 +106,7 @@ import time
 from tests.vllm.engines import ECHO, start
 
 if __name__ == "__main__":
-    engine = start(ECHO, threads=1, random_init=True)
+    engine = start(ECHO, random_init=True)
     print("started", flush=True)
     time.sleep({STEP_DEADLINE})
 """
