@@ -14,8 +14,8 @@ FLOP/s are those of a matrix product counted for separate, unpadded rows, the sa
 beside those that a plain matrix product reaches here in that dtype: what a side saves by computing
 less shows as a higher share.
 
---parity: one update in fp32 on both sides, before clipping, with the same stored old logprobs, which
-are the model's own with noise added; loss, norm and direction of the gradient must agree.
+--parity: one update in fp32 on both sides with the same stored old logprobs, which are the model's
+own with noise added; loss, norm and direction of the gradient before clipping must agree.
 """
 
 from __future__ import annotations
