@@ -160,21 +160,23 @@ def learner_memory(config: RunConfig, size: ModelSize, *, row_tokens: int) -> Pa
         "language head": _head_bytes(size, tokens),
         "reference": held if config.loss.beta and not section.lora else 0,
     }
-    # AdamW's temporaries, of a rank's flat shard, come when activations are gone.
-    step = 2 * (shard if stage else 4 * size.largest)
-    parts["optimizer step"] = max(0, step - parts["activations"] - parts["language head"])
+    parts["allocator"] = round(ALLOCATOR_FRAC * sum(parts.values()))
+    # AdamW's temporaries, of a rank's flat shard, come when activations are gone; what is that
+    # large is taken from the system and given back at once.
+    step = parts["parameters"] + parts["master weights"] + parts["optimizer"] + parts["reference"]
+    step += min(shard, parts["gradients"]) + 2 * (shard if stage else 4 * size.largest)
+    parts["optimizer step"] = max(0, step - sum(parts.values()))
     loading = held + 4 * size.parameters if size.dtype_bytes < 4 else held
     parts["loading"] = max(0, loading - sum(parts.values()))
-    parts["allocator"] = round(ALLOCATOR_FRAC * sum(parts.values()))
     return parts
 
 
 def _gradients(stage: int, size: ModelSize, shard: int) -> int:
     """Stage 0 has a gradient a weight, and in bfloat16 a float32 one for the masters; stage 1 sums
-    them whole and copies its shard; the others keep the shard."""
+    them whole in float32; the others keep their shard."""
     if stage == 0:
         return size.trained * (4 if size.dtype_bytes == 4 else 2 + 4)
-    return shard + (4 * size.trained if stage == 1 else 0)
+    return 4 * size.trained if stage == 1 else shard
 
 
 def _zero(config: RunConfig) -> Mapping[str, Any]:

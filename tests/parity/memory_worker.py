@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import socket
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -136,5 +135,3 @@ def sync(engine: Any) -> int:
 
 if __name__ == "__main__":
     main()
-    sys.stdout.flush()
-    assert threading.active_count()

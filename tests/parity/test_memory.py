@@ -58,9 +58,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def make(model: Path, **sections: Any) -> RunConfig:
+def make(path: Path, /, **sections: Any) -> RunConfig:
     base: dict[str, Any] = {
-        "model": {"path": str(model), "random_init": True},
+        "model": {"path": str(path), "random_init": True},
         "data": {"source": "none.jsonl", "max_prompt_length": 64},
         "sampling": {"max_tokens": 64, "num_completions": 8},
         "train": {"tokens_per_microbatch": 512},
