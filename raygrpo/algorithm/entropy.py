@@ -10,8 +10,8 @@ from torch import Tensor
 
 # How the coefficient of Skywork-OR1 (2505.22312) moves, and how far; TRL's values.
 COEF_STEP, COEF_MAX = 0.005, 1.0
-# Tokens after the same context (the first ones of a group) have one entropy, but for rounding, which
-# must not decide between them.
+# Tokens after the same context (the first ones of a group) have one entropy, but for rounding,
+# which must not decide between them.
 TIE = 1e-5
 
 
@@ -45,7 +45,7 @@ def entropy_threshold(
 
 
 def top_entropy_mask(entropies: Tensor, mask: Tensor, threshold: float) -> Tensor:
-    """Trained tokens [B, T] with at least that entropy; ties (`TIE`, relative) are kept together."""
+    """Trained tokens [B, T] with at least that entropy, ties (`TIE`, relative) included."""
     return mask & (entropies.detach().float().clamp(min=0) >= threshold * (1 - TIE))
 
 

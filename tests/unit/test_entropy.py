@@ -77,6 +77,24 @@ def test_it_does_not_depend_on_the_ranks(
     assert thresholds(parts, frac) == [whole] * 3
 
 
+@settings(deadline=None)
+@given(
+    st.lists(st.floats(0.1, 20, width=32), min_size=2, max_size=10),
+    st.lists(st.integers(-2, 2), min_size=20, max_size=20),
+    st.floats(0.01, 1),
+)
+def test_rounding_does_not_part_tokens_after_one_context(
+    values: list[float], ulps: list[int], frac: float
+) -> None:
+    """Each value twice, as two rows would compute it: both are kept, or neither."""
+    exact = torch.tensor(values * 2)
+    noise = torch.tensor(ulps[: len(exact)]) * torch.finfo(torch.float32).eps
+    entropies = exact * (1 + noise)
+    every = torch.ones(1, len(exact), dtype=torch.bool)
+    mask = top_entropy_mask(entropies[None], every, entropy_threshold(entropies, frac))[0]
+    assert torch.equal(mask[: len(values)], mask[len(values) :])
+
+
 def test_rounding_below_zero_and_nothing_at_all() -> None:
     assert entropy_threshold(torch.tensor([-1e-9, 0.5]), 1.0) == 0.0
     entropies, mask = torch.tensor([[-1e-9, 0.5]]), torch.ones(1, 2, dtype=torch.bool)
