@@ -4,4 +4,11 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
+import pytest
+
 collect_ignore_glob = [] if find_spec("vllm") else ["test_*.py"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """vLLM leaves a ZeroMQ context to the garbage collector, which may run after the last test."""
+    config.addinivalue_line("filterwarnings", "ignore:Unclosed context:ResourceWarning")

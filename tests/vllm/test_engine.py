@@ -231,10 +231,11 @@ def test_updates_take_effect_everywhere(world: World, only: str) -> None:
 
 def test_weights_land_in_the_middle_of_completions(world: World) -> None:
     old, item = world.engine.version, request(world.ids(), max_tokens=64, min_tokens=64)
+    old_model, new = copy.deepcopy(world.model), world.next_version()
+    world.engine.stage_weights(*publish(perturbed(world.model, world.step), new))
     world.engine.submit(item)
     step_until(world.engine, 3)
-    old_model = copy.deepcopy(world.model)
-    new = world.update()
+    world.engine.commit_weights()
     (group,) = drain(world.engine)
     for completion in group.completions:
         (first, count), (second, rest) = completion.version_runs
