@@ -145,6 +145,7 @@ def test_a_cluster_that_grows_is_waited_for(raylets: Raylets, steady: int, tmp_p
     assert "took longer than 20 s: no node has the labels of ray.labels.generator" in output
 
 
+@pytest.mark.slow
 def test_a_run_over_two_nodes_outlives_one_of_them(
     raylets: Raylets, steady: int, tmp_path: Path
 ) -> None:

@@ -17,6 +17,7 @@ from tests import runs
 from tests.unit.test_pass_rate import judged
 
 STEPS = 8
+pytestmark = pytest.mark.slow
 REWARD = '''
 """Some prompts are solved at once; elsewhere groups differ, and no completion is right."""
 

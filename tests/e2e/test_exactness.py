@@ -133,6 +133,7 @@ def test_killed_and_resumed_is_the_same_run(directory: Path, undisturbed: Path, 
     assert incarnations == sorted(set(incarnations)) and len(incarnations) == times
 
 
+@pytest.mark.slow
 def test_stopped_in_order_and_resumed_is_the_same_run(directory: Path, undisturbed: Path) -> None:
     config = runs.write_run(directory, "stopped", checkpoint={"save_steps": 0, "keep": 0})
     process = runs.start(config)

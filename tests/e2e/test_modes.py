@@ -119,7 +119,8 @@ def test_sampling_settings_reach_the_engine(directory: Path) -> None:
         assert row["completions/max_length"] <= 5
 
 
-@pytest.mark.parametrize("again", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("again", [False, True])
 def test_no_evaluation_is_lost_or_doubled_by_stops(directory: Path, again: bool) -> None:
     """Stopped right after the start, then wherever step 2's evaluation is: all are there, once."""
     config = runs.write_run(
