@@ -143,6 +143,7 @@ class TransformersEngine:
         version = self._weights.version
         if version is None:
             raise InfraError("the engine holds no version", "load weights first")
+        self._weights.begin_packing()
         if self._running:
             self._decode()
         self._start_waiting(version)

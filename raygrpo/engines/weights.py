@@ -7,9 +7,9 @@ without a copy (a tensor that does not start at a multiple of 64 bytes is copied
 see the same alignment and give the same bits however a version arrived). On a GPU a second set of
 tensors is filled on a stream of its own, and the two sets change places.
 
-Packed linear weights are made at staging or, with ``pack_later``, after the commit by a thread of
-low priority; until then the same kernels take the plain weights, a little slower. Sums may then be
-rounded otherwise, so deterministic engines pack first.
+Packed linear weights are made at staging or, with ``pack_later``, from the first decode step after
+the commit by a thread of low priority; until then the same kernels take the plain weights, a little
+slower. Sums may then be rounded otherwise, so deterministic engines pack first.
 
 Memory: at most twice the weights, and while a version is staged twice the packed linear weights.
 """
@@ -66,6 +66,7 @@ class ModelWeights:
         self.version = version
         self._packer = ThreadPoolExecutor(1, "pack", _lower_priority) if pack_later else None
         self._packing: Future[None] | None = None
+        self._unpacked: _Staged | None = None
         self._swap = threading.Lock()
         self._device, self._num_rows = device, num_rows
         self._linears: list[PackedLinear] = []
@@ -117,11 +118,19 @@ class ModelWeights:
                 linear.packed = None if self._packer else staged.packed[place]
             self.version = staged.version
         if self._packer:
-            self._packing = self._packer.submit(self._pack_all, staged)
+            self._unpacked = staged
         return staged.version
+
+    def begin_packing(self) -> None:
+        """Has a thread pack the version in use, if that has not begun: once decoding gains by it,
+        so that the packing and the probe of an idle engine do not share the cores."""
+        if self._packer and self._unpacked:
+            self._packing = self._packer.submit(self._pack_all, self._unpacked)
+            self._unpacked = None
 
     def wait_packed(self) -> None:
         """Returns once all linear weights of the version in use are packed."""
+        self.begin_packing()
         if self._packing is not None:
             self._packing.result()
 

@@ -2,7 +2,8 @@
 
 `Replica.stage` builds the next version beside the one in use, from what the store says to apply,
 and may run on another thread meanwhile; `Replica.commit` then makes it the one in use. A whole
-bucket in memory that nobody writes to, as shared memory is, is used in place, without a copy.
+bucket in memory that nobody writes to, as shared memory is, is used in place, without a copy, and
+unread: `raygrpo.weights.buckets.unpack` verifies it.
 
 The set that was in use before is written again by the next `stage`, so its arrays may serve as an
 engine's memory until then. Between two deltas that set lags by one version: it is brought up by the
@@ -82,8 +83,9 @@ class Replica:
             for index, spec in enumerate(manifest.buckets)
         )
         for index, (spec, bucket) in enumerate(zip(manifest.buckets, buckets, strict=True)):
-            if bucket.flags.writeable:
-                self._build(index, bucket, links, trail)
+            if not bucket.flags.writeable:
+                continue  # in place: whoever unpacks it verifies it
+            self._build(index, bucket, links, trail)
             if delta.checksum(bucket) != spec.checksum:
                 raise InfraError(f"{_name(spec)} is corrupt", "the weights are pulled again")
         whole = tuple(replace(spec, encoded_bytes=None) for spec in manifest.buckets)
