@@ -127,6 +127,10 @@ class VllmClient:
         """Ends requests early; their last outputs hold what they have."""
         await self._open.abort(names)
 
+    async def ask(self, method: str, *arguments: Any, **options: Any) -> Any:
+        """Calls a method of AsyncLLM."""
+        return await getattr(self._open, method)(*arguments, **options)
+
     async def name_version(self, version: Version) -> None:
         """Says which version the weights in use are."""
         await self._open.update_weight_version(version_label(version))

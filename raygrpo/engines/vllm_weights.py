@@ -117,4 +117,7 @@ def _watch_owner() -> None:
 # It warns of each layer without weights at each update; `finish_weight_update` knows which matter.
 logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
 WeightTransferEngineFactory.register_engine(BACKEND, SharedMemoryEngine)
+for _kind, _name in {"nccl": "NcclEngine", "ipc": "IpcEngine"}.items():  # imported where wanted
+    _module = "raygrpo.engines.vllm_native_worker"
+    WeightTransferEngineFactory.register_engine(f"{BACKEND}-{_kind}", _module, _name)
 _watch_owner()

@@ -12,3 +12,5 @@ collect_ignore_glob = [] if find_spec("vllm") else ["test_*.py"]
 def pytest_configure(config: pytest.Config) -> None:
     """vLLM leaves a ZeroMQ context to the garbage collector, which may run after the last test."""
     config.addinivalue_line("filterwarnings", "ignore:Unclosed context:ResourceWarning")
+    # Where a test's module imports vLLM, which a mark of that module does not cover.
+    config.addinivalue_line("filterwarnings", "ignore:.*torch.jit:DeprecationWarning")
