@@ -360,9 +360,11 @@ class RolloutPool:
         self._events.append(("worker_leaving", event))
 
     def _replace_left(self) -> None:
-        for worker in self._generators:
-            if worker.leaving and not worker.groups:
-                self._replace(worker, worker.leaving)
+        left = [worker for worker in self._generators if worker.leaving and not worker.groups]
+        if left:
+            self._dispatcher.fetch(_ABORT_S)
+        for worker in left:
+            self._replace(worker, worker.leaving)
 
     def _check_drains(self) -> None:
         now = time.monotonic()
