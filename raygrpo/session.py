@@ -131,7 +131,7 @@ class Session:
 
     def check(self) -> None:
         """What can be found wrong without a run directory or an actor; loads the prompts."""
-        from raygrpo.actors.placement import check_run_dir
+        from raygrpo.actors.placement import check_run_dir, check_transfer
         from raygrpo.engines.choose import check_engine
         from raygrpo.models import anchored_model, check_model_path, load_tokenizer
         from raygrpo.revisions import pin
@@ -140,6 +140,7 @@ class Session:
 
         config = self.config
         check_run_dir(config)
+        check_transfer(config)
         check_engine(config)
         check_tensorboard(config)
         if not config.rewards:

@@ -150,7 +150,8 @@ class Trainer:
         self._update = self._learner.update(batch, self._incarnation)
 
     def _start_publish(self) -> None:
-        self._publish = self._learner.publish(Version(self._incarnation, self.step))
+        version = Version(self._incarnation, self.step)
+        self._publish = self._learner.publish(version, self._pool.receivers())
 
     def _state(self) -> RunState:
         return RunState(
@@ -256,8 +257,10 @@ class Trainer:
 
     def _take_publish(self) -> None:
         assert self._publish is not None
-        self._sync = publish_metrics(self._publish.value, self._publish.seconds)
+        report, publish_s = self._publish.value, self._publish.seconds
+        self._sync = publish_metrics(report, publish_s)
         self._publish = None
+        self._pool.replace_broken(report.broken)
         self._pool.load()
 
     def _take_update(self) -> None:

@@ -13,6 +13,7 @@ from raygrpo.actors.placement import actor_options, generator_threads, labels_of
 from raygrpo.actors.reward_model import RewardModelActor
 from raygrpo.actors.scorer import ScorerActor
 from raygrpo.actors.spawn import log_path, spawn
+from raygrpo.actors.transfer import ReceivingGenerator, wanted
 from raygrpo.actors.workers import Worker
 from raygrpo.config import RewardSection, RunConfig
 from raygrpo.engines.base import Engine
@@ -82,7 +83,7 @@ class WorkerFactory:
         options |= self._places.options(index) if self._places else {}
         profile = self._profile if index == 0 else None
         actor = spawn(
-            GeneratorActor,
+            ReceivingGenerator if wanted(config) else GeneratorActor,
             config,
             self._store,
             threads,

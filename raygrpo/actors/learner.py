@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from raygrpo.actors.futures import Pending
 from raygrpo.actors.placement import actor_options, labels_of, learner_threads
 from raygrpo.actors.publishing import Publisher, PublishReport, WholeKind
 from raygrpo.actors.spawn import log_path, log_to, spawn
+from raygrpo.actors.transfer import LearnerTransfer, wanted
 from raygrpo.algorithm.packing import make_microbatch, place
 from raygrpo.config import RunConfig
 from raygrpo.errors import ConfigError
@@ -37,6 +39,7 @@ class LearnerActor:
         self._rank = rank
         self._profile = profile
         self._publisher: Publisher | None = None
+        self._transfer: LearnerTransfer | None = None
 
     def address(self) -> tuple[str, int]:
         """This node's address and a free port on it, for the ranks to meet.
@@ -69,6 +72,9 @@ class LearnerActor:
             local_rank=local_rank,
             device="cuda" if self._config.ray.gpus.learner else "cpu",
         )
+        if wanted(self._config):
+            here = ray.util.get_node_ip_address()
+            self._transfer = LearnerTransfer(self._config, self._rank, here)
         return os.getpid()
 
     def update(self, batch: StepBatch, incarnation: int) -> StepResult:
@@ -85,13 +91,22 @@ class LearnerActor:
             stats = self._learner.update((), skip=True)
         return StepResult(version=Version(incarnation, batch.step + 1), stats=stats)
 
-    def publish(self, version: Version, store: Any, local: bool) -> PublishReport | None:
-        """Publishes the weights; rank 0 sends, others help gather. ``local``: on one machine."""
+    def publish(
+        self, version: Version, store: Any, local: bool, generators: Mapping[str, Any]
+    ) -> PublishReport | None:
+        """Publishes the weights; rank 0 sends, others help gather. ``local``: on one machine.
+
+        ``generators`` are sent them directly before.
+        """
         from raygrpo.learner.probe import score_probe
 
         probe = score_probe(self._learner)
         lora = bool(self._config.learner.lora)
         learner = self._learner
+        broken: Mapping[str, str] = {}
+        if self._transfer is not None and generators:
+            weights = learner.named_weights()
+            broken = self._transfer.send(version, weights, probe, generators).broken
         tensors = learner.adapter_weights() if lora else learner.named_weights()
         if self._rank:
             for _ in tensors:
@@ -102,7 +117,7 @@ class LearnerActor:
                 store, local=local, timeout_s=self._config.ray.timeouts_s.update
             )
         kind: WholeKind = "adapter" if lora else "full"
-        return self._publisher.publish(version, tensors, kind, probe)
+        return replace(self._publisher.publish(version, tensors, kind, probe), broken=broken)
 
     def save(self, directory: str) -> None:
         """Saves this rank's state under ``learner/``; rank 0 adds the model under ``model/``.
@@ -212,9 +227,12 @@ class LearnerGroup:
         refs = [actor.update.remote(batch, incarnation) for actor in self._actors]
         return self._pending("learner (update)", refs, _merge_results)
 
-    def publish(self, version: Version) -> Pending[PublishReport]:
-        """Publishes the weights as ``version``."""
-        refs = [actor.publish.remote(version, self._store, self._local) for actor in self._actors]
+    def publish(self, version: Version, generators: Mapping[str, Any]) -> Pending[PublishReport]:
+        """Publishes the weights as ``version``, to these generators directly."""
+        refs = [
+            actor.publish.remote(version, self._store, self._local, generators)
+            for actor in self._actors
+        ]
         return self._pending("learner (publish)", refs, lambda reports: reports[0])
 
     def save(self, directory: Path) -> Pending[None]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from raygrpo.config import Gpus, RunConfig, Threads
+from raygrpo.engines.choose import TRANSFER
 from raygrpo.errors import ConfigError
 from raygrpo.rewards.loading import reward_models
 
@@ -193,3 +194,42 @@ def check_run_dir(config: RunConfig) -> None:
             "copy of the working directory, which Ray deletes",
             "set run_dir to an absolute path that all nodes share, say --run_dir=/shared/runs/name",
         )
+
+
+def check_transfer(config: RunConfig) -> None:
+    """Refuses ``generators.options.weight_transfer`` where it cannot work.
+
+    Raises:
+        ConfigError: a transport that is not known, or that this engine or these devices lack.
+    """
+    section, gpus = config.generators, config.ray.gpus
+    if TRANSFER not in section.options:
+        return
+    kind = section.options[TRANSFER]
+    together = gpus.learner * config.learner.num_ranks + gpus.generator * section.count
+    problems = {
+        "it is nccl or ipc": kind not in ("nccl", "ipc"),
+        "that needs generators.engine: vllm": section.engine != "vllm",
+        "that needs CUDA devices: set ray.gpus.learner and ray.gpus.generator": (
+            not (gpus.learner and gpus.generator)
+        ),
+        "nccl needs whole GPUs: set ray.gpus.learner and ray.gpus.generator to 1 or more": (
+            kind == "nccl" and min(gpus.learner, gpus.generator) < 1
+        ),
+        "ipc needs one GPU for a learner of one rank and all generators: set ray.gpus.learner and "
+        "ray.gpus.generator to shares of it": (
+            kind == "ipc" and (together > 1 or config.learner.num_ranks > 1)
+        ),
+        "it sends whole weights, not adapters: learner.lora has no use for it": bool(
+            config.learner.lora
+        ),
+        "generators that sleep take no part: set generators.placement: disaggregate": (
+            section.placement == "colocate"
+        ),
+    }
+    for problem, found in problems.items():
+        if found:
+            raise ConfigError(
+                f"generators.options.weight_transfer is {kind}, but {problem}",
+                "or remove it: versions then come through the weight store",
+            )

@@ -21,6 +21,7 @@ from raygrpo.actors.futures import DependencyDied, Pending, WorkerDied, resolve
 from raygrpo.actors.generator import GenerationReport, LoadReport
 from raygrpo.actors.nodes import on_draining_nodes
 from raygrpo.actors.scorer import ModelLost, ScoreReport
+from raygrpo.actors.transfer import broken, receivers
 from raygrpo.actors.workers import Done, Flight, GroupKey, Worker
 from raygrpo.algorithm.window import FinishedGroup
 from raygrpo.config import RewardSection, RunConfig
@@ -98,6 +99,17 @@ class RolloutPool:
         """Queues a group to generate, or one made elsewhere that is only to be scored."""
         self._dispatcher.submit(order)
         self._dispatch()
+
+    def receivers(self) -> dict[str, Any]:
+        """Generators that a version may be sent to directly; see `raygrpo.actors.transfer`."""
+        return receivers(self._config, self._generators)
+
+    def replace_broken(self, reasons: Mapping[str, str]) -> None:
+        """Replaces receivers that a sync broke: one loss, since all wait for the one that fails."""
+        for number, (worker, reason) in enumerate(broken(self._generators, reasons)):
+            if not number:
+                self._count_loss(worker, InfraError(reason))
+            self._replace(worker, reason)
 
     def load(self) -> None:
         """Has every generator pull the newest weights; one that fails is replaced.
@@ -301,17 +313,9 @@ class RolloutPool:
         worker.groups.clear()
         for key in lost:
             self._give_back(key)
-        self._events.append(
-            (
-                "worker_replaced",
-                {"worker": worker.name, "groups": [list(k) for k in lost], "error": reason},
-            )
-        )
-        pool = {
-            "generator": self._generators,
-            "scorer": self._scorers,
-            "reward_model": self._models,
-        }[worker.role]
+        event = {"worker": worker.name, "groups": [list(k) for k in lost], "error": reason}
+        self._events.append(("worker_replaced", event))
+        pool = next(p for p in (self._generators, self._scorers, self._models) if worker in p)
         index = pool.index(worker)
         pool[index] = self._factory.make(worker.role, index)
 

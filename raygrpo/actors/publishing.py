@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -40,6 +40,7 @@ class PublishReport:
     """A finished publish: ``num_bytes`` are what a generator pulls that holds the version before.
 
     ``changed_frac`` is the share of elements whose bits changed; None without a version before.
+    ``broken`` generators were sent it directly, and may be half-loaded: their names, and reasons.
     """
 
     version: Version
@@ -47,6 +48,7 @@ class PublishReport:
     num_bytes: int
     full_bytes: int
     changed_frac: float | None
+    broken: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

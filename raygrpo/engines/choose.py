@@ -14,6 +14,7 @@ from raygrpo.engines.base import Engine
 from raygrpo.errors import ConfigError
 from raygrpo.types import Version
 
+TRANSFER: Final = "weight_transfer"  # ours, among vLLM's options
 NOT_INSTALLED: Final = "vLLM is not installed"
 EngineName = Literal["transformers", "vllm"]
 # What the project sets itself, so that a user's option cannot undo what it relies on.

@@ -277,6 +277,22 @@ class VllmEngine:
             self._staged.close()
             self._staged = None
 
+    def transfer(self, call: str, argument: Any) -> concurrent.futures.Future[None]:
+        """A call of the learner's to `raygrpo.weights.transport.Receiver`, but for what decoding
+        sees of it: from ``begin`` to `hold` no version is held."""
+        from raygrpo.engines.vllm_native import VllmReceiver
+
+        receiver = VllmReceiver(self._client, 1)
+        if call == "begin":
+            self._version = None
+            return receiver.begin()
+        future: concurrent.futures.Future[None] = getattr(receiver, call)(argument)
+        return future
+
+    def hold(self, version: Version) -> None:
+        """A version that was transferred is in use."""
+        self._version = version
+
     def load_weights(self, manifest: WeightsManifest, buckets: Iterable[ByteArray]) -> None:
         """Stages and commits a version."""
         self.stage_weights(manifest, buckets)

@@ -14,6 +14,7 @@ from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 
 from raygrpo.config import ModelSection
+from raygrpo.engines.choose import TRANSFER
 from raygrpo.engines.stops import StopStrings
 from raygrpo.engines.vllm_weights import BACKEND, WorkerExtension
 from raygrpo.errors import ConfigError
@@ -44,6 +45,8 @@ def engine_arguments(
     Raises:
         ConfigError: an option that this vLLM does not have, or a value that it refuses.
     """
+    backend = f"{BACKEND}-{options[TRANSFER]}" if TRANSFER in options else BACKEND
+    options = {name: value for name, value in options.items() if name != TRANSFER}
     known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
     if unknown := sorted(set(options) - known):
         raise ConfigError(
@@ -67,7 +70,7 @@ def engine_arguments(
         "logprobs_mode": "processed_logprobs",
         "disable_log_stats": True,
         "worker_extension_cls": f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}",
-        "weight_transfer_config": {"backend": BACKEND},
+        "weight_transfer_config": {"backend": backend},
     }
     try:
         return AsyncEngineArgs(**arguments)

@@ -19,14 +19,20 @@ import torch
 from torch import Tensor
 from torch.multiprocessing import reductions
 from vllm.distributed.weight_transfer import nccl_common, packed_tensor
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from raygrpo.actors.transfer import ActorReceiver
+from raygrpo.config import ModelSection
 from raygrpo.engines import vllm_native, vllm_weights
+from raygrpo.engines.vllm_engine import VllmEngine
 from raygrpo.engines.vllm_native import IpcSender, NcclSender, VllmReceiver, gpu_buckets
 from raygrpo.engines.vllm_native_worker import IpcEngine, NcclEngine
+from raygrpo.engines.vllm_requests import engine_arguments
 from raygrpo.errors import InfraError
 from raygrpo.types import Version
 from raygrpo.weights.transport import NativeTransfer, Sender
+from tests.vllm.engines import ECHO
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 UUID = "GPU-0"
@@ -233,6 +239,45 @@ def test_the_store_stays_open_to_a_worker_that_could_take_more() -> None:
     engine.init_transfer_engine(engine.parse_init_info({}))  # as the client does at its start
     update = engine.parse_update_info({"path": "somewhere", "specs": b""})
     assert isinstance(update, vllm_weights.SharedMemoryUpdateInfo)
+
+
+def test_the_option_chooses_the_workers_engine_and_is_not_an_argument_of_vllm() -> None:
+    model = ModelSection(path=str(ECHO), random_init=True)
+    for kind, engine in {"nccl": NcclEngine, "ipc": IpcEngine}.items():
+        arguments = engine_arguments(
+            model, seed=0, max_rows=1, device="cpu", options={"weight_transfer": kind}
+        )
+        backend = arguments.weight_transfer_config.backend
+        assert WeightTransferEngineFactory._registry[backend]() is engine
+
+
+def test_the_engine_holds_no_version_while_one_is_on_its_way() -> None:
+    engine = VllmEngine.__new__(VllmEngine)
+    engine._client, engine._version = Client(NcclEngine), Version(0, 0)  # type: ignore[assignment]
+    held = []
+
+    class Actor:
+        def remote(self, call: str, argument: Any) -> Any:
+            future = engine.transfer(call, argument.version if call == "finish" else argument)
+            held.append((call, engine.version))
+            return SimpleNamespace(future=lambda: future)
+
+    end = ActorReceiver(SimpleNamespace(transfer=Actor()), 1)
+    transfer = NativeTransfer(NcclSender("127.0.0.1", None), TIMEOUT_S)
+    assert transfer.sync(Version(0, 1), buckets(Model(seed=1)), {"a": end}).loaded == ("a",)
+    assert [call for call, _ in held] == [
+        "join",
+        "begin",
+        "receive",
+        "receive",
+        "receive",
+        "finish",
+    ]
+    assert [version for _, version in held] == [Version(0, 0), *[None] * 5]
+    engine.hold(Version(0, 1))
+    assert engine.version == Version(0, 1)
+    assert same(engine._client.model, Model(seed=1))  # type: ignore[attr-defined]
+    transfer.close()
 
 
 def test_an_nccl_that_does_not_load_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,216 @@
+"""Native transports between learner and generators, without Ray: calls go to a generator's loop."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from raygrpo.actors.generator import GeneratorActor
+from raygrpo.actors.placement import check_transfer
+from raygrpo.actors.transfer import ActorReceiver, ReceivingGenerator, broken, receivers
+from raygrpo.actors.workers import Worker
+from raygrpo.config import RunConfig
+from raygrpo.errors import ConfigError, ProbeFailed
+from raygrpo.types import Probe, Version
+from raygrpo.weights.transport import NativeTransfer
+from tests.unit.test_transport import FakeReceiver, FakeSender, buckets, held, weights
+
+PROBE = Probe(token_ids=(1, 2), logprobs=(0.0, -1.0))
+TIMEOUT_S = 30.0
+
+
+def run_config(**sections: Any) -> RunConfig:
+    base: dict[str, Any] = {"model": {"path": "m"}, "data": {"source": "none.jsonl"}}
+    return RunConfig.model_validate(base | sections)
+
+
+def configured(kind: str = "nccl", **sections: Any) -> RunConfig:
+    gpus = {"learner": 1, "generator": 1} if kind == "nccl" else {"learner": 0.5, "generator": 0.25}
+    generators = {"engine": "vllm", "count": 2, "options": {"weight_transfer": kind}}
+    given = {"ray": {"gpus": gpus}, **sections}
+    return run_config(generators=generators | given.pop("generators", {}), **given)
+
+
+def test_what_can_work_is_taken() -> None:
+    check_transfer(run_config())
+    check_transfer(configured("nccl"))
+    check_transfer(configured("ipc"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "sections", "problem"),
+    [
+        ("tcp", {}, "it is nccl or ipc"),
+        ("nccl", {"generators": {"engine": "transformers"}}, "generators.engine: vllm"),
+        ("nccl", {"generators": {"engine": "auto"}}, "generators.engine: vllm"),
+        ("nccl", {"ray": {}}, "needs CUDA devices: set ray.gpus.learner and ray.gpus.generator"),
+        ("ipc", {"ray": {"gpus": {"learner": 1}}}, "needs CUDA devices"),
+        ("nccl", {"ray": {"gpus": {"learner": 0.5, "generator": 0.5}}}, "needs whole GPUs"),
+        ("ipc", {"ray": {"gpus": {"learner": 1, "generator": 1}}}, "one GPU"),
+        ("ipc", {"generators": {"count": 3}}, "one GPU"),
+        ("nccl", {"learner": {"lora": {"rank": 4}}}, "learner.lora"),
+        (
+            "ipc",
+            {"generators": {"placement": "colocate", "count": 1}, "train": {"max_staleness": 0}},
+            "generators.placement: disaggregate",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused_by_name(
+    kind: str, sections: dict[str, Any], problem: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"options.weight_transfer is {kind}.*{problem}"):
+        check_transfer(configured(kind, **sections))
+
+
+def test_members_are_the_generators_that_serve_and_names_outlast_no_replacement() -> None:
+    workers = [Worker("generator", f"generator-{i}", object(), pid=10 + i) for i in range(6)]
+    workers[1].starting = workers[2].loading = object()
+    workers[3].joining, workers[4].asleep, workers[5].leaving = True, True, "its node is drained"
+    found = receivers(configured(), workers)
+    assert found == {"generator-0/10": workers[0].actor}
+    assert receivers(run_config(), workers) == {}
+    assert broken(workers, {"generator-0/10": "why"}) == [(workers[0], "why")]
+    workers[0].pid = 99  # another one has taken its place
+    assert broken(workers, {"generator-0/10": "why"}) == []
+
+
+class FakeEngine:
+    """Holds no version from ``begin`` to `hold`, as `VllmEngine`."""
+
+    num_unfinished = 0
+    can_step = False
+
+    def __init__(self) -> None:
+        self.end = FakeReceiver()
+        self.version: Version | None = None
+
+    def transfer(self, call: str, argument: Any) -> Future[None]:
+        if call == "begin":
+            self.version = None
+            return self.end.begin()
+        future: Future[None] = getattr(self.end, call)(argument)
+        return future
+
+    def hold(self, version: Version) -> None:
+        self.version = version
+
+
+class Handle:
+    """A generator's process: its loop, and calls as Ray makes them."""
+
+    def __init__(self, store_has: list[Version | None]) -> None:
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, daemon=True).start()
+
+        async def newest() -> Version | None:
+            return store_has[-1]
+
+        store = SimpleNamespace(newest=SimpleNamespace(remote=newest))
+        self.actor = ReceivingGenerator(configured(), store, threads=1)
+        self.engine = FakeEngine()
+        self.actor._engine = self.actor._traced = self.engine  # type: ignore[assignment]
+        self.actor._loop = self.loop
+        threading.Thread(target=self.actor._run, daemon=True).start()
+        self.transfer = SimpleNamespace(remote=self._transfer)
+
+    def _transfer(self, call: str, argument: Any) -> Any:
+        future = asyncio.run_coroutine_threadsafe(self.actor.transfer(call, argument), self.loop)
+        return SimpleNamespace(future=lambda: future)
+
+    def load(self) -> Any:
+        return asyncio.run_coroutine_threadsafe(self.actor.load(), self.loop).result(TIMEOUT_S)
+
+
+@pytest.fixture
+def store() -> list[Version | None]:
+    return [None]
+
+
+@pytest.fixture
+def proven(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Version]]:
+    """The versions that a probe was checked of; one of step 9 fails it."""
+    checked: list[Version] = []
+
+    def check(self: Any, engine: Any, probe: Probe, version: Version) -> None:
+        assert engine.version == version
+        checked.append(version)
+        if version.step == 9:
+            raise ProbeFailed(version, 1.0, 0.1)
+
+    monkeypatch.setattr("raygrpo.weights.probe.ProbeCheck.check", check)
+    yield checked
+
+
+def sync(transfer: NativeTransfer, version: Version, handles: Mapping[str, Handle]) -> Any:
+    ends = {name: ActorReceiver(handle, 1, PROBE) for name, handle in handles.items()}
+    return transfer.sync(version, buckets(version.step), ends)
+
+
+def test_a_version_from_the_learner_is_proven_once_and_not_pulled(
+    store: list[Version | None], proven: list[Version]
+) -> None:
+    handles = {name: Handle(store) for name in "ab"}
+    sender = FakeSender()
+    transfer = NativeTransfer(sender, TIMEOUT_S)
+    for step in (1, 2):
+        version = Version(1, step)
+        assert sync(transfer, version, handles).loaded == ("a", "b")
+        store.append(version)
+        for handle in handles.values():
+            assert held(handle.engine.end) == weights(step)
+            assert handle.engine.version == version
+            for _ in range(2):  # Ray may be told twice to load
+                report = handle.load()
+                assert (report.version, report.kind, report.num_bytes) == (version, "none", 0)
+    assert proven == [Version(1, step) for step in (1, 1, 2, 2)]
+    assert len(sender.groups) == 1  # same actors, same group, though the probes are others
+    transfer.close()
+
+
+def test_a_newer_version_in_the_store_is_pulled(
+    store: list[Version | None], proven: list[Version], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pulled = SimpleNamespace(version=Version(1, 5))
+
+    async def load(self: Any) -> Any:
+        return pulled
+
+    handle = Handle(store)
+    transfer = NativeTransfer(FakeSender(), TIMEOUT_S)
+    sync(transfer, Version(1, 1), {"a": handle})
+    store.append(Version(1, 5))
+    monkeypatch.setattr(GeneratorActor, "load", load)
+    assert handle.load() is pulled
+    assert handle.actor._sent is None
+    transfer.close()
+
+
+def test_a_version_that_fails_its_probe_ends_the_load(
+    store: list[Version | None], proven: list[Version]
+) -> None:
+    handle = Handle(store)
+    transfer = NativeTransfer(FakeSender(), TIMEOUT_S)
+    sync(transfer, Version(1, 9), {"a": handle})
+    with pytest.raises(ProbeFailed):
+        handle.load()
+    transfer.close()
+
+
+def test_a_transfer_that_is_not_finished_leaves_nothing_that_serves(
+    store: list[Version | None],
+) -> None:
+    good, bad = Handle(store), Handle(store)
+    bad.engine.end = FakeReceiver({"receive": "dies"})
+    result = sync(NativeTransfer(FakeSender(), 1.0), Version(1, 1), {"good": good, "bad": bad})
+    assert set(result.broken) == {"good", "bad"}
+    assert "the actor died" in result.broken["bad"]
+    for handle in (good, bad):
+        assert handle.engine.version is None
+        assert handle.actor._loading.locked()  # no load, until it is replaced
