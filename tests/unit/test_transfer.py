@@ -21,7 +21,6 @@ from raygrpo.types import Probe, Version
 from raygrpo.weights.transport import NativeTransfer
 from tests.unit.test_transport import FakeReceiver, FakeSender, buckets, held, weights
 
-PROBE = Probe(token_ids=(1, 2), logprobs=(0.0, -1.0))
 TIMEOUT_S = 30.0
 
 
@@ -149,7 +148,8 @@ def proven(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Version]]:
 
 
 def sync(transfer: NativeTransfer, version: Version, handles: Mapping[str, Handle]) -> Any:
-    ends = {name: ActorReceiver(handle, 1, PROBE) for name, handle in handles.items()}
+    probe = Probe(token_ids=(1, 2), logprobs=(0.0, -float(version.step)))
+    ends = {name: ActorReceiver(handle, 1, probe) for name, handle in handles.items()}
     return transfer.sync(version, buckets(version.step), ends)
 
 
