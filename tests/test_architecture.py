@@ -192,7 +192,7 @@ LIMITS = {
     "data": (850, ("raygrpo.data.",)),
     "commands": (2300, ()),
     "fast rollouts": (
-        3300,
+        3350,
         (
             "raygrpo.engines.",
             "raygrpo.weights.",

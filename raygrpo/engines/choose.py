@@ -154,12 +154,13 @@ def make_engine(config: RunConfig, *, threads: int, version: Version | None) -> 
                 "generators.engine: transformers",
             )
         module = importlib.import_module("raygrpo.engines.vllm_engine")
+        colocated = section.placement == "colocate" and device != "cpu"
         fast: Engine = module.VllmEngine(
             config.model,
             seed=config.seed,
             max_rows=section.max_rows,
             device=device,
-            options=section.options,
+            options={**({"enable_sleep_mode": True} if colocated else {}), **section.options},
             version=version,
         )
         return fast

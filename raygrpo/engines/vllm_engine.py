@@ -91,6 +91,7 @@ class VllmEngine:
         self._stop_ids = sorted(token for token in stop_ids if token < self._vocab_size)
         self._stops = StopStrings(self._tokenizer)
         self._max_rows = max_rows
+        self._can_sleep = bool((options or {}).get("enable_sleep_mode"))
         self._waiting: dict[Key, GroupRequest] = {}
         self._running: dict[Key, _Running] = {}
         self._live: set[str] = set()  # requests that vLLM has; both threads change it, atomically
@@ -319,6 +320,17 @@ class VllmEngine:
         ids = [int(token) for token in token_ids]
         found = self._client.call(self._client.score(ids, temperature, self._held()))
         return np.array([0.0, *found], np.float32)
+
+    def sleep(self) -> None:
+        """Frees the cache, and moves the weights off the GPU (vLLM's level 1), with vLLM's
+        ``enable_sleep_mode``; nothing without, as on a CPU."""
+        if self._can_sleep:
+            self._client.call(self._client.ask("sleep", level=1))
+
+    def wake(self) -> None:
+        """Takes the memory back."""
+        if self._can_sleep:
+            self._client.call(self._client.ask("wake_up"))
 
     def close(self) -> None:
         """Ends vLLM's processes; the engine cannot be used afterwards."""

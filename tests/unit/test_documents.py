@@ -40,7 +40,7 @@ def test_the_readmes_reward_is_right() -> None:
 def test_the_readmes_commands_exist() -> None:
     listed = CliRunner().invoke(app, ["--help"]).output
     used = set(re.findall(r"^raygrpo (\w+)", "\n".join(blocks("README.md", "bash")), re.MULTILINE))
-    assert used == {"train", "eval", "generate", "replay", "config", "export"}
+    assert used == {"train", "plan", "eval", "generate", "replay", "config", "export"}
     assert all(command in listed for command in used)
 
 

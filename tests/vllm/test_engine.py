@@ -250,6 +250,14 @@ def test_weights_land_in_the_middle_of_completions(world: World) -> None:
         assert (completion.oldest, completion.newest) == (old, new)
 
 
+def test_an_engine_that_slept_serves_on(world: World) -> None:
+    """On a CPU nothing can be freed; the order of calls is a colocated generator's."""
+    before = world.engine.score(world.ids())
+    world.engine.sleep()
+    world.engine.wake()
+    assert world.engine.score(world.ids()).tolist() == before.tolist()
+
+
 def test_an_aborted_group_goes_on_from_its_tokens(world: World) -> None:
     item = request(world.ids(), max_tokens=60, min_tokens=50, stop=(" the",))
     world.engine.submit(item)
