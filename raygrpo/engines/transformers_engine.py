@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Iterable, Sequence
 
@@ -81,6 +82,9 @@ class TransformersEngine:
         self._config = self._model.config
         self._text_config = self._config.get_text_config()
         self._decoder = self._model.get_decoder()
+        # transformers 5.24 renamed the argument.
+        renamed = "cache" in inspect.signature(self._decoder.forward).parameters
+        self._cache_argument = "cache" if renamed else "past_key_values"
         self._head = self._model.get_output_embeddings()
         self._transform = logit_transform(self._config)
         self._is_stop = np.zeros(self._head.weight.shape[0], np.bool_)
@@ -218,8 +222,8 @@ class TransformersEngine:
             input_ids=ids,
             attention_mask=masks,
             position_ids=positions,
-            past_key_values=self._cache,
             use_cache=True,
+            **{self._cache_argument: self._cache},
         )
         hidden: Tensor = output.last_hidden_state
         return hidden
