@@ -26,6 +26,7 @@ FLOORS = {
     "raygrpo.recipes": 0,
     "raygrpo.errors": 0,
     "raygrpo.failures": 0,
+    "raygrpo.threads": 0,
     "raygrpo.models": 1,
     "raygrpo.algorithm": 1,
     "raygrpo.data": 1,

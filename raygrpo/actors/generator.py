@@ -18,6 +18,7 @@ from raygrpo.actors.weight_store import pull
 from raygrpo.config import RunConfig
 from raygrpo.engines.base import Engine
 from raygrpo.profiling import EngineTracer, ProfileRequest
+from raygrpo.threads import in_new_thread
 from raygrpo.types import Completion, Group, GroupRequest, Stream, Version, WeightsManifest
 from raygrpo.weights.probe import ProbeCheck
 from raygrpo.weights.replica import Link, Replica, Staged
@@ -47,7 +48,8 @@ class LoadReport:
 
     ``num_bytes`` were pulled for ``full_bytes`` of weights: nothing (kind ``none``), a chain of
     deltas, or a whole version with those on it (``full``). ``load_s`` is from call to loaded,
-    ``stall_s`` what decoding lost of it; ``probe_gap`` is the last probe's.
+    ``stall_s`` what decoding lost of it, ``probe_s`` what the proof took of it; ``probe_gap`` is
+    the last probe's.
     """
 
     version: Version
@@ -56,6 +58,7 @@ class LoadReport:
     full_bytes: int
     load_s: float
     stall_s: float
+    probe_s: float = 0.0
     probe_gap: float | None = None
     idle: IdleReading | None = None
 
@@ -85,7 +88,7 @@ class GeneratorActor:
         self._waiting: dict[tuple[Stream, int, int], asyncio.Future[Group | Partials]] = {}
         self._leaving = False
         self._idle = IdleClock()
-        self._replica = Replica()
+        self._replica = Replica(threads)
         self._probe = ProbeCheck(config.model.dtype, config.sampling.temperature)
         self._unproven: list[tuple[GroupKey, Group | Partials]] | None = None
         self._loading = asyncio.Lock()
@@ -95,12 +98,10 @@ class GeneratorActor:
         """Loads the engine (not in the constructor, whose errors lose their type); the pid."""
         log_to(log)
         version = Version(0, 0) if self._store is None else None
-        self._engine = self._new_engine(version)
-        self._traced: Engine | EngineTracer = self._engine
-        if self._profile is not None:
-            self._traced = EngineTracer(self._engine, self._profile, "generator-0")
         self._loop = asyncio.get_running_loop()
-        threading.Thread(target=self._run, name="engine", daemon=True).start()
+        made: asyncio.Future[None] = self._loop.create_future()
+        threading.Thread(target=self._run, args=(version, made), name="engine", daemon=True).start()
+        await made
         on_sigterm(lambda: self._loop.call_soon_threadsafe(self._leave))
         return os.getpid()
 
@@ -159,12 +160,13 @@ class GeneratorActor:
                 await self._on_engine(self._engine.wake)
                 self._asleep = False
             links = await pull(self._store, self._replica.version)
-            stall_s = 0.0
+            stall_s = probe_s = 0.0
             if links:
-                staged = await asyncio.to_thread(self._stage, links)
+                stage = partial(self._stage, links)
+                staged = await asyncio.wrap_future(in_new_thread(stage, "stage"))
                 self._unproven = []
                 stall_s = await self._on_engine(lambda: self._commit(staged))
-                await self._prove(staged.manifest)
+                probe_s = await self._prove(staged.manifest)
             held = self._replica.current.manifest
         whole = bool(links) and links[0][0].kind != "delta"
         return LoadReport(
@@ -174,6 +176,7 @@ class GeneratorActor:
             full_bytes=held.num_bytes,
             load_s=time.monotonic() - started,
             stall_s=stall_s,
+            probe_s=probe_s,
             probe_gap=self._probe.last_gap,
             idle=self._idle.read(),
         )
@@ -199,20 +202,23 @@ class GeneratorActor:
         self._replica.commit(staged)
         return time.monotonic() - started
 
-    async def _prove(self, manifest: WeightsManifest) -> None:
-        """Checks the version in use by its probe; what is written meanwhile is answered after that.
+    async def _prove(self, manifest: WeightsManifest) -> float:
+        """Checks the version in use by its probe; the seconds that it took.
 
-        So decoding does not wait for it, and a version that fails has served nothing.
+        What is written meanwhile is answered after that: decoding does not wait for it, and a
+        version that fails has served nothing.
         """
+        started = time.monotonic()
         if manifest.probe is not None:
             check = partial(self._probe.check, self._engine, manifest.probe, manifest.version)
             if self._config.train.max_staleness:
-                await asyncio.to_thread(check)
+                await asyncio.wrap_future(in_new_thread(check, "probe"))
             else:  # on-policy, nothing was decoded anyway
                 await self._on_engine(check)
         written, self._unproven = self._unproven or [], None
         for key, answer in written:
             self._finish(key, answer)
+        return time.monotonic() - started
 
     async def _submit(self, request: GroupRequest) -> Group | Partials:
         finished: asyncio.Future[Group | Partials] = self._loop.create_future()
@@ -234,8 +240,24 @@ class GeneratorActor:
         """Has the engine's thread run ``call`` and resolve ``done`` with its outcome."""
         self._commands.put((call, done))
 
-    def _run(self) -> None:
-        """The engine's thread: commands between steps; a step that fails fails every request."""
+    def _run(self, version: Version | None, made: asyncio.Future[None]) -> None:
+        """The engine's thread, which makes it and serves until the process ends.
+
+        See `raygrpo.threads` on why no other thread does.
+        """
+        try:
+            self._engine = self._new_engine(version)
+        except Exception as error:
+            self._loop.call_soon_threadsafe(_fail, made, error)
+            return
+        self._traced: Engine | EngineTracer = self._engine
+        if self._profile is not None:
+            self._traced = EngineTracer(self._engine, self._profile, "generator-0")
+        self._loop.call_soon_threadsafe(_resolve, made, None)
+        self._serve()
+
+    def _serve(self) -> None:
+        """Commands between steps; a step that fails fails every request."""
         while True:
             self._run_commands()
             try:

@@ -20,8 +20,9 @@ import math
 import os
 import threading
 from collections.abc import Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from raygrpo.engines.linear import PackedLinear, can_pack, use_packed_linears
 from raygrpo.errors import InfraError
+from raygrpo.threads import in_new_thread
 from raygrpo.types import ByteArray, TensorSpec, Version, WeightsManifest
 from raygrpo.weights.buckets import unpack
 
@@ -64,7 +66,7 @@ class ModelWeights:
         pack_later: bool = False,
     ) -> None:
         self.version = version
-        self._packer = ThreadPoolExecutor(1, "pack", _lower_priority) if pack_later else None
+        self._pack_later = pack_later
         self._packing: Future[None] | None = None
         self._unpacked: _Staged | None = None
         self._swap = threading.Lock()
@@ -95,7 +97,9 @@ class ModelWeights:
         with torch.no_grad():
             views = _unpack_all(manifest, buckets)
             tensors = self._on_device(views)
-            packed = [] if self._packer else [self._pack(tensors[n]) for n in self._packed_names]
+            packed = (
+                [] if self._pack_later else [self._pack(tensors[n]) for n in self._packed_names]
+            )
         self._staged = _Staged(version=manifest.version, tensors=tensors, packed=packed)
 
     def commit(self) -> Version:
@@ -115,18 +119,18 @@ class ModelWeights:
             for name, tensor in staged.tensors.items():
                 self.targets[name].data = tensor
             for place, linear in enumerate(self._linears):
-                linear.packed = None if self._packer else staged.packed[place]
+                linear.packed = None if self._pack_later else staged.packed[place]
             self.version = staged.version
-        if self._packer:
+        if self._pack_later:
             self._unpacked = staged
         return staged.version
 
     def begin_packing(self) -> None:
         """Has a thread pack the version in use, if that has not begun: once decoding gains by it,
         so that the packing and the probe of an idle engine do not share the cores."""
-        if self._packer and self._unpacked:
-            self._packing = self._packer.submit(self._pack_all, self._unpacked)
-            self._unpacked = None
+        if self._unpacked is not None:
+            pack = partial(self._pack_all, self._unpacked)
+            self._packing, self._unpacked = in_new_thread(pack, "pack", _lower_priority), None
 
     def wait_packed(self) -> None:
         """Returns once all linear weights of the version in use are packed."""

@@ -22,7 +22,11 @@ def publish_metrics(report: PublishReport, publish_s: float) -> dict[str, float]
 
 def with_load(metrics: Mapping[str, float], load: LoadReport) -> dict[str, float]:
     """The metrics with one more generator's load: of several, the worst counts."""
-    worst = {"sync/load_s": load.load_s, "sync/stall_s": load.stall_s}
+    worst = {
+        "sync/load_s": load.load_s,
+        "sync/stall_s": load.stall_s,
+        "sync/probe_s": load.probe_s,
+    }
     if load.probe_gap is not None:
         worst["sync/probe_gap"] = load.probe_gap
     return {**metrics, **{name: max(metrics.get(name, 0.0), x) for name, x in worst.items()}}

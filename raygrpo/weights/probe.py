@@ -14,7 +14,7 @@ from raygrpo.engines.base import Engine
 from raygrpo.errors import ProbeFailed
 from raygrpo.types import Probe, Version
 
-PROBE_LENGTH = 16
+PROBE_LENGTH = 8
 FACTOR = 3.0
 # Rounding of two ways to compute the same thing, in nats a token.
 FLOORS = {"float32": 1e-3, "bfloat16": 5e-2}

@@ -13,6 +13,7 @@ deltas that made the other one, which touch a few percent of it, where a copy wo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -39,9 +40,10 @@ class Staged:
 
 
 class Replica:
-    """The version in use, and room for the next."""
+    """The version in use, and room for the next; ``threads`` build buckets at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, threads: int = 1) -> None:
+        self._threads = threads
         self._current: Staged | None = None
         self._spare: Staged | None = None
         self._trail: tuple[Link, ...] = ()  # what takes the spare to the version in use
@@ -82,12 +84,18 @@ class Replica:
             links[-1][1][index] if _serves(links[-1], index) else self._take(index, spec)
             for index, spec in enumerate(manifest.buckets)
         )
-        for index, (spec, bucket) in enumerate(zip(manifest.buckets, buckets, strict=True)):
-            if not bucket.flags.writeable:
-                continue  # in place: whoever unpacks it verifies it
+
+        def build(index: int) -> None:
+            spec, bucket = manifest.buckets[index], buckets[index]
             self._build(index, bucket, links, trail)
             if delta.checksum(bucket) != spec.checksum:
                 raise InfraError(f"{_name(spec)} is corrupt", "the weights are pulled again")
+
+        # Those in place are verified by whoever unpacks them.
+        written = [index for index, bucket in enumerate(buckets) if bucket.flags.writeable]
+        with ThreadPoolExecutor(self._threads, "build") as workers:
+            for _ in workers.map(build, written):
+                pass
         whole = tuple(replace(spec, encoded_bytes=None) for spec in manifest.buckets)
         first = links[0][0] if self._is_whole(links) else self.current.manifest
         self._staged = Staged(

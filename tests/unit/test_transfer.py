@@ -116,7 +116,7 @@ class Handle:
         self.engine = FakeEngine()
         self.actor._engine = self.actor._traced = self.engine  # type: ignore[assignment]
         self.actor._loop = self.loop
-        threading.Thread(target=self.actor._run, daemon=True).start()
+        threading.Thread(target=self.actor._serve, daemon=True).start()
         self.transfer = SimpleNamespace(remote=self._transfer)
 
     def _transfer(self, call: str, argument: Any) -> Any:

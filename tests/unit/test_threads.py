@@ -1,0 +1,31 @@
+"""A thread per piece of work: its result and errors come back, and it is gone afterwards."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from raygrpo.threads import in_new_thread
+
+
+def test_the_thread_is_prepared_named_and_ends() -> None:
+    prepared: list[threading.Thread] = []
+    future = in_new_thread(
+        threading.current_thread, "stage", lambda: prepared.append(threading.current_thread())
+    )
+    thread = future.result(10.0)
+    assert prepared == [thread]
+    assert thread is not threading.current_thread()
+    assert thread.name.startswith("stage")
+    # An idle worker kept for the next call would keep its OpenMP team too.
+    thread.join(10.0)
+    assert not thread.is_alive()
+
+
+def test_an_error_is_raised_where_the_result_is_asked_for() -> None:
+    def fail() -> None:
+        raise ValueError("corrupt bucket")
+
+    with pytest.raises(ValueError, match="corrupt bucket"):
+        in_new_thread(fail, "stage").result(10.0)
