@@ -80,8 +80,8 @@ class Link:
 class Receiver:
     """A generator's end: a replica that is brought up to each version."""
 
-    def __init__(self) -> None:
-        self._replica = Replica()
+    def __init__(self, threads: int) -> None:
+        self._replica = Replica(threads)
 
     def take(self, manifest: WeightsManifest, arrays: list[ByteArray]) -> None:
         """Builds and verifies a version beside the one before, and makes it the one in use."""
@@ -146,7 +146,7 @@ class Comparison:
     def __init__(self, link: Link, threads: int, first: Weights) -> None:
         self._link, self._held = link, first
         self._workers = ThreadPoolExecutor(threads)
-        self._whole, self._sparse = Receiver(), Receiver()
+        self._whole, self._sparse = Receiver(threads), Receiver(threads)
         for receiver in (self._whole, self._sparse):
             receiver.take(*first)
 

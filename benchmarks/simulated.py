@@ -10,7 +10,7 @@ import contextlib
 import functools
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import xxhash
 import yaml
 
 from raygrpo.actors.futures import Pending
+from raygrpo.actors.learner import LearnerGroup
 from raygrpo.actors.pool import RolloutPool
 from raygrpo.actors.publishing import PublishReport
 from raygrpo.actors.spawn import spawn
@@ -227,8 +228,8 @@ class SimulatedLearnerActor:
         """Has no state."""
 
 
-class SimulatedLearner:
-    """`raygrpo.actors.learner.LearnerGroup` over one `SimulatedLearnerActor`."""
+class SimulatedLearner(LearnerGroup):
+    """All that a run asks of its learner, over one `SimulatedLearnerActor`."""
 
     def __init__(self, store: Any, update_s: float) -> None:
         self._store = store
@@ -236,25 +237,25 @@ class SimulatedLearner:
 
     def start(self) -> Pending[list[int]]:
         """Nothing is to be joined."""
-        return self._pending(self._actor.save.remote(), lambda _: [])
+        return self._one(self._actor.save.remote(), lambda _: [])
 
     def update(self, batch: StepBatch, incarnation: int) -> Pending[StepResult]:
         """Trains one step."""
-        return self._pending(self._actor.update.remote(batch, incarnation))
+        return self._one(self._actor.update.remote(batch, incarnation))
 
-    def publish(self, version: Version) -> Pending[PublishReport]:
-        """Publishes ``version``."""
-        return self._pending(self._actor.publish.remote(version, self._store))
+    def publish(self, version: Version, generators: Mapping[str, Any]) -> Pending[PublishReport]:
+        """Publishes ``version`` to the store."""
+        return self._one(self._actor.publish.remote(version, self._store))
 
     def save(self, directory: Path) -> Pending[None]:
         """Saves nothing."""
-        return self._pending(self._actor.save.remote())
+        return self._one(self._actor.save.remote())
 
     def close(self) -> None:
         """Ends the actor."""
         ray.kill(self._actor)
 
-    def _pending(self, ref: Any, combine: Any = lambda values: values[0]) -> Pending[Any]:
+    def _one(self, ref: Any, combine: Any = lambda values: values[0]) -> Pending[Any]:
         return Pending("simulated learner", [ref], 120.0, combine)
 
 
