@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -189,7 +190,8 @@ def test_a_preempted_nodes_completions_go_on_elsewhere(
         deterministic=False,
         # Always in the middle of a group: each takes hundreds of steps, three steps' may be open.
         sampling={"num_completions": 4, "max_tokens": 400, "filters": {"min_tokens": 300}},
-        train={"steps": 5, "groups_per_step": 4, "max_staleness": 2, "dynamic_sampling": False,
+        # More steps than it gets to: it is stopped once it has been seen.
+        train={"steps": 500, "groups_per_step": 4, "max_staleness": 2, "dynamic_sampling": False,
                "tokens_per_microbatch": 2048},
         generators={"count": 2, "max_rows": 8},
         ray={"address": raylets.address, "labels": {**LABELS, "generator": brief["labels"]}},
@@ -199,8 +201,12 @@ def test_a_preempted_nodes_completions_go_on_elsewhere(
     assert [roles_on(pid) for pid in nodes.values()] == [{"GeneratorActor": 1}] * 2
     third = raylets.add("three", **brief)
     raylets.drain("two")
-    runs.wait_for(process, lambda: bool(runs.events(config, "worker_leaving")), "the notice")
-    runs.finish(process, config)
+    runs.wait_for(process, lambda: bool(runs.events(config, "worker_replaced")), "its replacement")
+    left_at = len(runs.metrics(config))
+    # The groups that were handed on are of these steps at the latest.
+    runs.wait_for(process, lambda: len(runs.metrics(config)) > left_at + 3, "steps after that")
+    process.send_signal(signal.SIGTERM)
+    runs.finish(process, config, expected=3)
 
     (leaving,) = runs.events(config, "worker_leaving")
     assert leaving["reason"] == "its node is drained"
@@ -208,7 +214,7 @@ def test_a_preempted_nodes_completions_go_on_elsewhere(
     (replaced,) = runs.events(config, "worker_replaced")
     assert (replaced["worker"], replaced["groups"]) == (leaving["worker"], [])
     rows = runs.metrics(config)
-    assert [row["step"] for row in rows] == list(range(1, 6))
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
     last = rows[-1]
     assert last["ledger/aborted"] == last["ledger/lost_groups"] == 0, "what was written is kept"
     assert all(row["ledger/unexplained"] == 0 for row in rows)
