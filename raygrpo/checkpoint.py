@@ -33,6 +33,7 @@ class RunState:
     """The driver's state at a step's boundary; the learner's lies beside it.
 
     ``record`` are the step's metrics where their evaluation is still due, None where logged.
+    ``normal_gap`` is the probe's of the run's first version, in nats.
     """
 
     step: int
@@ -42,6 +43,7 @@ class RunState:
     num_tokens: int
     buffered_tokens: int
     record: dict[str, float] | None = None
+    normal_gap: float | None = None
     best: BestSoFar = field(default_factory=lambda: BestSoFar(metric=""))
 
 

@@ -260,7 +260,8 @@ class Timeouts(Values):
 
     start: float = key(600.0, "of actors", gt=0)
     generate: float = key(1800.0, "of one group", gt=0)
-    update: float = key(3600.0, "of one update, save or weight sync", gt=0)
+    update: float = key(3600.0, "of one update or save", gt=0)
+    sync: float = key(600.0, "of one weight sync", gt=0)
 
 
 class Threads(Values):

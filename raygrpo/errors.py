@@ -44,6 +44,14 @@ class InfraError(RayGrpoError):
     """A process, node or connection failed, or missed its deadline."""
 
 
+class EngineBroken(InfraError):
+    """A generator's engine failed in the midst of its work, and serves nothing any more."""
+
+
+class WeightsCorrupt(InfraError):
+    """Weights that arrived are not those that were published."""
+
+
 class WeightsLost(InfraError):
     """The weight store was restarted, and has nothing: the learner must publish again."""
 

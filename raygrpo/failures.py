@@ -29,12 +29,19 @@ class History:
     """What came before a failure.
 
     ``attempts``: how often this group was tried; ``consecutive_losses``: workers lost since the
-    last group finished, in the whole pool. Weeks on preemptible machines lose many workers, so
-    losses count only while nothing finishes.
+    last group finished, in the whole pool of ``num_workers``. Weeks on preemptible machines lose
+    many workers, and a node takes all of its own along, so losses count only while nothing
+    finishes, and a pool may be lost twice over.
     """
 
     attempts: int = 0
     consecutive_losses: int = 0
+    num_workers: int = 1
+
+    @property
+    def too_many_losses(self) -> bool:
+        """Whether starting workers again has proven useless."""
+        return self.consecutive_losses >= max(MAX_CONSECUTIVE_LOSSES, 2 * self.num_workers)
 
 
 def decide(error: BaseException, role: Role, history: History, *, worker_died: bool) -> Action:
@@ -51,7 +58,7 @@ def decide(error: BaseException, role: Role, history: History, *, worker_died: b
         return Action.DROP_GROUP
     if not isinstance(error, InfraError):
         return Action.STOP
-    if history.consecutive_losses >= MAX_CONSECUTIVE_LOSSES:
+    if history.too_many_losses:
         return Action.STOP
     if worker_died:
         return Action.REPLACE_WORKER

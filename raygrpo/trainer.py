@@ -64,6 +64,7 @@ class Trainer:
         self._ledger = restored.ledger if restored else TokenLedger()
         if restored:
             self._ledger = self._ledger.roll_back(restored.buffered_tokens)
+            self._pool.normal_gap = restored.normal_gap
         self._num_tokens = restored.num_tokens if restored else 0
         self._update: Pending[StepResult] | None = None
         self._publish: Pending[Any] | None = None
@@ -161,6 +162,7 @@ class Trainer:
             ledger=self._ledger,
             num_tokens=self._num_tokens,
             buffered_tokens=buffered_tokens(self._window.buffered),
+            normal_gap=self._pool.normal_gap,
         )
 
     # What has happened.
@@ -177,6 +179,8 @@ class Trainer:
             self._requeue(stream, group_id)
         for stream, group_id in done.dropped:
             self._drop(stream, group_id)
+        # All load again after that, and say so if it is lost too.
+        published = self._publish in done.completed
         for pending in done.completed:
             if pending is self._update:
                 self._take_update()
@@ -185,7 +189,7 @@ class Trainer:
             else:
                 self._rollouts.confirm(pending)
         # While an update runs, the learner has no weights of this version to give.
-        if done.weights_lost and not (self._update or self._publish):
+        if done.weights_lost and not (published or self._update or self._publish):
             self._start_publish()
 
     def _take_group(self, group: FinishedGroup, report: ScoreReport) -> None:

@@ -42,7 +42,7 @@ class WorkerFactory:
         make_engine: Callable[..., Engine] | None = None,
         places: Colocation | None = None,
     ) -> None:
-        self._config, self._store = config, store
+        self._config, self.store = config, store
         self._rewards, self._functions = rewards, functions
         self._local, self._logs, self._profile = local, logs, profile
         self._make_engine, self._places = make_engine, places
@@ -85,7 +85,7 @@ class WorkerFactory:
         actor = spawn(
             ReceivingGenerator if wanted(config) else GeneratorActor,
             config,
-            self._store,
+            self.store,
             threads,
             profile,
             self._make_engine,

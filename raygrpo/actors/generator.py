@@ -7,16 +7,20 @@ import os
 import queue
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, TypeVar
+
+import ray.exceptions
 
 from raygrpo.actors.idle import IdleClock, IdleReading
 from raygrpo.actors.spawn import log_to, on_sigterm
 from raygrpo.actors.weight_store import pull
 from raygrpo.config import RunConfig
 from raygrpo.engines.base import Engine
+from raygrpo.errors import EngineBroken, InfraError, RayGrpoError
 from raygrpo.profiling import EngineTracer, ProfileRequest
 from raygrpo.threads import in_new_thread
 from raygrpo.types import Completion, Group, GroupRequest, Stream, Version, WeightsManifest
@@ -27,6 +31,9 @@ Partials = tuple[Completion, ...]
 GroupKey = tuple[Stream, int, int]
 
 T = TypeVar("T")
+
+# torch's, by name: this module does without torch.
+_DEVICE_ERRORS = ("OutOfMemoryError", "AcceleratorError")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,11 +156,26 @@ class GeneratorActor:
             partials = tuple(self._engine.abort(key[0], key[1]))
             self._loop.call_soon_threadsafe(self._finish, key, partials)
 
-    async def load(self) -> LoadReport:
+    async def load(self, normal_gap: float | None = None) -> LoadReport:
         """Pulls what leads to the store's newest version; returns once the engine holds it.
 
-        The version is built on a thread of its own while decoding goes on.
+        The version is built on a thread of its own while decoding goes on. ``normal_gap`` is what
+        the probe found at the run's first version, once that is known.
+
+        Raises:
+            InfraError: anything that went wrong here; the version is not, or only half, in use.
         """
+        if normal_gap is not None:
+            self._probe.normal_gap = normal_gap
+        try:
+            return await self._load()
+        except (RayGrpoError, ray.exceptions.RayError):
+            raise
+        except Exception as error:  # of memory, torch or vLLM: the next process may do better
+            traceback.print_exc()
+            raise InfraError(f"a version did not load: {_described(error)}") from error
+
+    async def _load(self) -> LoadReport:
         started = time.monotonic()
         async with self._loading:
             if self._asleep:
@@ -263,8 +285,9 @@ class GeneratorActor:
             try:
                 groups = self._traced.step()
             except Exception as error:
-                self._loop.call_soon_threadsafe(self._fail_all, error)
-                self._serve_nothing(error)
+                broken = _broken(error)
+                self._loop.call_soon_threadsafe(self._fail_all, broken)
+                self._serve_nothing(broken)
             for group in groups:
                 request = group.request
                 key = (request.stream, request.group_id, request.attempt)
@@ -298,6 +321,23 @@ class GeneratorActor:
     def _fail_all(self, error: BaseException) -> None:
         for future in self._waiting.values():
             _fail(future, error)
+
+
+def _broken(error: Exception) -> Exception:
+    """What an engine answers that failed by ``error``: what is no fault of its machine's is a bug,
+    or bad numbers, and stays what it is."""
+    of_device = type(error).__name__ in _DEVICE_ERRORS
+    if not (of_device or isinstance(error, InfraError)):
+        return error
+    traceback.print_exception(error)
+    broken = EngineBroken(f"the engine failed: {_described(error)}", "the generator is replaced")
+    broken.__cause__ = error
+    return broken
+
+
+def _described(error: Exception) -> str:
+    first = next(iter(str(error).splitlines()), "")
+    return first if isinstance(error, RayGrpoError) else f"{type(error).__name__}: {first}"
 
 
 def _resolve(future: asyncio.Future[Any], value: Any) -> None:

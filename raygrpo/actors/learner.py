@@ -114,7 +114,7 @@ class LearnerActor:
             return None
         if self._publisher is None:
             self._publisher = Publisher(
-                store, local=local, timeout_s=self._config.ray.timeouts_s.update
+                store, local=local, timeout_s=self._config.ray.timeouts_s.sync
             )
         kind: WholeKind = "adapter" if lora else "full"
         return replace(self._publisher.publish(version, tensors, kind, probe), broken=broken)

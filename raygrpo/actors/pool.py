@@ -17,16 +17,17 @@ import ray
 
 from raygrpo.actors.dispatch import Dispatcher
 from raygrpo.actors.factory import WorkerFactory
-from raygrpo.actors.futures import DependencyDied, Pending, WorkerDied, resolve
+from raygrpo.actors.futures import DependencyDied, Pending, resolve
 from raygrpo.actors.generator import GenerationReport, LoadReport
+from raygrpo.actors.losses import Losses
 from raygrpo.actors.nodes import on_draining_nodes
 from raygrpo.actors.scorer import ModelLost, ScoreReport
 from raygrpo.actors.transfer import broken, receivers
 from raygrpo.actors.workers import Done, Flight, GroupKey, Worker
 from raygrpo.algorithm.window import FinishedGroup
 from raygrpo.config import RewardSection, RunConfig
-from raygrpo.errors import InfraError, ProbeFailed, WeightsLost
-from raygrpo.failures import MAX_DEATHS, Action, History, decide
+from raygrpo.errors import InfraError, ProbeFailed, WeightsCorrupt, WeightsLost
+from raygrpo.failures import MAX_DEATHS, Action
 from raygrpo.types import Group, GroupRequest
 
 _ABORT_S = 15.0  # how long a generator that leaves has to answer with what it wrote
@@ -59,11 +60,12 @@ class RolloutPool:
         self._flights = self._dispatcher.flights
         self._num_publishes = 0
         self._sleeping = False
-        self._consecutive_losses = 0
+        self._losses = Losses(lambda: len(self._workers))
         self._drains_checked = 0.0
         self._clear()
         self.trainer_state: Any = None
         self.waited_s = 0.0
+        self.normal_gap: float | None = None
 
     @property
     def _workers(self) -> tuple[Worker, ...]:
@@ -108,7 +110,7 @@ class RolloutPool:
         """Replaces receivers that a sync broke: one loss, since all wait for the one that fails."""
         for number, (worker, reason) in enumerate(broken(self._generators, reasons)):
             if not number:
-                self._count_loss(worker, InfraError(reason))
+                self._losses.count(worker, InfraError(reason))
             self._replace(worker, reason)
 
     def load(self) -> None:
@@ -195,10 +197,11 @@ class RolloutPool:
         """Has a generator load the newest weights, or sleep while that is the order."""
         if worker.leaving:
             return
-        call = worker.actor.sleep if self._sleeping else worker.actor.load
-        worker.loading, worker.asleep = call.remote(), False
+        sleep, load = worker.actor.sleep, worker.actor.load
+        worker.loading = sleep.remote() if self._sleeping else load.remote(self.normal_gap)
+        worker.asleep = False
         worker.loading_publish = self._num_publishes
-        worker.deadline = time.monotonic() + self._config.ray.timeouts_s.update
+        worker.deadline = time.monotonic() + self._config.ray.timeouts_s.sync
 
     def _collect_worker(self, worker: Worker, ready: set[Any]) -> None:
         try:
@@ -217,6 +220,8 @@ class RolloutPool:
         except InfraError as error:
             if isinstance(error, ProbeFailed):
                 self._events.append(("probe_failed", {"worker": worker.name, **error.figures}))
+            elif isinstance(error, WeightsCorrupt):
+                self._forget_weights(worker, error)
             self._lose_worker(worker, error)
 
     def _collect_load(self, worker: Worker) -> None:
@@ -228,6 +233,8 @@ class RolloutPool:
                 worker.asleep = newest
             else:
                 self._loads.append(report)
+                if self.normal_gap is None:
+                    self.normal_gap = report.probe_gap
                 worker.idle.update(report.idle)
                 worker.joining = worker.joining and not newest
         except WeightsLost as error:  # no fault of the generator, which keeps what it has
@@ -236,6 +243,13 @@ class RolloutPool:
                 self._events.append(("weights_lost", {"worker": worker.name, "error": str(error)}))
         if not newest:
             self._start_loading(worker)
+
+    def _forget_weights(self, worker: Worker, error: WeightsCorrupt) -> None:
+        """Has the weights published anew, whole, unless newer ones have come meanwhile."""
+        if worker.loading_publish == self._num_publishes:
+            self._factory.store.forget.remote()
+            self._weights_lost = True
+        self._events.append(("weights_corrupt", {"worker": worker.name, "error": str(error)}))
 
     def _collect_flight(self, key: GroupKey, flight: Flight) -> None:
         worker = flight.worker
@@ -260,7 +274,7 @@ class RolloutPool:
             self._lose_worker(flight.models[answer.reward], InfraError(answer.error))
             self._give_back(key)
             return
-        self._consecutive_losses = 0
+        self._losses.forget()
         self._dispatcher.drop(key)
         for reward in answer.late:
             late = InfraError(f"no answer within the timeout_s of reward {reward}")
@@ -271,11 +285,7 @@ class RolloutPool:
     def _fail_flight(self, key: GroupKey, flight: Flight, error: Exception) -> None:
         worker = flight.worker
         assert worker is not None
-        died = isinstance(error, WorkerDied)
-        history = History(
-            attempts=flight.request.attempt + 1, consecutive_losses=self._consecutive_losses
-        )
-        action = decide(error, worker.role, history, worker_died=died)
+        action = self._losses.decide(error, worker, flight)
         if action is Action.STOP:
             raise error
         if action is Action.REPLACE_WORKER:
@@ -294,18 +304,8 @@ class RolloutPool:
         """Replaces a worker and gives its groups back: generation is lost, a payload is not."""
         if worker not in self._workers:
             return
-        self._count_loss(worker, error)
+        self._losses.count(worker, error)
         self._replace(worker, str(error))
-
-    def _count_loss(self, worker: Worker, error: Exception) -> None:
-        history = History(consecutive_losses=self._consecutive_losses)
-        if decide(error, worker.role, history, worker_died=True) is Action.STOP:
-            raise InfraError(
-                f"{self._consecutive_losses} workers were lost in a row, the last was "
-                f"{worker.name}: {error}",
-                "see logs/ for the reason (out of memory is the usual one)",
-            ) from error
-        self._consecutive_losses += 1
 
     def _replace(self, worker: Worker, reason: str) -> None:
         ray.kill(worker.actor)
@@ -387,7 +387,7 @@ class RolloutPool:
                 continue
             if worker.ready and worker.groups:  # a slow load, beside which it still decodes
                 slow = InfraError(f"{worker.name} missed the deadline of a load")
-                self._count_loss(worker, slow)
+                self._losses.count(worker, slow)
                 self.retire(worker, str(slow))
             else:
                 late[worker.name] = (worker, worker.leaving or "start or load")

@@ -73,9 +73,8 @@ class LearnerTransfer:
         if rank == 0:
             from raygrpo.engines.vllm_native import make_sender
 
-            # Half of what the publish may take: the rest is for the store.
-            timeout_s = config.ray.timeouts_s.update / 2
-            self._native = NativeTransfer(make_sender(options[TRANSFER], host), timeout_s)
+            sender = make_sender(options[TRANSFER], host)
+            self._native = NativeTransfer(sender, config.ray.timeouts_s.sync)
 
     def send(
         self,
@@ -128,7 +127,7 @@ class ReceivingGenerator(GeneratorActor):
             self._sent = argument
             self._loading.release()
 
-    async def load(self) -> LoadReport:
+    async def _load(self) -> LoadReport:
         """Proves what the learner sent; pulls as any other where the store has a newer version."""
         started = time.monotonic()
         if self._sent is not None:
@@ -148,7 +147,7 @@ class ReceivingGenerator(GeneratorActor):
                     probe_gap=self._probe.last_gap,
                     idle=self._idle.read(),
                 )
-        report = await super().load()
+        report = await super()._load()
         self._sent = None
         return report
 

@@ -9,13 +9,18 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import ray
+import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raygrpo.actors.spawn import spawn
+from raygrpo.errors import WeightsCorrupt
 from raygrpo.types import ByteArray, Version, WeightsManifest
 from raygrpo.weights.chain import Stored, VersionChain
 from raygrpo.weights.replica import Link
 from raygrpo.weights.segments import Address, HeldSegment, SegmentGone, read_segment
+
+# How often buckets may be gone by the time that they are read: a publish may have overtaken it.
+_MAX_PLANS = 10
 
 
 class WeightStoreActor:
@@ -44,6 +49,10 @@ class WeightStoreActor:
     def commit(self, *manifests: WeightsManifest) -> None:
         """Makes a version readable, as whole, as a delta or as both, once its buckets are here."""
         self._chain.commit(manifests)
+
+    def forget(self) -> None:
+        """Drops all versions, which are not what was published; a version under way stays."""
+        self._chain.forget()
 
     def newest(self) -> Version | None:
         """The newest version; None while nothing has been published."""
@@ -79,20 +88,23 @@ class _Held(HeldSegment):
 async def pull(store: Any, have: Version | None) -> list[Link]:
     """What leads from ``have`` to the store's newest version: empty where that is the newest.
 
-    Buckets in memory of this host are read in place; the others come through Ray.
+    Buckets in memory of this host are read in place; the others come through Ray. What is gone by
+    then (newer versions have come, or the store has lost its process) is asked for anew.
 
     Raises:
         WeightsLost: the store is empty.
+        WeightsCorrupt: the store does not give what it says it has.
     """
-    while True:
+    for _ in range(_MAX_PLANS):
         plan = await store.plan.remote(have)
         try:
             return [
                 (manifest, await asyncio.gather(*(_open(store, part) for part in parts)))
                 for manifest, parts in plan
             ]
-        except SegmentGone:
-            continue  # newer versions have come meanwhile
+        except (SegmentGone, ray.exceptions.ObjectLostError) as error:
+            last = error
+    raise WeightsCorrupt(f"buckets of the weights were gone {_MAX_PLANS} times: {last}")
 
 
 async def _open(store: Any, part: Any) -> ByteArray:

@@ -366,13 +366,13 @@ class TransformersEngine:
     def sleep(self) -> None:
         """Frees the cache, and on a GPU what the weights take there."""
         self._rows, self._cache = RowTable(), self._new_cache()
-        self._model.to("cpu")
+        self._weights.move(torch.device("cpu"))
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
     def wake(self) -> None:
         """Brings the weights back to their device."""
-        self._model.to(self._device)
+        self._weights.move(self._device)
 
     def close(self) -> None:
         """Drops all groups and frees model and cache; the engine cannot be used afterwards."""

@@ -128,6 +128,8 @@ class ModelWeights:
     def begin_packing(self) -> None:
         """Has a thread pack the version in use, if that has not begun: once decoding gains by it,
         so that the packing and the probe of an idle engine do not share the cores."""
+        if self._packing is not None and self._packing.done():
+            self._packing.result()  # raises what it raised
         if self._unpacked is not None:
             pack = partial(self._pack_all, self._unpacked)
             self._packing, self._unpacked = in_new_thread(pack, "pack", _lower_priority), None
@@ -138,6 +140,12 @@ class ModelWeights:
         if self._packing is not None:
             self._packing.result()
 
+    def move(self, device: torch.device) -> None:
+        """Moves the weights in use, and frees the room for the next version until it comes."""
+        self._spare = {}
+        for target in self.targets.values():
+            target.data = target.data.to(device)
+
     def _pack(self, weight: Tensor) -> Tensor:
         return PackedLinear.pack(weight, self._num_rows)
 
@@ -147,7 +155,7 @@ class ModelWeights:
         for linear, name in zip(self._linears, self._packed_names, strict=True):
             packed = self._pack(used.tensors[name])
             with self._swap:
-                if self.targets[name].data_ptr() != used.tensors[name].data_ptr():
+                if self.version != used.version:
                     return
                 linear.packed = packed
 

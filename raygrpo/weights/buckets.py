@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raygrpo.errors import InfraError
+from raygrpo.errors import WeightsCorrupt
 from raygrpo.types import BucketSpec, ByteArray, TensorSpec
 from raygrpo.weights.delta import checksum as checksum
 
@@ -76,11 +76,11 @@ def unpack(spec: BucketSpec, data: ByteArray) -> Iterator[tuple[str, Tensor]]:
     """Yields a bucket's tensors as views into ``data``, after verifying size and checksum.
 
     Raises:
-        InfraError: the bytes are not those that were packed.
+        WeightsCorrupt: the bytes are not those that were packed.
     """
     if data.nbytes != spec.num_bytes or checksum(data) != spec.checksum:
-        raise InfraError(
-            f"bucket of {spec.tensors[0].name} is corrupt", "the weights are pulled again"
+        raise WeightsCorrupt(
+            f"bucket of {spec.tensors[0].name} is corrupt", "the weights are published again"
         )
     for tensor in spec.tensors:
         part = data[tensor.offset_bytes : tensor.offset_bytes + tensor.num_bytes]

@@ -64,6 +64,10 @@ class VersionChain:
         self._incoming, self._incoming_version = {}, None
         self._trim()
 
+    def forget(self) -> None:
+        """Drops all versions, but for what has come of one under way."""
+        self._whole, self._deltas = None, []
+
     def plan(self, have: Version | None) -> list[Stored]:
         """What to apply, oldest first, to get from ``have`` to the newest with the fewest bytes.
 

@@ -24,7 +24,7 @@ import numpy.typing as npt
 import pyarrow
 import xxhash
 
-from raygrpo.errors import InfraError
+from raygrpo.errors import InfraError, WeightsCorrupt
 from raygrpo.types import ByteArray
 
 Bytes = ByteArray | bytes | bytearray | memoryview
@@ -91,7 +91,8 @@ def apply(old: Bytes, data: Bytes) -> ByteArray:
     """The bytes that `encode` was given as ``new``, in an array of its own.
 
     Raises:
-        InfraError: ``old`` is not the base, or ``data`` is corrupt.
+        InfraError: ``old`` is not the base.
+        WeightsCorrupt: ``data`` is not as it was made.
     """
     before = _flat(old)
     header = read_header(data)
@@ -100,7 +101,7 @@ def apply(old: Bytes, data: Bytes) -> ByteArray:
     after = before.copy()
     patch(after, data, header.base)
     if checksum(after) != header.result:
-        raise InfraError("the delta did not give the bytes that it was made of")
+        raise WeightsCorrupt("the delta did not give the bytes that it was made of")
     return after
 
 
@@ -149,7 +150,7 @@ def read_header(data: Bytes) -> Header:
     """A delta's header, once all of the delta is known to be as it was made.
 
     Raises:
-        InfraError: it is not.
+        WeightsCorrupt: it is not.
     """
     blob = _flat(data)
     if blob.size >= _SEAL.size + _HEAD.size:
@@ -165,7 +166,7 @@ def read_header(data: Bytes) -> Header:
                 num_changed=changed,
                 num_symbols=symbols,
             )
-    raise InfraError("a delta is corrupt", "the weights are pulled again")
+    raise WeightsCorrupt("a delta is corrupt", "the weights are published again")
 
 
 def patch(target: ByteArray, data: Bytes, base: int) -> int:
@@ -174,7 +175,8 @@ def patch(target: ByteArray, data: Bytes, base: int) -> int:
     The caller knows that ``base`` is the target's checksum, and checks the result.
 
     Raises:
-        InfraError: ``data`` is corrupt or of another base; the target is as it was.
+        InfraError: ``data`` is of another base; the target is as it was.
+        WeightsCorrupt: ``data`` is not as it was made; likewise.
     """
     header = read_header(data)
     if target.size != header.num_bytes or base != header.base:

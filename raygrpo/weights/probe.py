@@ -14,12 +14,12 @@ from raygrpo.engines.base import Engine
 from raygrpo.errors import ProbeFailed
 from raygrpo.types import Probe, Version
 
-PROBE_LENGTH = 8
+PROBE_LENGTH = 16
 FACTOR = 3.0
 # Rounding of two ways to compute the same thing, in nats a token.
 FLOORS = {"float32": 1e-3, "bfloat16": 5e-2}
-# What a first gap may be at most, in floors: kernels differ by less, wrong weights by nats.
-FIRST_LIMIT = 20.0
+# What a run's first gap may be at most, in floors: kernels differ by less, wrong weights by nats.
+FIRST_LIMIT = 10.0
 
 
 def probe_tokens(vocabulary: int, seed: int, max_length: int | None = None) -> tuple[int, ...]:
@@ -33,22 +33,22 @@ class ProbeCheck:
     """One generator's checks; the first one of a run sets what gap is normal for its engine.
 
     Attributes:
-        first_gap: the gap of the first version checked; None before.
+        normal_gap: the gap of the run's first version; None while that has not been checked.
         last_gap: the gap of the last one; None before.
     """
 
     def __init__(self, dtype: str, temperature: float) -> None:
         self._floor = FLOORS[dtype]
         self._temperature = temperature
-        self.first_gap: float | None = None
+        self.normal_gap: float | None = None
         self.last_gap: float | None = None
 
     @property
     def tolerance(self) -> float:
         """The gap that is allowed: three times the first one, and no less than rounding's."""
-        if self.first_gap is None:
+        if self.normal_gap is None:
             return FIRST_LIMIT * self._floor
-        return max(FACTOR * self.first_gap, self._floor)
+        return max(FACTOR * self.normal_gap, self._floor)
 
     def check(self, engine: Engine, probe: Probe, version: Version) -> float:
         """Scores the probe; returns the gap.
@@ -62,7 +62,7 @@ class ProbeCheck:
         gap = float(difference.mean()) if difference.size else 0.0
         if not gap <= self.tolerance:
             raise ProbeFailed(version, gap, self.tolerance)
-        if self.first_gap is None:
-            self.first_gap = gap
+        if self.normal_gap is None:
+            self.normal_gap = gap
         self.last_gap = gap
         return gap

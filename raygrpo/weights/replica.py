@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from raygrpo.errors import InfraError
+from raygrpo.errors import InfraError, WeightsCorrupt
 from raygrpo.types import BucketSpec, ByteArray, Version, WeightsManifest
 from raygrpo.weights import delta
 
@@ -73,8 +73,9 @@ class Replica:
             links: oldest first: a whole version and deltas on it, or deltas on the version in use.
 
         Raises:
-            InfraError: links that do not follow from each other or from the version in use, that go
-                back, or that are corrupt. The version in use is as it was.
+            InfraError: links that do not follow from each other or from the version in use, or that
+                go back. The version in use is as it was.
+            WeightsCorrupt: bytes that are not what was published. Likewise.
         """
         self._check(links)
         # From here to a commit, nothing is known of the spare's bytes.
@@ -89,7 +90,7 @@ class Replica:
             spec, bucket = manifest.buckets[index], buckets[index]
             self._build(index, bucket, links, trail)
             if delta.checksum(bucket) != spec.checksum:
-                raise InfraError(f"{_name(spec)} is corrupt", "the weights are pulled again")
+                raise WeightsCorrupt(f"{_name(spec)} is corrupt", "the weights are published again")
 
         # Those in place are verified by whoever unpacks them.
         written = [index for index, bucket in enumerate(buckets) if bucket.flags.writeable]
@@ -139,7 +140,7 @@ class Replica:
                 raise InfraError(f"{name} is whole, but comes after others")
             sizes = [spec.sent_bytes for spec in manifest.buckets]
             if [array.nbytes for array in arrays] != sizes:
-                raise InfraError(f"{name} is corrupt: buckets are missing or of other sizes")
+                raise WeightsCorrupt(f"{name} is corrupt: buckets are missing or of other sizes")
             held = manifest
         if not links:
             raise InfraError("there is nothing to stage")
@@ -200,7 +201,7 @@ def _patch(index: int, out: ByteArray, held: BucketSpec, links: Sequence[Link]) 
         spec = manifest.buckets[index]
         expected = delta.patch(out, arrays[index], expected)
         if expected != spec.checksum:
-            raise InfraError(f"{_name(spec)} is corrupt: its delta is of another version")
+            raise WeightsCorrupt(f"{_name(spec)} is corrupt: its delta is of another version")
 
 
 def _deltas(link: Link) -> Link:

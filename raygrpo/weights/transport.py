@@ -15,13 +15,16 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
+from raygrpo.errors import InfraError
 from raygrpo.types import Version
 
 Named = tuple[str, Tensor]
+T = TypeVar("T")
 
 
 class Receiver(Protocol):
@@ -100,7 +103,7 @@ class NativeTransfer:
             attempt.begun = True
             attempt.wait("begin", {name: item.begin() for name, item in receivers.items()})
             for bucket in buckets:
-                info = self._sender.offer(bucket)
+                info = attempt.call("offer", partial(self._sender.offer, bucket))
                 sent = _call(self._sender.transmit)
                 taken = {name: item.receive(info) for name, item in receivers.items()}
                 attempt.wait("receive", taken, sent)
@@ -127,7 +130,7 @@ class NativeTransfer:
         ranks, world_size = {}, 1
         for name, receiver in attempt.receivers.items():
             ranks[name], world_size = world_size, world_size + receiver.num_workers
-        info = self._sender.open(world_size)
+        info = attempt.call("open", partial(self._sender.open, world_size))
         joins = {
             name: receiver.join({**info, "rank_offset": ranks[name]})
             for name, receiver in attempt.receivers.items()
@@ -148,6 +151,14 @@ class _Attempt:
     deadline: float
     begun: bool = False
     failures: dict[str, str] = field(default_factory=dict)
+
+    def call(self, what: str, ours: Callable[[], T]) -> T:
+        """A call of the sender's that nobody else takes part in; when it fails, the sync does."""
+        try:
+            return ours()
+        except (OSError, RuntimeError, InfraError) as error:  # sockets, CUDA, NCCL
+            self.failures[""] = f"{what}: {error}"
+            raise _Aborted from error
 
     def wait(
         self, what: str, futures: Mapping[str, Future[None]], ours: Future[None] | None = None

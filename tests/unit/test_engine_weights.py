@@ -184,6 +184,48 @@ def test_versions_never_move_backwards(paths: dict[str, Path]) -> None:
     assert weights.version == Version(1, 5)
 
 
+def test_packing_that_is_overtaken_packs_nothing(paths: dict[str, Path]) -> None:
+    """Of two versions before, whose memory the version in use has: only its name tells."""
+    model = model_of(paths["llama"])
+    weights = ModelWeights(model, CPU, num_rows=8, version=None, pack_later=True)
+    assert weights._linears
+    first = publish(model, 1, 2.0)
+    weights.stage(*first)
+    weights.commit()
+    late = weights._unpacked
+    assert late is not None
+    weights.stage(*publish(model, 2, 2.0))
+    weights.commit()
+    third, data = publish(model, 3, 3.0)
+    for old, new in zip(first[1], data, strict=True):
+        old[:] = new
+    weights.stage(third, first[1])
+    weights.commit()
+    weights._pack_all(late)
+    assert all(linear.packed is None for linear in weights._linears)
+    weights.wait_packed()
+    assert all(linear.packed is not None for linear in weights._linears)
+
+
+def test_packing_that_fails_is_not_silent(
+    paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(paths["llama"])
+    weights = ModelWeights(model, CPU, num_rows=8, version=None, pack_later=True)
+    assert weights._linears
+
+    def failing(*_: Any) -> None:
+        raise RuntimeError("can't allocate memory")
+
+    monkeypatch.setattr(weights, "_pack", failing)
+    weights.stage(*publish(model, 1, 2.0))
+    weights.commit()
+    with pytest.raises(RuntimeError, match="allocate"):
+        weights.wait_packed()
+    with pytest.raises(RuntimeError, match="allocate"):  # where nobody waits for it: the next step
+        weights.begin_packing()
+
+
 def test_swapping_takes_a_small_part_of_a_load() -> None:
     """SmolLM2's widths, 10 layers, a small vocabulary: 142 MB, staged in 0.05 s and more."""
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -18,6 +18,9 @@ from raygrpo.failures import MAX_ATTEMPTS, MAX_CONSECUTIVE_LOSSES, Action, Histo
 NONE = History()
 TRIED = History(attempts=MAX_ATTEMPTS)
 LOSING = History(consecutive_losses=MAX_CONSECUTIVE_LOSSES)
+# A node took sixteen workers of forty along.
+NODE = History(consecutive_losses=16, num_workers=40)
+TWICE = History(consecutive_losses=80, num_workers=40)
 
 
 @pytest.mark.parametrize(
@@ -26,6 +29,8 @@ LOSING = History(consecutive_losses=MAX_CONSECUTIVE_LOSSES)
         (InfraError("gone"), "generator", NONE, True, Action.REPLACE_WORKER),
         (InfraError("gone"), "scorer", NONE, True, Action.REPLACE_WORKER),
         (InfraError("gone"), "generator", LOSING, True, Action.STOP),
+        (InfraError("gone"), "generator", NODE, True, Action.REPLACE_WORKER),
+        (InfraError("gone"), "generator", TWICE, True, Action.STOP),
         (InfraError("lost"), "generator", NONE, False, Action.RESUBMIT),
         (InfraError("lost"), "generator", TRIED, False, Action.DROP_GROUP),
         (InfraError("gone"), "learner", NONE, True, Action.STOP),

@@ -51,14 +51,14 @@ def gaps(check: ProbeCheck, *values: float) -> list[float]:
     st.floats(0, 1, exclude_max=True),
     st.floats(0, 2).filter(lambda x: abs(x - 1) > 1e-3),
 )
-def test_tolerance_is_three_first_gaps_and_no_less_than_the_floor(
+def test_tolerance_is_three_normal_gaps_and_no_less_than_the_floor(
     dtype: str, first: float, later: float
 ) -> None:
     """``first`` and ``later`` in units of what is allowed for each."""
     check = ProbeCheck(dtype, 0.7)
     allowed_first = FIRST_LIMIT * FLOORS[dtype]
     (gap,) = gaps(check, 0.99 * first * allowed_first)
-    assert check.first_gap == gap
+    assert check.normal_gap == gap
     allowed = max(3 * gap, FLOORS[dtype])
     assert check.tolerance == allowed
     if later < 1:
@@ -67,7 +67,7 @@ def test_tolerance_is_three_first_gaps_and_no_less_than_the_floor(
         with pytest.raises(ProbeFailed) as caught:
             gaps(check, later * allowed)
         assert caught.value.figures["gap"] == pytest.approx(later * allowed, rel=1e-3)
-    assert check.first_gap == gap, "a later gap never widens the tolerance"
+    assert check.normal_gap == gap, "a later gap never widens the tolerance"
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), FIRST_LIMIT * FLOORS["float32"] * 1.1])
@@ -75,7 +75,7 @@ def test_a_first_version_may_be_wrong_too(bad: float) -> None:
     check = ProbeCheck("float32", 0.7)
     with pytest.raises(ProbeFailed):
         gaps(check, bad)
-    assert check.first_gap is None
+    assert check.normal_gap is None
     with pytest.raises(ProbeFailed):
         gaps(check, bad)
 

@@ -186,7 +186,7 @@ def test_a_newer_version_in_the_store_is_pulled(
     transfer = NativeTransfer(FakeSender(), TIMEOUT_S)
     sync(transfer, Version(1, 1), {"a": handle})
     store.append(Version(1, 5))
-    monkeypatch.setattr(GeneratorActor, "load", load)
+    monkeypatch.setattr(GeneratorActor, "_load", load)
     assert handle.load() is pulled
     assert handle.actor._sent is None
     transfer.close()

@@ -201,6 +201,29 @@ def test_nobody_that_had_not_begun_is_replaced() -> None:
     assert set(result.broken) == {"bad"}
 
 
+@pytest.mark.parametrize("call", ["open", "connect", "offer", "transmit"])
+def test_a_sender_that_fails_ends_the_sync_and_not_the_run(call: str) -> None:
+    """Its sockets, its NCCL, its device: the store is the way then."""
+    sender, receiver = FakeSender(), FakeReceiver()
+    transfer = NativeTransfer(sender, timeout_s=TIMEOUT_S)
+
+    def failing(*_: Any) -> None:
+        raise RuntimeError("CUDA error")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sender, call, failing)
+        result = transfer.sync(Version(1, 0), buckets(0), {"one": receiver})
+    assert not result.loaded
+    # Once asked to join, a member may hang in the collective.
+    assert set(result.behind) == ({"one"} if call == "open" else set())
+    assert set(result.broken) == (set() if call == "open" else {"one"})
+    assert all("CUDA error" in why or "no answer" in why for why in result.broken.values())
+    fresh = FakeReceiver()
+    assert transfer.sync(Version(1, 1), buckets(1), {"fresh": fresh}).loaded == ("fresh",)
+    assert held(fresh) == weights(1)
+    transfer.close()
+
+
 def test_a_source_that_fails_gives_the_group_up() -> None:
     def failing() -> Iterator[list[Named]]:
         yield buckets(0)[0]

@@ -3,6 +3,7 @@ publisher's calls go straight to the store's chain."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -11,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray.exceptions
 import torch
 
-from raygrpo.actors import publishing
+from raygrpo.actors import publishing, weight_store
 from raygrpo.actors.publishing import Publisher, PublishReport
-from raygrpo.errors import InfraError
+from raygrpo.errors import InfraError, WeightsCorrupt, WeightsLost
 from raygrpo.types import Version, WeightsManifest
 from raygrpo.weights import buckets
 from raygrpo.weights.buckets import make_buckets, tensor_bytes
@@ -337,6 +339,45 @@ def test_the_store_refuses_what_it_cannot_serve(store: Store) -> None:
     with pytest.raises(InfraError, match="incomplete"):
         store.chain.put(Version(1, 3), 0, object())
         store.chain.commit([replace(manifest, version=Version(1, 3))])
+
+
+def test_versions_that_were_forgotten_are_published_whole(store: Store) -> None:
+    learner, replica = Learner(store), Replica()
+    learner.publish()
+    learner.publish()
+    pull(store, replica)
+    store.chain.forget()
+    with pytest.raises(WeightsLost):
+        store.chain.plan(replica.version)
+    assert learner.publish().kind == "full"
+    assert pull(store, replica) == ["full"]
+    assert_holds(replica, learner)
+
+
+class Forgetful:
+    """A store whose first ``num_gone`` plans name buckets that are gone when they are read."""
+
+    def __init__(self, num_gone: int) -> None:
+        self.num_gone, self.num_plans = num_gone, 0
+        self.plan = SimpleNamespace(remote=self._plan)
+
+    async def _plan(self, have: Version | None) -> list[Any]:
+        self.num_plans += 1
+        return [("manifest", (self._bucket(gone=self.num_plans <= self.num_gone),))]
+
+    async def _bucket(self, *, gone: bool) -> Any:
+        if gone:  # the owner of deltas is the store, whose process died
+            raise ray.exceptions.OwnerDiedError("00" * 28, None, "")
+        return np.arange(3, dtype=np.uint8)
+
+
+def test_buckets_that_died_with_the_store_are_asked_for_anew() -> None:
+    store = Forgetful(2)
+    ((_, (data,)),) = asyncio.run(weight_store.pull(store, None))
+    assert store.num_plans == 3
+    assert data.tolist() == [0, 1, 2]
+    with pytest.raises(WeightsCorrupt, match="were gone"):
+        asyncio.run(weight_store.pull(Forgetful(10**6), None))
 
 
 def test_a_publish_that_failed_leaves_no_base(
