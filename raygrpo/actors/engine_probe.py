@@ -43,7 +43,7 @@ def _ask(config: RunConfig, local: bool) -> str | None:
     )
     # A process of its own: nothing else should find vLLM imported.
     probe = ray.remote(max_calls=1)(vllm_problem).options(**options)
-    answer = probe.remote(engine_device(config))
+    answer = probe.remote(engine_device(config), config.model)
     try:
         problem: str | None = ray.get(answer, timeout=config.ray.timeouts_s.start)
     except ray.exceptions.GetTimeoutError:

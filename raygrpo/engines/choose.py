@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Final, Literal
 
-from raygrpo.config import RunConfig
+from raygrpo.config import ModelSection, RunConfig
 from raygrpo.engines.base import Engine
 from raygrpo.errors import ConfigError
 from raygrpo.types import Version
@@ -109,20 +109,25 @@ def choose_engine(
     return EngineChoice(engine="transformers", reason=problem)
 
 
-def vllm_problem(device: str) -> str | None:
+def vllm_problem(device: str, model: ModelSection | None = None) -> str | None:
     """Why vLLM cannot be used in this process on ``device`` (cpu or cuda); None where it can.
 
-    It imports vLLM, which takes seconds, where that is installed.
+    A ``model`` must be of an architecture that vLLM has itself. It imports vLLM, which takes
+    seconds, where that is installed.
     """
     if find_spec("vllm") is None:
         return NOT_INSTALLED
     try:
         _prepare()
-        built_for = importlib.import_module("raygrpo.engines.vllm_requests").device_type()
+        requests = importlib.import_module("raygrpo.engines.vllm_requests")
+        built_for = requests.device_type()
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
         first = (str(error).splitlines() or [""])[0]
         return f"vLLM does not import: {type(error).__name__}: {first}"
-    return None if built_for == device else f"vLLM computes on {built_for or 'nothing'} here"
+    if built_for != device:
+        return f"vLLM computes on {built_for or 'nothing'} here"
+    unknown = requests.unknown_architecture(model) if model is not None else None
+    return f"vLLM does not have {unknown}" if unknown else None
 
 
 def planned_engine(config: RunConfig) -> str:

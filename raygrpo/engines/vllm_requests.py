@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from vllm import SamplingParams
+from transformers import AutoConfig
+from vllm import ModelRegistry, SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.outputs import CompletionOutput
 from vllm.platforms import current_platform
@@ -30,6 +31,16 @@ CPU_DEFAULTS = {"block_size": 32, "kv_cache_memory_bytes": 2 * 2**30, "enforce_e
 def device_type() -> str:
     """What this vLLM computes on: cpu, cuda, or nothing."""
     return str(current_platform.device_type)
+
+
+def unknown_architecture(model: ModelSection) -> str | None:
+    """What the model's configuration calls it, where vLLM has no such model; None where it has."""
+    config = AutoConfig.from_pretrained(
+        model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
+    )
+    names = config.architectures or [config.model_type]
+    known = set(ModelRegistry.get_supported_archs())
+    return None if known.intersection(names) else ", ".join(names)
 
 
 def engine_arguments(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ import pytest
 import torch
 
 from raygrpo.config import ModelSection
-from raygrpo.engines.choose import OURS
+from raygrpo.engines.choose import OURS, vllm_problem
 from raygrpo.errors import ConfigError, InfraError, NumericError
 from raygrpo.models import load_model
 from raygrpo.types import Version
@@ -71,6 +73,17 @@ def test_weights_that_are_no_numbers_are_a_numeric_error(engine: Any) -> None:
     assert engine.num_unfinished == 0
     engine.load_weights(*publish(model, Version(1, 2)))
     assert len(run(engine, request(PROMPT))) == 3
+
+
+def test_a_model_that_vllm_does_not_have_is_a_reason(tmp_path: Path) -> None:
+    assert vllm_problem("cpu", ModelSection(path=str(ECHO))) is None
+    assert vllm_problem("cuda", ModelSection(path=str(ECHO))) == "vLLM computes on cpu here"
+    shape = json.loads((ECHO / "config.json").read_text())
+    (tmp_path / "config.json").write_text(
+        json.dumps({**shape, "architectures": ["OwnForCausalLM"]})
+    )
+    other = ModelSection(path=str(tmp_path))
+    assert vllm_problem("cpu", other) == "vLLM does not have OwnForCausalLM"
 
 
 def test_options_that_vllm_does_not_have_are_named() -> None:
