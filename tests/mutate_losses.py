@@ -102,7 +102,7 @@ MUTANTS = [
         ("gap's sign", "token_gap = old.detach() - sampler", "token_gap = sampler - old.detach()"),
         ("sequence level: sum, a product of ratios", "sequence_means(token_gap, mask, sequences)[0][sequences]", "(lambda m, c: (m * c)[sequences])(*sequence_means(token_gap, mask, sequences))"),
         ("sequence level: by row", "sequence_means(token_gap, mask, sequences)[0][sequences]", "sequence_means(token_gap, mask, torch.arange(len(mask))[:, None].expand_as(mask))[0][:, None].expand_as(mask)"),
-        ("ess of the corrected ratio", '"sampling/token_ratio": stat(token_rho', '"sampling/token_ratio": stat(applied'),
+        ("ess of the corrected ratio", '"sampling/token_ratio": partial(stat, token_rho', '"sampling/token_ratio": partial(stat, applied'),
         ("kl to the sampler: sign", "token_rho - 1 - token_gap", "token_rho - 1 + token_gap"),
         ("off-policy: positive advantages too", "(advantages < 0) & (means", "(means"),
         ("off-policy: sign of the gap", "sequence_means(sampler - logprobs,", "sequence_means(logprobs - sampler,"),
