@@ -330,7 +330,7 @@ def test_an_fp32_head_under_zero_3(two_ranks: Any, models: dict[str, Path]) -> N
         total = [a + b for a, b in zip(total, gradients, strict=True)] if total else gradients
     norm = float(torch.cat([g.flatten() for g in total]).norm())
     stats = merge_stats([rank["head-3"]["stats"] for rank in two_ranks])
-    # A bfloat16 product is 1e-3 away.
+    # With a bfloat16 product it is 3e-4 away.
     assert stats["grad_norm"].sum == pytest.approx(norm, rel=1e-4)
 
 
