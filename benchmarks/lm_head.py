@@ -85,8 +85,8 @@ def run(form: str, problem: dict[str, Any]) -> float:
     else:
         settings = HeadSettings(chunk_tokens=chunk_tokens_for(weight.shape[0]))
 
-        def foretold(start: int, logprobs: Any, entropies: Any) -> tuple[Any, None]:
-            return -advantages[start : start + len(logprobs)], None
+        def foretold(which: Any, logprobs: Any, entropies: Any) -> tuple[Any, None]:
+            return -advantages[which], None
 
         logprobs, _ = token_logprobs(
             hidden,

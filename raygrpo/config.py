@@ -27,7 +27,9 @@ class ModelSection(Section):
         "Build random weights (from the run's seed) from path's config.json; no weights read.",
     )
     fp32_head: bool = key(
-        False, "Form the language head's product in float32 where dtype is bfloat16, in training."
+        False,
+        "Form the language head's product in float32 where dtype is bfloat16, in training and in "
+        "the transformers engine (vLLM cannot).",
     )
     trust_remote_code: bool = key(False, "Run modelling code that comes with the model.")
 

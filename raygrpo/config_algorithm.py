@@ -29,8 +29,10 @@ class AdvantageSection(Section):
         ge=0,
         le=1,
     )
-    mask_truncated: bool = key(
-        False, "Overlong filter: truncated completions count in the baseline, not in the loss."
+    mask_truncated: bool | Literal["exclude"] = key(
+        False,
+        "Overlong filter: truncated completions count in the baseline, not in the loss; exclude: "
+        "in neither, nor in the scale.",
     )
 
     @model_validator(mode="after")

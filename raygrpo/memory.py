@@ -157,7 +157,7 @@ def learner_memory(config: RunConfig, size: ModelSize, *, row_tokens: int) -> Pa
         "optimizer": 2 * shard,
         "reduce buckets": min(_bucket_elements(config), size.trained) * 4 if stage else 0,
         "activations": _activation_bytes(config, size, tokens),
-        "language head": _head_bytes(size, tokens),
+        "language head": _head_bytes(size, tokens, fp32=config.model.fp32_head),
         "reference": held if config.loss.beta and not section.lora else 0,
     }
     parts["allocator"] = round(ALLOCATOR_FRAC * sum(parts.values()))
@@ -200,10 +200,12 @@ def _activation_bytes(config: RunConfig, size: ModelSize, tokens: int) -> int:
     return tokens * (size.layers * size.hidden + size.activations // size.layers)
 
 
-def _head_bytes(size: ModelSize, tokens: int) -> int:
-    """A chunk's logits, and the gradients of head and embedding before they are added up."""
+def _head_bytes(size: ModelSize, tokens: int, *, fp32: bool) -> int:
+    """A chunk's logits, and the gradients of head and embedding before they are added up; the
+    former and the head's are in float32 under ``fp32_head``."""
+    wide = 4 if fp32 else size.dtype_bytes
     chunk = min(tokens, chunk_tokens_for(size.vocabulary)) * size.vocabulary
-    return (chunk + 2 * size.vocabulary * size.hidden_size) * size.dtype_bytes
+    return chunk * wide + size.vocabulary * size.hidden_size * (wide + size.dtype_bytes)
 
 
 def generator_memory(config: RunConfig, size: ModelSize) -> Parts:
@@ -224,6 +226,8 @@ def generator_memory(config: RunConfig, size: ModelSize) -> Parts:
         parts["KV cache"] = rows * length * size.cached
         parts["logits"] = 4 * rows * size.vocabulary * 4
         parts["packed weights"] = 0 if config.ray.gpus.generator else 2 * size.linear
+        wide = config.model.fp32_head and size.dtype_bytes < 4
+        parts["float32 head"] = 4 * size.vocabulary * size.hidden_size if wide else 0
     parts["adapter's base"] = weights if config.learner.lora else 0
     parts["allocator"] = round(ALLOCATOR_FRAC * sum(parts.values()))
     return parts

@@ -19,7 +19,7 @@ from raygrpo.errors import ConfigError, RewardError
 from raygrpo.eval_setup import written
 from raygrpo.learner.deepspeed_config import deepspeed_config
 from raygrpo.learner.schedule import learning_rate
-from raygrpo.learner.sequence_parallel import sequence_ranks
+from raygrpo.learner.sequence_parallel import check_attention, sequence_ranks
 from raygrpo.run_dir import RunDir
 from raygrpo.session import Session
 from raygrpo.types import (
@@ -112,8 +112,8 @@ def check_model(checked: Checked, longest_prompt: int) -> Any:
     """The model's text configuration, after what can be told without its weights.
 
     Raises:
-        ConfigError: an attention that is not supported, or prompts and completions that together
-            are longer than the model's positions.
+        ConfigError: an attention that is not supported, here or by ranks that share their rows, or
+            prompts and completions that together are longer than the model's positions.
     """
     import torch
     from transformers import AutoConfig
@@ -126,6 +126,7 @@ def check_model(checked: Checked, longest_prompt: int) -> Any:
     )
     nowhere = torch.zeros(1, 1, dtype=torch.long)
     attention_masks(config, torch.ones(1, 1, 1, dtype=torch.bool), nowhere, nowhere, torch.float32)
+    check_attention(config, sequence_ranks(checked.config))
     text = config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None)
     if limit is not None and longest_prompt + sampling.max_tokens > limit:

@@ -18,7 +18,7 @@ from raygrpo.actors.idle import IdleClock, IdleShare
 from raygrpo.actors.scorer import ScoreReport
 from raygrpo.actors.workers import Done
 from raygrpo.algorithm.ledger import TokenLedger, buffered_tokens
-from raygrpo.algorithm.plan import make_step_batch, num_trained_tokens, signal_values
+from raygrpo.algorithm.plan import make_step_batch, num_trained_tokens, teaches
 from raygrpo.algorithm.window import Fate, FinishedGroup, Window
 from raygrpo.boundary import Boundary, Parts
 from raygrpo.checkpoint import RunState
@@ -57,8 +57,7 @@ class Trainer:
             max_staleness=config.train.max_staleness,
             dynamic_sampling=config.train.dynamic_sampling,
             max_refill_factor=config.train.max_refill_factor,
-            trains=lambda summary, i: num_trained_tokens(summary, i, config.advantage) > 0,
-            signal=lambda summary: signal_values(summary, config),
+            teaches=lambda summary: teaches(summary, config),
             state=restored.window if restored else None,
         )
         self._ledger = restored.ledger if restored else TokenLedger()

@@ -102,7 +102,7 @@ MUTANTS = [
         ("gap's sign", "token_gap = old.detach() - sampler", "token_gap = sampler - old.detach()"),
         ("sequence level: sum, a product of ratios", "sequence_means(token_gap, mask, sequences)[0][sequences]", "(lambda m, c: (m * c)[sequences])(*sequence_means(token_gap, mask, sequences))"),
         ("sequence level: by row", "sequence_means(token_gap, mask, sequences)[0][sequences]", "sequence_means(token_gap, mask, torch.arange(len(mask))[:, None].expand_as(mask))[0][:, None].expand_as(mask)"),
-        ("ess of the corrected ratio", '"sampling/token_ratio": stat(token_rho', '"sampling/token_ratio": stat(applied'),
+        ("ess of the corrected ratio", '"sampling/token_ratio": partial(stat, token_rho', '"sampling/token_ratio": partial(stat, applied'),
         ("kl to the sampler: sign", "token_rho - 1 - token_gap", "token_rho - 1 + token_gap"),
         ("off-policy: positive advantages too", "(advantages < 0) & (means", "(means"),
         ("off-policy: sign of the gap", "sequence_means(sampler - logprobs,", "sequence_means(logprobs - sampler,"),
@@ -164,6 +164,7 @@ MUTANTS = [
         ("None counts as 0", "scored = ~torch.isnan(rewards)\n    usable", "scored = torch.ones_like(rewards, dtype=torch.bool)\n    usable"),
         ("one score has an advantage", "usable = scored & (scored.sum(1, keepdim=True) >= 2)\n    values = rewards", "usable = scored\n    values = rewards"),
         ("signal without trained tokens", "reward is not None and is_trained and", "reward is not None and"),
+        ("max_rl: signal without success", 'if baseline == "max_rl" and mean <= 0:', "if False:"),
         ("gdpo: no second normalisation", "(values - mean) / (deviation + _EPSILON), 0.0).float()", "values, 0.0).float()"),
     ),
     *_of(
@@ -175,6 +176,7 @@ MUTANTS = [
         "plan",
         ("overlong filter ignored", 'if section.mask_truncated and', "if False and"),
         ("filtered completions leave the denominator", "if summary.scores[index].value is not None\n    ]", "if summary.scores[index].value is not None and num_trained_tokens(summary, index, config.advantage)\n    ]"),
+        ("truncated ones stay in the baseline", 'section.mask_truncated == "exclude"', "False"),
         ("overlong penalty ignored", "if not section.overlong_buffer:", "if True:"),
     ),
 ]  # fmt: skip

@@ -94,17 +94,22 @@ def batch_normalised(sums_NG: Tensor) -> Tensor:
     return torch.where(there, (values - mean) / (deviation + _EPSILON), 0.0).float()
 
 
-def has_signal(rewards: Sequence[float | None], trained: Sequence[bool]) -> bool:
-    """Whether a group teaches anything: a trained completion off its baseline by more than 1e-8.
+def has_signal(
+    rewards: Sequence[float | None], trained: Sequence[bool], baseline: Baseline = "mean"
+) -> bool:
+    """Whether a group teaches anything: a trained completion off its mean by more than 1e-8.
 
     Args:
         rewards: reward of each completion, None for one without a score.
         trained: whether each completion has a token with a nonzero loss mask.
+        baseline: with ``max_rl`` the mean must be positive too, or all advantages are 0.
     """
     scored = [reward for reward in rewards if reward is not None]
     if len(scored) < 2:
         return False
     mean = sum(scored) / len(scored)
+    if baseline == "max_rl" and mean <= 0:
+        return False
     return any(
         reward is not None and is_trained and abs(reward - mean) > SIGNAL_THRESHOLD
         for reward, is_trained in zip(rewards, trained, strict=True)

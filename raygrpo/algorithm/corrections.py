@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from raygrpo.algorithm.loss_inputs import LossConfig
-from raygrpo.algorithm.stats import sequence_means, sequence_stat, stat
-from raygrpo.types import Stat
+from raygrpo.algorithm.stats import StatsLater, sequence_means, sequence_stat, stat
 
 
 @torch.no_grad()
 def correction(
     old: Tensor, sampler: Tensor, mask: Tensor, sequences: Tensor, config: LossConfig
-) -> tuple[Tensor, dict[str, Stat]]:
+) -> tuple[Tensor, StatsLater]:
     """The factor [B, T] for the gap between sampler and old policy (detached), and its statistics.
 
     rho = exp(old - sampler), of a token, or of a sequence as the geometric mean of its tokens' (a
@@ -33,17 +34,17 @@ def correction(
         applied = torch.where(inside, rho, 0.0)
     factor = torch.ones_like(rho) if config.correction == "none" else applied
     token_rho = torch.exp(token_gap)
-    stats = {
-        "sampling/sampling_logp_difference": stat(token_gap.abs(), mask),
+    stats: StatsLater = {
+        "sampling/sampling_logp_difference": partial(stat, token_gap.abs(), mask),
         # As TRL's: what the correction left of the ratio, once a sequence at sequence level.
-        "sampling/importance_sampling_ratio": sequence_stat(applied, mask, sequences)
+        "sampling/importance_sampling_ratio": partial(sequence_stat, applied, mask, sequences)
         if by_sequence
-        else stat(applied, mask),
+        else partial(stat, applied, mask),
         # Of these two `ess` is made.
-        "sampling/token_ratio": stat(token_rho, mask),
-        "sampling/token_ratio_squared": stat(token_rho.square(), mask),
+        "sampling/token_ratio": partial(stat, token_rho, mask),
+        "sampling/token_ratio_squared": partial(stat, token_rho.square(), mask),
         # E_mu[rho - 1 - log rho] = KL(mu || pi_old), never negative.
-        "sampling/kl": stat(token_rho - 1 - token_gap, mask),
+        "sampling/kl": partial(stat, token_rho - 1 - token_gap, mask),
     }
     return factor, stats
 
@@ -56,7 +57,7 @@ def off_policy_sequences(
     mask: Tensor,
     sequences: Tensor,
     threshold: float,
-) -> tuple[Tensor, dict[str, Stat]]:
+) -> tuple[Tensor, StatsLater]:
     """Where [B, T] the off-policy sequence mask of DeepSeek-V3.2 (2512.02556) keeps the loss.
 
     It drops a sequence of negative advantage whose mean of (sampler - policy) is over ``threshold``
@@ -64,4 +65,4 @@ def off_policy_sequences(
     """
     means, _ = sequence_means(sampler - logprobs, mask, sequences)
     dropped = (advantages < 0) & (means[sequences] > threshold)
-    return ~dropped, {"off_policy_frac": sequence_stat(dropped.float(), mask, sequences)}
+    return ~dropped, {"off_policy_frac": partial(sequence_stat, dropped.float(), mask, sequences)}

@@ -31,9 +31,9 @@ _LARGE_BLOCK_LOGITS = 2**26
 # A foretold gradient differs from the one that arrives by the rounding of a factor at most.
 _FORETOLD_TOLERANCE = 1e-5
 
-# From the first token's index, logprobs [n] and entropies [n] of a chunk to the gradients of both;
-# None for entropies without one.
-TokenGradient = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor | None]]
+# From a chunk's tokens (their indices among all), logprobs [n] and entropies [n] to the gradients
+# of both; None for entropies without one.
+TokenGradient = Callable[[slice | Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
 
 def chunk_tokens_for(vocabulary: int) -> int:
@@ -162,8 +162,7 @@ class _HeadLogprobs(torch.autograd.Function):
             logprobs[chunk.here], entropies[chunk.here] = chunk.logprobs, chunk.entropies
             if token_gradient is None:
                 continue
-            start = chunk.here.start
-            by_logprob, by_entropy = token_gradient(start, chunk.logprobs, chunk.entropies)
+            by_logprob, by_entropy = token_gradient(chunk.here, chunk.logprobs, chunk.entropies)
             foretold[0, chunk.here] = by_logprob
             if by_entropy is not None:
                 foretold[1, chunk.here] = by_entropy

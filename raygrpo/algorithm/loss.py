@@ -8,6 +8,7 @@ microbatches and ranks, whatever the split. docs/algorithms.md has the formulas.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from raygrpo.algorithm.corrections import correction, off_policy_sequences
 from raygrpo.algorithm.entropy import entropy_threshold, top_entropy_mask
 from raygrpo.algorithm.loss_inputs import Aggregation, LossConfig, LossInputs
-from raygrpo.algorithm.stats import stat
+from raygrpo.algorithm.stats import StatsLater, stat
 from raygrpo.algorithm.surrogates import Tokens, token_losses
 from raygrpo.types import Stat
 
@@ -73,6 +74,12 @@ def policy_loss(inputs: LossInputs, config: LossConfig) -> tuple[Tensor, dict[st
     Raises:
         ValueError: logprobs or entropies that the loss reads are missing.
     """
+    loss, stats = loss_and_stats(inputs, config)
+    return loss, {name: compute() for name, compute in stats.items()}
+
+
+def loss_and_stats(inputs: LossInputs, config: LossConfig) -> tuple[Tensor, StatsLater]:
+    """`policy_loss` whose statistics are computed when they are asked for."""
     mask = inputs.loss_mask.bool()
     sequences = inputs.sequence_ids.clamp(min=0).long()
     weights = _per_token(_weights(inputs, mask, config), sequences)
@@ -98,22 +105,22 @@ def policy_loss(inputs: LossInputs, config: LossConfig) -> tuple[Tensor, dict[st
         kl = _kl(ref - logprobs, config)
         kl = kl * torch.exp(logprobs - tokens.anchor) if config.kl_unbiased else kl
         losses = losses + config.beta * kl
-        stats["kl"] = stat(kl, mask)
+        stats["kl"] = partial(stat, kl, mask)
     if config.entropy_coef:
         bonus = _needed(inputs.entropies, "entropies", "entropy_coef is not 0")
         losses = losses - config.entropy_coef * torch.where(mask, bonus, 0.0)
     if inputs.entropies is not None:
-        stats["entropy"] = stat(inputs.entropies, mask)
+        stats["entropy"] = partial(stat, inputs.entropies, mask)
     return torch.where(mask, losses * weights, 0.0).sum(), stats
 
 
 def _factor(
     inputs: LossInputs, tokens: Tokens, old: Tensor, sampler: Tensor | None, config: LossConfig
-) -> tuple[Tensor, dict[str, Stat]]:
+) -> tuple[Tensor, StatsLater]:
     """What multiplies each token's policy loss: sampler correction and masks, without gradient."""
     mask, sequences = tokens.mask, tokens.sequences
     factor = torch.ones_like(old)
-    stats: dict[str, Stat] = {}
+    stats: StatsLater = {}
     if sampler is not None:
         factor, stats = correction(old, sampler, mask, sequences, config)
     elif config.correction != "none":

@@ -29,7 +29,8 @@ class LossConfig:
 
     Raises:
         ValueError: an unknown name; the estimator k1, which teaches nothing as a loss; or a
-            correction beside ``ratio_anchor: sampler``, whose ratio holds the gap already.
+            correction beside a ratio to the sampler (``ratio_anchor: sampler``, or dppo_tv), which
+            holds the gap already.
     """
 
     loss: LossName = "clip"
@@ -62,7 +63,7 @@ class LossConfig:
         for name, known in _KNOWN.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; known: {known}")
-        if self.ratio_anchor == "sampler" and self.correction != "none":
+        if self.anchored_at_sampler and self.correction != "none":
             raise ValueError("a ratio to the sampler holds the gap that a correction is for")
         if not 0 < self.top_entropy_frac <= 1:
             raise ValueError("top_entropy_frac must lie above 0, up to 1")

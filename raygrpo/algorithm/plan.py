@@ -19,7 +19,7 @@ from raygrpo.algorithm.window import FinishedGroup
 from raygrpo.config import RunConfig
 from raygrpo.config_algorithm import AdvantageSection
 from raygrpo.rewards.loading import reward_name
-from raygrpo.types import GroupSummary, PlannedSample, StepBatch
+from raygrpo.types import GroupSummary, PlannedSample, Score, StepBatch
 
 
 def loss_config(config: RunConfig) -> LossConfig:
@@ -48,7 +48,8 @@ def make_step_batch(step: int, groups: Sequence[FinishedGroup], config: RunConfi
     """The plan of one step.
 
     Completions without a score are in no baseline, denominator or minibatch. Overlong-filtered ones
-    are in the baseline and count as sequences, not as tokens, and are not computed.
+    count as sequences, not as tokens, and are not computed; they are in the baseline, unless
+    ``mask_truncated: exclude`` takes them out of it.
     """
     summaries = [group.summary for group in groups]
     advantages = _advantages(summaries, config)
@@ -71,18 +72,30 @@ def make_step_batch(step: int, groups: Sequence[FinishedGroup], config: RunConfi
 def signal_values(summary: GroupSummary, config: RunConfig) -> list[float | None]:
     """What decides whether a group teaches anything: rewards, with the soft overlong penalty.
 
-    With ``gdpo`` sums of normalised parts, which may differ where the rewards' sum does not.
+    None where there is no score, or ``mask_truncated: exclude`` leaves it out. With ``gdpo`` sums
+    of normalised parts, which may differ where the rewards' sum does not.
     """
     section, max_tokens = config.advantage, config.sampling.max_tokens
     if section.scale == "gdpo":
         sums = _normalised_sums([summary], config)[0].tolist()
         return [None if math.isnan(value) else value for value in sums]
+    rewards = [None if score is None else score.value for score in _scores(summary, section)]
     if not section.overlong_buffer:
-        return [score.value for score in summary.scores]
+        return rewards
     buffer = section.overlong_buffer * max_tokens
     return [
-        None if score.value is None else score.value + overlong_penalty(length, max_tokens, buffer)
-        for score, length in zip(summary.scores, summary.lengths, strict=True)
+        None if reward is None else reward + overlong_penalty(length, max_tokens, buffer)
+        for reward, length in zip(rewards, summary.lengths, strict=True)
+    ]
+
+
+def _scores(summary: GroupSummary, section: AdvantageSection) -> list[Score | None]:
+    """The scores that baseline and scale are made of; None for the other completions."""
+    excludes = section.mask_truncated == "exclude"
+    # An errored score keeps the parts that did not fail: they do not count.
+    return [
+        None if score.value is None or (excludes and finish == "length") else score
+        for score, finish in zip(summary.scores, summary.finishes, strict=True)
     ]
 
 
@@ -90,7 +103,7 @@ def teaches(summary: GroupSummary, config: RunConfig) -> bool:
     """Whether a group has signal in a completion that is trained."""
     section = config.advantage
     trained = [num_trained_tokens(summary, i, section) > 0 for i in range(len(summary.scores))]
-    return has_signal(signal_values(summary, config), trained)
+    return has_signal(signal_values(summary, config), trained, section.baseline)
 
 
 def _advantages(summaries: Sequence[GroupSummary], config: RunConfig) -> torch.Tensor:
@@ -103,11 +116,10 @@ def _advantages(summaries: Sequence[GroupSummary], config: RunConfig) -> torch.T
 
 def _normalised_sums(summaries: Sequence[GroupSummary], config: RunConfig) -> torch.Tensor:
     weights = {reward_name(reward): reward.weight for reward in config.rewards}
-    # An errored score keeps the parts that did not fail: they do not count.
     parts = [
         [
-            [None if score.value is None else score.parts.get(name) for name in weights]
-            for score in summary.scores
+            [None if score is None else score.parts.get(name) for name in weights]
+            for score in _scores(summary, config.advantage)
         ]
         for summary in summaries
     ]

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from raygrpo.types import Stat
+
+# Statistics by name that are computed when they are asked for: each waits for the device.
+StatsLater = dict[str, Callable[[], Stat]]
 
 
 def sequence_means(values: Tensor, mask: Tensor, sequences: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from raygrpo.algorithm.loss_inputs import LossConfig
-from raygrpo.algorithm.stats import sequence_means, sequence_stat, stat
+from raygrpo.algorithm.stats import StatsLater, sequence_means, sequence_stat, stat
 from raygrpo.types import Stat
 
 # Weight of dppo_tv's pull towards the sampler, (l - mu)^2.
@@ -29,10 +31,10 @@ class Tokens:
     sequences: Tensor
 
 
-def token_losses(tokens: Tokens, config: LossConfig) -> tuple[Tensor, dict[str, Stat]]:
+def token_losses(tokens: Tokens, config: LossConfig) -> tuple[Tensor, StatsLater]:
     """The policy loss of each token [B, T], before corrections, KL and weights; and statistics."""
     log_ratio = tokens.logprobs - tokens.anchor
-    stats = {"ratio": stat(log_ratio.exp(), tokens.mask)}
+    stats: StatsLater = {"ratio": partial(stat, log_ratio.exp(), tokens.mask)}
     if config.loss == "reinforce":
         return -tokens.advantages * tokens.logprobs, stats
     if config.loss == "cispo":
@@ -50,7 +52,7 @@ def token_losses(tokens: Tokens, config: LossConfig) -> tuple[Tensor, dict[str, 
     return losses, stats | more
 
 
-def _clip(ratio: Tensor, tokens: Tokens, config: LossConfig) -> tuple[Tensor, dict[str, Stat]]:
+def _clip(ratio: Tensor, tokens: Tokens, config: LossConfig) -> tuple[Tensor, StatsLater]:
     advantages = tokens.advantages
     bounded = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
     free = ratio if config.delta is None else ratio.clamp(max=config.delta)
@@ -63,11 +65,11 @@ def _clip(ratio: Tensor, tokens: Tokens, config: LossConfig) -> tuple[Tensor, di
     return -objective, _clip_stats(low, high, tokens, by_sequence=config.loss == "gspo")
 
 
-def _cispo(ratio: Tensor, tokens: Tokens, config: LossConfig) -> tuple[Tensor, dict[str, Stat]]:
+def _cispo(ratio: Tensor, tokens: Tokens, config: LossConfig) -> tuple[Tensor, StatsLater]:
     weight = ratio.detach().clamp(max=config.cispo_cap)
     capped = (ratio > config.cispo_cap) & (tokens.advantages > 0)
     losses = -weight * tokens.advantages * tokens.logprobs
-    return losses, {"cispo_clip_ratio": stat(capped.float(), tokens.mask)}
+    return losses, {"cispo_clip_ratio": partial(stat, capped.float(), tokens.mask)}
 
 
 def _sapo(ratio: Tensor, tokens: Tokens, config: LossConfig) -> Tensor:
@@ -76,7 +78,7 @@ def _sapo(ratio: Tensor, tokens: Tokens, config: LossConfig) -> Tensor:
     return -tokens.advantages * torch.sigmoid(tau * (ratio - 1)) * 4 / tau
 
 
-def _dppo(log_ratio: Tensor, tokens: Tokens, config: LossConfig) -> tuple[Tensor, dict[str, Stat]]:
+def _dppo(log_ratio: Tensor, tokens: Tokens, config: LossConfig) -> tuple[Tensor, StatsLater]:
     moved = tokens.logprobs.detach().exp() - tokens.anchor.exp()
     positive = tokens.advantages > 0
     high = positive & (moved > config.dppo_tv)
@@ -86,18 +88,20 @@ def _dppo(log_ratio: Tensor, tokens: Tokens, config: LossConfig) -> tuple[Tensor
     return losses, _clip_stats(low, high, tokens, by_sequence=False)
 
 
-def _clip_stats(low: Tensor, high: Tensor, tokens: Tokens, *, by_sequence: bool) -> dict[str, Stat]:
+def _clip_stats(low: Tensor, high: Tensor, tokens: Tokens, *, by_sequence: bool) -> StatsLater:
     """Shares of tokens (gspo: of sequences) whose ratio passed a bound that acts on them."""
     mask, sequences = tokens.mask, tokens.sequences
     lower, upper = low.float(), high.float()
 
-    def share(values: Tensor) -> Stat:
-        return sequence_stat(values, mask, sequences) if by_sequence else stat(values, mask)
+    def share(values: Tensor) -> Callable[[], Stat]:
+        if by_sequence:
+            return partial(sequence_stat, values, mask, sequences)
+        return partial(stat, values, mask)
 
     return {
         "clip_ratio/low_mean": share(lower),
-        "clip_ratio/low_min": sequence_stat(lower, mask, sequences),
+        "clip_ratio/low_min": partial(sequence_stat, lower, mask, sequences),
         "clip_ratio/high_mean": share(upper),
-        "clip_ratio/high_max": sequence_stat(upper, mask, sequences),
+        "clip_ratio/high_max": partial(sequence_stat, upper, mask, sequences),
         "clip_ratio/region_mean": share(lower + upper),
     }

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from raygrpo.algorithm.logprobs import TokenGradient
-from raygrpo.algorithm.loss import policy_loss
+from raygrpo.algorithm.loss import loss_and_stats
 from raygrpo.algorithm.loss_inputs import LossConfig, LossInputs
 
 
@@ -45,12 +45,13 @@ def token_gradient(
     flat = {k: None if grid is None else grid[rows, columns] for k, grid in grids.items()}
 
     @torch.enable_grad()
-    def gradient(start: int, logprobs: Tensor, entropies: Tensor) -> tuple[Tensor, Tensor | None]:
-        here = slice(start, start + len(logprobs))
-        part: dict[str, Any] = {k: v if v is None else v[None, here] for k, v in flat.items()}
+    def gradient(
+        which: slice | Tensor, logprobs: Tensor, entropies: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        part: dict[str, Any] = {k: v if v is None else v[None, which] for k, v in flat.items()}
         leaf = logprobs.detach()[None].requires_grad_()
         bonus = entropies.detach()[None].requires_grad_()
-        loss, _ = policy_loss(replace(inputs, logprobs=leaf, entropies=bonus, **part), config)
+        loss, _ = loss_and_stats(replace(inputs, logprobs=leaf, entropies=bonus, **part), config)
         leaves = (leaf, bonus) if config.entropy_coef else (leaf,)
         by_logprob, *by_entropy = torch.autograd.grad(loss, leaves)
         return by_logprob[0], by_entropy[0][0] if by_entropy else None

@@ -12,7 +12,7 @@ takes it is at most ``max_staleness`` after the one at which it was admitted.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -66,22 +66,17 @@ class Window:
         max_staleness: int = 0,
         dynamic_sampling: bool = False,
         max_refill_factor: float = 1.0,
-        trains: Callable[[GroupSummary, int], bool] | None = None,
-        signal: Callable[[GroupSummary], Sequence[float | None]] | None = None,
+        teaches: Callable[[GroupSummary], bool] | None = None,
         state: WindowState | None = None,
     ) -> None:
-        """``trains(summary, index)``: whether a completion carries loss (default: has tokens).
-
-        ``signal(summary)``: what `has_signal` compares (default: the rewards).
-        """
+        """``teaches(summary)``: whether a group has signal (default: by its rewards' mean)."""
         self._steps = steps
         self._groups_per_step = groups_per_step
         self._max_staleness = max_staleness
         # Rounded first: (1.4 - 1) * 5 is 1.9999999999999998.
         refills = int(round((max_refill_factor - 1) * groups_per_step, 6))
         self._max_refills = refills if dynamic_sampling else 0
-        self._trains = trains or (lambda summary, index: summary.num_loss_tokens[index] > 0)
-        self._signal = signal or (lambda summary: [score.value for score in summary.scores])
+        self._teaches = teaches or _teaches
         state = state or WindowState(admitted=0, dropped=0, taken=0, refilled=0, pending=())
         self._admitted = state.admitted
         self._dropped = state.dropped
@@ -197,11 +192,10 @@ class Window:
     def _decide(self, group: FinishedGroup) -> Fate:
         summary = group.summary
         values = [score.value for score in summary.scores]
-        trained = [self._trains(summary, index) for index in range(len(values))]
         failed = any(score.error for score in summary.scores)
         if failed and sum(value is not None for value in values) < 2:
             return self._drop(group, "errored")
-        if not has_signal(self._signal(summary), trained) and self._refilled < self._max_refills:
+        if not self._teaches(summary) and self._refilled < self._max_refills:
             self._refilled += 1
             return self._drop(group, "no_signal")
         self._kept.append(group)
@@ -213,3 +207,8 @@ class Window:
         self._dropped += 1
         del self._requests[group.summary.group_id]
         return fate
+
+
+def _teaches(summary: GroupSummary) -> bool:
+    trained = [count > 0 for count in summary.num_loss_tokens]
+    return has_signal([score.value for score in summary.scores], trained)

@@ -87,6 +87,8 @@ class TransformersEngine:
         self._cache_argument = "cache" if renamed else "past_key_values"
         self._head = self._model.get_output_embeddings()
         self._transform = logit_transform(self._config)
+        self._fp32_head = model.fp32_head and self._model.dtype != torch.float32
+        self._wide_head: tuple[Tensor, Tensor | None] | None = None
         self._is_stop = np.zeros(self._head.weight.shape[0], np.bool_)
         stop_ids = stop_token_ids(self._model, self._tokenizer)
         self._is_stop[[token for token in stop_ids if token < self._is_stop.size]] = True
@@ -229,7 +231,12 @@ class TransformersEngine:
         return hidden
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        return self._transform(self._head(hidden).float())
+        if not self._fp32_head:
+            return self._transform(self._head(hidden).float())
+        if self._wide_head is None:
+            bias = self._head.bias
+            self._wide_head = self._head.weight.float(), None if bias is None else bias.float()
+        return self._transform(torch.nn.functional.linear(hidden.float(), *self._wide_head))
 
     def _append(self, rows: slice, logits: Tensor) -> None:
         """Samples each row's next token, and takes out the rows that end with it."""
@@ -327,6 +334,7 @@ class TransformersEngine:
     def commit_weights(self) -> None:
         """Puts the staged version into use; completions keep the keys and values they have."""
         version = self._weights.commit()
+        self._wide_head = None
         if self._versions[-1:] != [version]:
             self._versions.append(version)
 
@@ -365,7 +373,7 @@ class TransformersEngine:
 
     def sleep(self) -> None:
         """Frees the cache, and on a GPU what the weights take there."""
-        self._rows, self._cache = RowTable(), self._new_cache()
+        self._rows, self._cache, self._wide_head = RowTable(), self._new_cache(), None
         self._weights.move(torch.device("cpu"))
         if self._device.type == "cuda":
             torch.cuda.empty_cache()

@@ -31,7 +31,7 @@ from raygrpo.learner.shards import (
     set_random_state,
     write_shard,
 )
-from raygrpo.learner.watch import MovementWatch
+from raygrpo.learner.watch import MovementWatch, check_trainable
 from raygrpo.types import FloatArray, Microbatch, Stat, merge_stats
 from raygrpo.weights.adapter import merged_weights
 
@@ -81,6 +81,8 @@ class Learner(ABC):
         self._reference = reference
         self._layout = layout
         self._sequence_ranks = sequence_ranks(config)
+        if not config.learner.lora:
+            check_trainable(policy.model)
         self._loss_config = loss_config(config)
         loss = config.loss
         self._entropy = EntropyControl(coef=loss.entropy_coef, target=loss.entropy_target)
@@ -340,7 +342,7 @@ class Learner(ABC):
             return False
         self._num_skipped = 0
         if lr and self._watch is not None:
-            self._watch.after_update(norm)
+            self._watch.after_update(norm, lr)
         if self.rank == 0:
             values = {"loss": loss, "grad_norm": norm, "learning_rate": lr}
             values["skipped_updates_frac"] = 0.0

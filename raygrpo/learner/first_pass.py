@@ -36,25 +36,23 @@ def first_pass(
 
     Old logprobs are needed with several minibatches, unless the ratio is to the sampler: with one,
     its first pass gives them. Entropies are needed for the top-entropy mask, whose threshold is
-    that of one optimizer update: of a minibatch, over all its microbatches on all ranks.
+    that of the step: of all its minibatches on all ranks.
     """
     needs_old = len(batches) > 1 and not config.anchored_at_sampler
     if not needs_old and config.top_entropy_frac == 1:
         return [[Held() for _ in batch] for batch in batches]
-    held = []
+    held: list[list[Held]] = []
+    found = []
     for batch in batches:
-        outputs = [forward(inputs) for inputs in batch]
-        pairs = [(e, i.loss_mask.bool()) for (_, e), i in zip(outputs, batch, strict=True)]
-        masks: list[Tensor | None] = [None] * len(batch)
-        if config.top_entropy_frac < 1:
-            trained = [entropies[mask].float() for entropies, mask in pairs]
-            everything = torch.cat(trained) if trained else torch.zeros(0)
-            threshold = entropy_threshold(everything, config.top_entropy_frac, sum_over_ranks)
-            masks = [top_entropy_mask(entropies, mask, threshold) for entropies, mask in pairs]
-        held.append(
-            [
-                Held(old_logprobs=logprobs if needs_old else None, policy_mask=mask)
-                for (logprobs, _), mask in zip(outputs, masks, strict=True)
-            ]
-        )
+        held.append([])
+        for inputs in batch:
+            logprobs, entropies = forward(inputs)
+            held[-1].append(Held(old_logprobs=logprobs if needs_old else None))
+            found.append((held[-1][-1], entropies, inputs.loss_mask.bool()))
+    if config.top_entropy_frac < 1:
+        trained = [entropies[mask].float() for _, entropies, mask in found]
+        everything = torch.cat(trained) if trained else torch.zeros(0)
+        threshold = entropy_threshold(everything, config.top_entropy_frac, sum_over_ranks)
+        for item, entropies, mask in found:
+            item.policy_mask = top_entropy_mask(entropies, mask, threshold)
     return held

@@ -126,6 +126,9 @@ class LogprobHead(nn.Module):
         self.head = model.get_output_embeddings()
         if self.head is None:
             raise ConfigError(f"models of type {model.config.model_type!r} have no language head")
+        if fp32 and type(self.head) is not nn.Linear:
+            kind = type(self.head).__name__
+            raise ConfigError(f"model.fp32_head: the language head is a {kind}, not nn.Linear")
         self.settings = HeadSettings(
             chunk_tokens=chunk_tokens_for(model.config.get_text_config().vocab_size),
             temperature=temperature,

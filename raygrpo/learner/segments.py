@@ -10,7 +10,7 @@ these batches costs attention alone, never a layer of the network.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -262,9 +262,7 @@ def segment_attention(
             module, query, key, value, attention_mask, scaling=scaling, **options
         )
         return plain
-    for name in ("softcap", "s_aux", "position_bias"):
-        if options.get(name) is not None:
-            raise ValueError(f"attention with {name} is not known by segments")
+    refuse_unknown(options, "segments")
     if attention_mask is None or attention_mask.shape[:3] != (1, 1, 1):
         raise ValueError("the layer was not told its window")
     window = attention_mask.shape[-1] - 1 or None
@@ -283,6 +281,17 @@ def segment_attention(
         outputs.append(_attend(q, k, v, mask, scaling).flatten(0, 1))
     together = segments.gather.back(torch.cat(outputs))
     return together.view(query.shape[0], query.shape[2], *together.shape[1:]), None
+
+
+def refuse_unknown(options: Mapping[str, Any], where: str) -> None:
+    """Refuses options of a layer that change its attention and are not known in ``where``.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    for name in ("softcap", "s_aux", "position_bias"):
+        if options.get(name) is not None:
+            raise ValueError(f"attention with {name} is not known by {where}")
 
 
 def _prompts(tokens: Tensor, prefix: Prefix) -> Tensor:

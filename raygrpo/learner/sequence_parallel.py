@@ -14,8 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from raygrpo.algorithm.logprobs import TokenGradient
 from raygrpo.config import RunConfig
 from raygrpo.errors import ConfigError
+from raygrpo.learner.segments import refuse_unknown
 from raygrpo.models import attention_masks
 
 if TYPE_CHECKING:
@@ -41,22 +43,43 @@ def sequence_ranks(config: RunConfig) -> int:
     return size
 
 
+def check_attention(config: Any, size: int) -> None:
+    """Refuses a model, by its Hugging Face configuration, whose rows ``size`` ranks cannot share.
+
+    Raises:
+        ConfigError: its attention heads cannot be divided among them, or do more than SDPA's.
+    """
+    if size == 1:
+        return
+    text = config.get_text_config()
+    if text.num_attention_heads % size:
+        raise ConfigError(
+            f"learner.deepspeed.{KEY} {size} does not divide the model's "
+            f"{text.num_attention_heads} heads",
+            "choose a divisor",
+        )
+    capped = getattr(text, "attn_logit_softcapping", None) is not None
+    # What SDPA cannot compute is loaded with the model's own attention.
+    if capped or getattr(config, "_attn_implementation", None) == "eager":
+        what = "caps its logits" if capped else "is not that of SDPA"
+        raise ConfigError(
+            f"learner.deepspeed.{KEY} {size}: the attention of models of type "
+            f"{text.model_type!r} {what}, which it does not know",
+            f"leave {KEY} out",
+        )
+
+
 class SequenceShard:
     """One rank's part in computing a policy's rows; see `PolicyModel.shard`.
 
     Made on every rank at once, after the process group.
 
     Raises:
-        ConfigError: the model's attention heads cannot be divided among the ranks.
+        ConfigError: see `check_attention`.
     """
 
     def __init__(self, model: Any, *, rank: int, num_ranks: int, size: int) -> None:
-        heads = model.config.get_text_config().num_attention_heads
-        if heads % size:
-            raise ConfigError(
-                f"learner.deepspeed.{KEY} {size} does not divide the model's {heads} heads",
-                "choose a divisor",
-            )
+        check_attention(model.config, size)
         groups = [dist.new_group(list(range(r, r + size))) for r in range(0, num_ranks, size)]
         self._group, self._index, self._size = groups[rank // size], rank % size, size
 
@@ -79,7 +102,8 @@ class SequenceShard:
         picked = mine.nonzero()[:, 0] if mine.any() else torch.zeros_like(local[:1])
         columns = local[picked].clamp(0, hidden.shape[1] - 1)
         targets = inputs.token_ids[inputs.rows, inputs.columns][picked]
-        values = policy.logprob_head(hidden[inputs.rows[picked], columns], targets)
+        foretold = None if inputs.token_gradient is None else _of(inputs.token_gradient, picked)
+        values = policy.logprob_head(hidden[inputs.rows[picked], columns], targets, foretold)
         kept = mine[picked]
         written = (v.new_zeros(len(mine)).index_put((picked,), v * kept) for v in values)
         logprobs, entropies = (_sum_over_group(value, self._group) for value in written)
@@ -106,6 +130,11 @@ class SequenceShard:
             use_cache=False,
         )
         return here.start, output.last_hidden_state
+
+
+def _of(gradient: TokenGradient, picked: Tensor) -> TokenGradient:
+    """The gradients of some tokens, from those of all."""
+    return lambda which, *values: gradient(picked[which], *values)
 
 
 def _pad(values: Tensor, count: int) -> Tensor:
@@ -151,14 +180,15 @@ class _UlyssesAttention:
         *,
         scaling: float | None = None,
         sliding_window: int | None = None,
-        **_: Any,
+        **options: Any,
     ) -> tuple[Tensor, None]:
+        refuse_unknown(options, "sequence parallelism")
         if key.shape[1] % self._size:
             repeats = query.shape[1] // key.shape[1]
             key, value = (t.repeat_interleave(repeats, 1) for t in (key, value))
         parts = (t.transpose(1, 2).contiguous() for t in (query, key, value))
-        options = {"mask": attention_mask, "scale": scaling, "window": sliding_window}
-        return self._attention(*parts, 0, None, **options), None
+        known = {"mask": attention_mask, "scale": scaling, "window": sliding_window}
+        return self._attention(*parts, 0, None, **known), None
 
 
 def _attend(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from raygrpo.errors import NumericError
+from raygrpo.errors import ConfigError, NumericError
 from raygrpo.weights.buckets import checksum, tensor_bytes
 
 # Updates with a gradient by which all must have moved. The second matrix of a LoRA adapter starts
@@ -16,11 +17,39 @@ from raygrpo.weights.buckets import checksum, tensor_bytes
 PATIENCE = 8
 
 
+def check_trainable(model: nn.Module) -> None:
+    """Refuses a model that is to be trained whole and has a parameter that its code has frozen.
+
+    Raises:
+        ConfigError: naming the parameter.
+    """
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    if frozen:
+        raise ConfigError(
+            f"the model's code freezes {len(frozen)} of its tensors, the first being {frozen[0]}",
+            "train another model, or an adapter (learner.lora), which leaves all of them alone",
+        )
+
+
+@dataclass(slots=True)
+class _Still:
+    """A tensor that has not moved: its checksum, and the updates that could have moved it.
+
+    ``min_lr``: from this rate on AdamW's steps, which are about as large, reach from any of the
+    tensor's values to the next; smaller ones may be lost in rounding.
+    """
+
+    checksum: int
+    min_lr: float
+    tried: int = 0
+
+
 class MovementWatch:
     """Looks at the first updates of a process, until every trainable tensor has moved.
 
     Costs one checksum of the fp32 weights at the start and one after each watched update, normally
-    the first alone. All ranks must construct it and call it together.
+    the first alone. An update counts for a tensor that has not moved only if its learning rate is
+    large enough to move it. All ranks must construct it and call it together.
 
     Args:
         parameters: the trainable parameters by name.
@@ -39,13 +68,16 @@ class MovementWatch:
         self._updates = 0
         self._here: set[str] = set()
         self._unreached = list(parameters)
-        self._still = _checksums(masters())
+        self._still = {
+            name: _Still(checksum=_checksum(tensor), min_lr=_smallest_rate(tensor))
+            for name, tensor in masters()
+        }
         self._hooks = [
             parameter.register_hook(partial(self._see, name))  # type: ignore[no-untyped-call]
             for name, parameter in parameters.items()
         ]
 
-    def after_update(self, grad_norm: float) -> None:
+    def after_update(self, grad_norm: float, lr: float) -> None:
         """Takes note of an applied update; one without any gradient teaches nothing and is not
         counted.
 
@@ -56,28 +88,28 @@ class MovementWatch:
             return
         self._updates += 1
         self._unreached = [n for n in self._unreached if not self._sum(float(n in self._here))]
-        now = _checksums(self._masters())
-        self._still = {name: old for name, old in self._still.items() if now[name] == old}
-        if not self._unreached and not self._still:
-            self._end()
-        elif self._updates >= PATIENCE:
+        self._look(lr)
+        unreached = self._unreached if self._updates >= PATIENCE else []
+        still = sorted(name for name, item in self._still.items() if item.tried >= PATIENCE)
+        if unreached or still:
             self._end()
             raise NumericError(
-                f"after {self._updates} optimizer updates {self._text()}",
+                f"after {self._updates} optimizer updates {_text(unreached, still)}",
                 "these weights take no part in the model's output, or something has frozen them; "
-                "train another model, or raise optimizer.lr if it is almost 0",
+                "train another model",
             )
+        if not self._unreached and not self._still:
+            self._end()
 
-    def _text(self) -> str:
-        parts = [
-            f"{len(names)} tensors {what}, the first being {names[0]}"
-            for what, names in (
-                ("have had no gradient", self._unreached),
-                ("have not moved", sorted(self._still)),
-            )
-            if names
-        ]
-        return " and ".join(parts)
+    def _look(self, lr: float) -> None:
+        """Forgets what has moved; spares itself the pass where nothing can have, after a few."""
+        could = [item for item in self._still.values() if lr > item.min_lr]
+        for item in could:
+            item.tried += 1
+        if could or self._updates <= PATIENCE:
+            for name, tensor in self._masters():
+                if name in self._still and self._still[name].checksum != _checksum(tensor):
+                    del self._still[name]
 
     def _see(self, name: str, gradient: Tensor) -> None:
         if name not in self._here and bool(gradient.ne(0).any()):
@@ -89,6 +121,20 @@ class MovementWatch:
         self._hooks = []
 
 
+def _text(unreached: list[str], still: list[str]) -> str:
+    parts = [
+        f"{len(names)} tensors {what}, the first being {names[0]}"
+        for what, names in (("have had no gradient", unreached), ("have not moved", still))
+        if names
+    ]
+    return " and ".join(parts)
+
+
 @torch.no_grad()
-def _checksums(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
-    return {name: checksum(tensor_bytes(tensor)) for name, tensor in tensors}
+def _checksum(tensor: Tensor) -> int:
+    return checksum(tensor_bytes(tensor))
+
+
+@torch.no_grad()
+def _smallest_rate(tensor: Tensor) -> float:
+    return torch.finfo(tensor.dtype).eps * float(tensor.abs().max())

@@ -10,14 +10,22 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 
+from raygrpo.algorithm import logprobs
 from raygrpo.errors import RayGrpoError
 from raygrpo.learner.deepspeed_learner import DeepSpeedLearner
 from raygrpo.types import Microbatch
-from tests.parity.learner_cases import make_config, make_steps
+from tests.parity.learner_cases import (
+    make_config,
+    make_steps,
+    microbatch,
+    random_trees,
+    separate,
+)
 
 
 def main() -> None:
@@ -47,10 +55,20 @@ def train(learner: DeepSpeedLearner, case: dict[str, Any], rank: int) -> dict[st
     # Several chunks a microbatch, and not as many on every rank.
     head = learner._policy.logprob_head
     head.settings = replace(head.settings, chunk_tokens=5)
+    passes: list[int] = []
+    head.register_forward_hook(lambda *_: passes.append(1))
     before = weights(learner)
-    history = [learner.update(step[share]) for step in steps]
-    after = weights(learner)
-    return {"before": before, "after": after, "masters": masters(learner), "history": history}
+    with patch.object(logprobs, "_chunks", wraps=logprobs._chunks) as products:
+        history = [learner.update(step[share]) for step in steps]
+    report = {"before": before, "after": weights(learner), "masters": masters(learner)}
+    # How often the head was passed, and how often its logits were formed for that.
+    return {**report, "history": history, "head": (len(passes), products.call_count)}
+
+
+def fp32_head(learner: DeepSpeedLearner, case: dict[str, Any], rank: int) -> dict[str, Any]:
+    """Scores a microbatch of this rank's own, and trains it."""
+    batch = microbatch(separate(random_trees(rank, 2)))
+    return {"scores": learner.score(batch), "stats": learner.update([[batch]])}
 
 
 def train_adapter(learner: DeepSpeedLearner, case: dict[str, Any], rank: int) -> dict[str, Any]:
@@ -181,6 +199,7 @@ def refused_load(learner: DeepSpeedLearner, case: dict[str, Any], rank: int) -> 
 SCENARIOS = {
     "train": train,
     "train_adapter": train_adapter,
+    "fp32_head": fp32_head,
     "nan_loss": nan_loss,
     "infinite_gradient": infinite_gradient,
     "save_and_die": save_and_die,

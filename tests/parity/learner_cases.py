@@ -169,3 +169,31 @@ def _make_minibatch(seed: int, num_microbatches: int) -> Minibatch:
         share = trees[index * 2 : index * 2 + int(rng.integers(1, 3))]
         batches.append(microbatch(share if index % 2 else separate(share)))
     return [*batches, filler()]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WideLogprobs:
+    """Logprobs [N] of the trained tokens by a float32 head on a model's own hidden states."""
+
+    model: Any
+    logprobs: Any
+
+    def gradients(self, batch: Microbatch) -> dict[str, Any]:
+        """Of the sum of advantage x weight x logprob, by parameter."""
+        sequences = batch.sequence_ids[batch.loss_mask]
+        weights = (batch.advantages * batch.loss_weights)[sequences]
+        (self.logprobs * self.logprobs.new_tensor(weights)).sum().backward()
+        return {name: p.grad for name, p in self.model.named_parameters()}
+
+
+def wide_logprobs(model: Any, batch: Microbatch, temperature: float) -> WideLogprobs:
+    """Of plain rows, by autograd through a product in float32."""
+    import torch
+
+    ids = torch.tensor(batch.token_ids, dtype=torch.long)
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    rows, columns = np.nonzero(batch.loss_mask)
+    picked = hidden[rows, batch.predictors[rows, columns]].float()
+    logits = picked @ model.get_output_embeddings().weight.float().T / temperature
+    chosen = torch.log_softmax(logits, -1).gather(-1, ids[rows, columns][:, None])[:, 0]
+    return WideLogprobs(model=model, logprobs=chosen)

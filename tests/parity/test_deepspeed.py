@@ -16,12 +16,21 @@ import pytest
 import torch
 from torch import Tensor
 
+from raygrpo.config import ModelSection
 from raygrpo.config_file import load_config
 from raygrpo.errors import ConfigError
 from raygrpo.learner.deepspeed_config import deepspeed_config
 from raygrpo.learner.reference_learner import ReferenceLearner
+from raygrpo.models import load_model
 from raygrpo.types import merge_stats
-from tests.parity.learner_cases import make_config, make_steps
+from tests.parity.learner_cases import (
+    make_config,
+    make_steps,
+    microbatch,
+    random_trees,
+    separate,
+    wide_logprobs,
+)
 from tests.tiny import save_tiny_model
 
 REPOSITORY = Path(__file__).parents[2]
@@ -130,6 +139,8 @@ def two_ranks(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
         cases[f"bf16-train-{stage}"] = make_case(llama, stage, "train", **bf16)
         cases[f"bf16-nan-{stage}"] = make_case(llama, stage, "nan_loss", **bf16)
         cases[f"bf16-gradient-{stage}"] = make_case(llama, stage, "infinite_gradient", **bf16)
+    wide = {"model": {"dtype": "bfloat16", "fp32_head": True}}
+    cases["head-3"] = make_case(qwen2, 3, "fp32_head", **wide)
     recompute = {"gradient_checkpointing": True}
     cases["recompute-3"] = make_case(qwen2, 3, "train", **MANY_UPDATES, learner=recompute)
     # Sharding every parameter, however small, is what a large model sees.
@@ -299,6 +310,28 @@ def test_bf16_trains_as_fp32_does(two_ranks: Any, models: dict[str, Path]) -> No
         ours = two_ranks[0][f"bf16-train-{stage}"]["history"]
         for step, expected in zip(ours, history, strict=True):
             assert step["grad_norm"].sum == pytest.approx(expected["grad_norm"].sum, rel=0.05)
+
+
+def test_an_fp32_head_under_zero_3(two_ranks: Any, models: dict[str, Path]) -> None:
+    """A tied one, against one process and the product written out; `test_learner.py` has more."""
+    section = ModelSection(path=str(models["qwen2"]), dtype="bfloat16")
+    total: list[Tensor] = []
+    for index, rank in enumerate(two_ranks):
+        batch = microbatch(separate(random_trees(index, 2)))
+        found = wide_logprobs(load_model(section, seed=0, dtype=torch.bfloat16), batch, 0.8)
+        mask = torch.tensor(batch.loss_mask)
+        assert (
+            float(
+                (torch.tensor(rank["head-3"]["scores"])[mask] - found.logprobs.detach()).abs().max()
+            )
+            < 1e-5
+        )
+        gradients = [g.float() for g in found.gradients(batch).values()]
+        total = [a + b for a, b in zip(total, gradients, strict=True)] if total else gradients
+    norm = float(torch.cat([g.flatten() for g in total]).norm())
+    stats = merge_stats([rank["head-3"]["stats"] for rank in two_ranks])
+    # With a bfloat16 product it is 3e-4 away.
+    assert stats["grad_norm"].sum == pytest.approx(norm, rel=1e-4)
 
 
 # Checkpoints: every stage in fp32, the other optimizers that bf16 gets, and a frozen reference.

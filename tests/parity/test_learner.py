@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from raygrpo.learner.model_probe import find_layout
 from raygrpo.learner.policy import PolicyModel, load_policy, policy_inputs
 from raygrpo.learner.reference_learner import ReferenceLearner
 from raygrpo.learner.schedule import learning_rate
-from raygrpo.learner.watch import PATIENCE
+from raygrpo.learner.watch import PATIENCE, MovementWatch
+from raygrpo.models import load_model
 from raygrpo.types import Microbatch
 from tests.parity.learner_cases import (
     Tree,
@@ -31,6 +33,7 @@ from tests.parity.learner_cases import (
     microbatch,
     random_trees,
     separate,
+    wide_logprobs,
 )
 from tests.tiny import save_tiny_model
 
@@ -100,6 +103,47 @@ def test_logprobs_equal_the_models_own_logits(kind: str, models: dict[str, Path]
     outside = ~torch.tensor(batch.loss_mask)
     assert not logprobs[outside].any() and not entropies[outside].any()
     assert float(entropies[~outside].min()) > 0
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("kind", ["qwen2", "llama"])
+def test_an_fp32_head_in_bfloat16(kind: str, fused: bool, models: dict[str, Path]) -> None:
+    """Tied and untied, value and gradient, against a float32 product on the model's own states."""
+    section = ModelSection(path=str(models[kind]), dtype="bfloat16")
+    batch = microbatch(separate(random_trees(3, 4)))
+    inputs = policy_inputs(batch, CPU)
+    found = wide_logprobs(load_model(section, seed=0, dtype=torch.bfloat16), batch, 0.8)
+    expected = found.gradients(batch)
+    weights = torch.tensor((batch.advantages * batch.loss_weights)[batch.sequence_ids])
+    weights = weights[torch.tensor(batch.loss_mask)]
+    values, gradients = [], []
+    for fp32 in (True, False):
+        policy = load_policy(
+            section.model_copy(update={"fp32_head": fp32}),
+            seed=0,
+            dtype=torch.bfloat16,
+            temperature=0.8,
+        )
+        given = replace(
+            inputs, token_gradient=(lambda w, *_: (weights[w], None)) if fused else None
+        )
+        logprobs = policy(given)[0][inputs.loss_mask]
+        (logprobs * weights).sum().backward()
+        values.append(float((logprobs - found.logprobs).detach().abs().max()))
+        named = dict(policy.model.named_parameters())
+        gradients.append(
+            {n: relative(p.grad.float(), expected[n].float()) for n, p in named.items()}  # type: ignore[union-attr]
+        )
+    # float32 sums in another order, then one rounding; against logits of 8 bits.
+    assert values[0] < 1e-5 and values[1] > 1e-3
+    assert max(gradients[0].values()) < 1e-5 and min(gradients[1].values()) > 1e-3
+
+
+def test_an_fp32_head_that_is_no_linear_layer_is_refused(models: dict[str, Path]) -> None:
+    model = load(models["llama"]).model
+    model.set_output_embeddings(torch.nn.Sequential(model.get_output_embeddings()))
+    with pytest.raises(ConfigError, match=r"model\.fp32_head: the language head is a Sequential"):
+        PolicyModel(model, fp32_head=True)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -343,6 +387,69 @@ def test_a_tensor_that_does_not_train_is_named(models: dict[str, Path], how: str
         learner.update([[batch]])
     with pytest.raises(NumericError, match=message):
         learner.update([[batch]])
+
+
+def watched(
+    weights: dict[str, Tensor], rates: Sequence[float], *, frozen: str = ""
+) -> tuple[MovementWatch, list[str]]:
+    """AdamW at these rates on fp32 weights that all have a gradient; the error's text, if any."""
+    parameters = {name: torch.nn.Parameter(weight.clone()) for name, weight in weights.items()}
+    watch = MovementWatch(parameters, parameters.items, lambda value: value)
+    optimizer = torch.optim.AdamW(
+        [p for name, p in parameters.items() if name != frozen], weight_decay=0.0
+    )
+    for rate in rates:
+        sum((p * torch.linspace(0.5, 1, p.numel())).sum() for p in parameters.values()).backward()
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+        try:
+            watch.after_update(1.0, rate)
+        except NumericError as error:
+            return watch, [str(error)]
+    return watch, []
+
+
+def test_rates_too_small_to_move_a_weight_are_not_counted() -> None:
+    """1 - 2e-8 is 1 in fp32: a long warm-up moves such a tensor late, which is no error."""
+    weights = {"norm": torch.ones(4), "small": torch.full((4,), 1e-3)}
+    watch, errors = watched(weights, [2e-8] * 20)
+    assert not errors and list(watch._still) == ["norm"] and watch._hooks
+    watch, errors = watched(weights, [2e-8] * 20 + [1e-6])
+    assert not errors and not watch._still and not watch._hooks
+    # Large values alone do not make a tensor suspicious, nor do small ones beside them hide it.
+    watch, errors = watched({"wide": torch.tensor([1e-4, 100.0])}, [1e-6])
+    assert not errors and not watch._still
+
+
+def test_a_frozen_weight_is_found_once_rates_could_have_moved_it() -> None:
+    weights = {"norm": torch.ones(4), "other": torch.ones(4)}
+    slow, fast = [2e-8] * 20, [1e-6] * PATIENCE
+    assert watched(weights, slow, frozen="norm")[1] == []
+    assert watched(weights, slow + fast[:-1], frozen="norm")[1] == []
+    (message,) = watched(weights, slow + fast, frozen="norm")[1]
+    assert message.startswith(
+        "after 28 optimizer updates 1 tensors have not moved, the first being norm"
+    )
+
+
+def test_a_parameter_that_the_models_code_freezes_is_refused(tmp_path: Path) -> None:
+    """Ernie 4.5 has parameters without gradient in its routers. (What reads saved weights makes
+    them trainable; that they are not reached is then found in the first updates.)"""
+    from transformers import Ernie4_5_MoeConfig
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    experts = {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 8}
+    config = Ernie4_5_MoeConfig(
+        vocab_size=60, moe_layer_start_index=1, moe_layer_end_index=1, **sizes, **heads, **experts
+    )
+    config.save_pretrained(tmp_path)
+    fresh = {"model": {"random_init": True}}
+    name = r"model\.layers\.1\.mlp\..*e_score_correction_bias"
+    with pytest.raises(ConfigError, match=rf"freezes 1 of its tensors, the first being {name}"):
+        ReferenceLearner(make_config(tmp_path, **fresh))
+    lora = {"lora": {"r": 2, "target_modules": ["q_proj"]}}
+    assert ReferenceLearner(make_config(tmp_path, **fresh, learner=lora)).num_updates == 0
 
 
 def test_a_sound_model_is_watched_for_one_update(models: dict[str, Path]) -> None:

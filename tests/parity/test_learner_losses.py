@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from raygrpo.learner.first_pass import first_pass
 from raygrpo.learner.policy import policy_inputs
 from raygrpo.learner.reference_learner import ReferenceLearner
 from raygrpo.types import Microbatch
@@ -82,6 +83,27 @@ def test_a_first_pass_is_made_only_where_it_is_needed(
     learner.update(step)
     assert calls.count(False) == extra
     assert calls.count(True) == 2 * minibatches * iterations
+
+
+def test_one_threshold_for_all_minibatches(model: Path) -> None:
+    """The tokens of the step's top entropies, however minibatches share them."""
+    learner = ReferenceLearner(
+        make_config(model, loss={"top_entropy_frac": 0.3}, train={"num_minibatches": 2})
+    )
+    inputs = [[policy_inputs(microbatch(random_trees(seed, 2)), CPU)] for seed in (1, 2)]
+    held = first_pass(inputs, learner._forward, lambda value: value, learner._loss_config)
+    with torch.no_grad():
+        entropies = [learner._policy(batch[0])[1][batch[0].loss_mask] for batch in inputs]
+    everything = torch.cat(entropies)
+    count = int(0.3 * (len(everything) - 1)) + 1
+    lowest = everything.sort(descending=True).values[count - 1]
+    kept = []
+    for batch, (item,), found in zip(inputs, held, entropies, strict=True):
+        assert item.policy_mask is not None and item.old_logprobs is not None
+        # A relative 1e-5 apart is a tie (the first tokens of completions of one prompt).
+        assert torch.equal(item.policy_mask[batch[0].loss_mask], found >= lowest * (1 - 1e-5))
+        kept.append(float(item.policy_mask.sum()) / len(found))
+    assert abs(kept[0] - kept[1]) > 0.05, "minibatches alike would prove nothing"
 
 
 EVERYTHING: dict[str, Any] = {

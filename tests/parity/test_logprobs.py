@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -70,10 +70,11 @@ def problem(num_tokens: int, seed: int = 0) -> dict[str, Tensor]:
 
 
 def foretell(given: dict[str, Tensor], calls: list[int], *, wrong: float = 0.0) -> TokenGradient:
-    def gradient(start: int, logprobs: Tensor, entropies: Tensor) -> tuple[Tensor, Tensor]:
+    def gradient(
+        which: slice | Tensor, logprobs: Tensor, entropies: Tensor
+    ) -> tuple[Tensor, Tensor]:
         calls.append(len(logprobs))
-        here = slice(start, start + len(logprobs))
-        return given["by_logprob"][here] + wrong, given["by_entropy"][here]
+        return given["by_logprob"][which] + wrong, given["by_entropy"][which]
 
     return gradient
 
@@ -340,6 +341,46 @@ def test_every_loss_has_the_gradient_that_the_fused_head_foretells(
         loss.backward()
         gradients.append([loss.detach()[None], h.grad, w.grad])
     assert_same(*gradients)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_foretelling_reads_nothing_back_from_the_device(name: str) -> None:
+    """On the meta device nothing can be: statistics would wait for a GPU once a chunk."""
+    config = LossConfig(**LOSSES[name])
+    inputs, rows, columns, _ = loss_problem(with_old=True)
+    on_meta = {
+        field.name: value.to("meta")
+        for field in fields(inputs)
+        if isinstance(value := getattr(inputs, field.name), Tensor)
+    }
+    foretold = token_gradient(
+        replace(inputs, **on_meta), rows.to("meta"), columns.to("meta"), config
+    )
+    assert foretold is not None
+    values = torch.zeros(len(rows), device="meta")
+    by_logprob, by_entropy = foretold(slice(0, len(rows)), values, values)
+    assert by_logprob.shape == values.shape
+    assert (by_entropy is not None) == (config.entropy_coef > 0)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_what_is_foretold_is_the_gradient_to_the_bit(name: str) -> None:
+    """Of all tokens at once, of a run of them, and of some in any order."""
+    config = LossConfig(**LOSSES[name])
+    inputs, rows, columns, _ = loss_problem(with_old=True)
+    entropies = torch.rand(2, 8, generator=torch.Generator().manual_seed(1))
+    leaves = {"logprobs": inputs.logprobs.clone(), "entropies": entropies}
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    policy_loss(replace(inputs, **leaves), config)[0].backward()
+    foretold = token_gradient(inputs, rows, columns, config)
+    assert foretold is not None
+    for which in (slice(0, len(rows)), slice(2, 5), torch.tensor([4, 0, 3])):
+        given = [leaf.detach()[rows, columns][which] for leaf in leaves.values()]
+        for ours, leaf in zip(foretold(which, *given), leaves.values(), strict=True):
+            if ours is not None:
+                assert leaf.grad is not None
+                assert torch.equal(ours, leaf.grad[rows, columns][which])
 
 
 def test_a_top_entropy_mask_that_is_not_given_is_not_separable() -> None:

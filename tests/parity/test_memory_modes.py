@@ -10,11 +10,17 @@ import torch
 
 from raygrpo.errors import ConfigError
 from raygrpo.learner.deepspeed_config import deepspeed_config
-from raygrpo.learner.sequence_parallel import SequenceShard, sequence_ranks
+from raygrpo.learner.segments import refuse_unknown
+from raygrpo.learner.sequence_parallel import (
+    SequenceShard,
+    _UlyssesAttention,
+    check_attention,
+    sequence_ranks,
+)
 from raygrpo.types import merge_stats
 from tests.parity.learner_cases import make_config
 from tests.parity.test_deepspeed import make_case, reference_run, relative, run_ranks
-from tests.tiny import save_tiny_model
+from tests.tiny import save_tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.timeout(600)
 SHARED: dict[str, Any] = {"deepspeed": {"sequence_parallel_size": 2}}
@@ -88,6 +94,14 @@ def test_shared_rows_equal_whole_rows(case: str, two_ranks: Any, models: dict[st
             assert ours[name].sum == pytest.approx(stat.sum, rel=1e-4, abs=1e-5), name
 
 
+def test_shared_rows_form_the_heads_logits_once(two_ranks: Any) -> None:
+    """Where the loss is a sum over tokens; gspo's (qwen2-2) needs them again."""
+    for rank in two_ranks:
+        passes, formed = rank["gemma3-3"]["head"]
+        assert passes == formed > 0
+        assert rank["qwen2-2"]["head"][1] > rank["qwen2-2"]["head"][0]
+
+
 @pytest.mark.parametrize("stage", OFFLOAD)
 def test_offloaded_training_equals_the_reference(
     stage: int, two_ranks: Any, models: dict[str, Path]
@@ -137,6 +151,48 @@ def test_deepspeed_does_not_see_the_key() -> None:
     config = make_config("model", learner={"num_ranks": 4, **SHARED})
     assert sequence_ranks(config) == 2
     assert "sequence_parallel_size" not in deepspeed_config(config)
+
+
+def gemma2(path: Path, **changes: Any) -> Path:
+    """A tiny Gemma 2, whose attention caps its logits."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    config = Gemma2Config(vocab_size=len(tiny_tokenizer()), **sizes, **heads, **changes)
+    Gemma2ForCausalLM(config).save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return path
+
+
+def test_an_attention_that_does_more_is_refused(tmp_path: Path) -> None:
+    """By the configuration alone, before weights are loaded; with one rank it trains."""
+    from transformers import AutoConfig
+
+    from raygrpo.models import load_model
+
+    path = gemma2(tmp_path)
+    config = AutoConfig.from_pretrained(path)
+    with pytest.raises(ConfigError, match=r"sequence_parallel_size 2: .*'gemma2' caps its logits"):
+        check_attention(config, 2)
+    check_attention(config, 1)
+    # What has no name in the configuration shows in what the model was loaded with.
+    section = make_config(path).model
+    model = load_model(section, seed=0, dtype=torch.float32)
+    model.config.attn_logit_softcapping = None
+    with pytest.raises(ConfigError, match="is not that of SDPA"):
+        SequenceShard(model, rank=0, num_ranks=2, size=2)
+
+
+@pytest.mark.parametrize("option", ["softcap", "s_aux", "position_bias"])
+def test_no_option_of_attention_is_swallowed(option: str) -> None:
+    values = torch.zeros(1, 2, 3, 4)
+    attention = object.__new__(_UlyssesAttention)
+    with pytest.raises(ValueError, match=f"{option} is not known by sequence parallelism"):
+        attention(None, values, values, values, None, **{option: torch.ones(())})
+    with pytest.raises(ValueError, match=f"{option} is not known by segments"):
+        refuse_unknown({option: 30.0}, "segments")
+    refuse_unknown({option: None, "dropout": 0.0}, "segments")
 
 
 def test_heads_that_cannot_be_divided_are_refused() -> None:

@@ -519,3 +519,29 @@ def test_logits_that_are_not_finite_name_the_group(paths: Callable[..., Path]) -
     assert sorted(groups) == [("train", 4), ("train", 6)]
     for group in groups.values():
         assert_logprobs_match(plain_model(paths("llama")), group)
+
+
+def test_an_fp32_head_follows_the_weights(paths: Callable[..., Path]) -> None:
+    """Scores against a float32 product written out here, before and after a new version; decoding
+    goes by the same logits."""
+    wide = ModelSection(path=str(paths()), dtype="bfloat16", fp32_head=True)
+    ids = [int(token) for token in np.random.default_rng(1).integers(3, 80, 20)]
+    found = []
+    for head in (wide, wide.model_copy(update={"fp32_head": False})):
+        engine = TransformersEngine(head, seed=0, max_rows=4, deterministic=False)
+        gaps = []
+        for seed in (0, 1):
+            model = load_model(section(paths(seed=seed)), seed=0, dtype=torch.bfloat16)
+            engine.load_weights(*publish(model, Version(0, seed)))
+            with torch.no_grad():
+                hidden = model.model(torch.tensor([ids])).last_hidden_state[0].float()
+                table = torch.log_softmax(hidden @ model.lm_head.weight.float().T, -1)
+            expected = table[:-1].gather(-1, torch.tensor(ids)[1:, None])[:, 0].numpy()
+            gaps.append(float(np.abs(engine.score(ids)[1:] - expected).max()))
+            engine.submit(request(seed, min_version=Version(0, seed)))
+            (group,) = drain(engine)
+            assert all(np.isfinite(c.logprobs).all() for c in group.completions)
+        found.append(gaps)
+    # Two orders of float32 sums, against logits of 8 bits.
+    assert max(found[0]) < 1e-5
+    assert min(found[1]) > 1e-3

@@ -15,8 +15,14 @@ from raygrpo.algorithm.advantages import (
     has_signal,
     normalised_sum,
 )
+from raygrpo.algorithm.ledger import TokenLedger
 from raygrpo.algorithm.overlong import overlong_penalty
-from raygrpo.algorithm.plan import make_step_batch, signal_values
+from raygrpo.algorithm.plan import (
+    make_step_batch,
+    num_trained_tokens,
+    signal_values,
+    teaches,
+)
 from raygrpo.algorithm.window import FinishedGroup, Window
 from raygrpo.config import RunConfig
 from raygrpo.config_file import load_config
@@ -124,6 +130,74 @@ def test_the_plan_takes_the_overlong_penalty_off() -> None:
     assert [sample.advantage for sample in batch.minibatches[0]] == [-0.375, 0.375]
     plain = load_config({"model": {"path": "m"}, "data": {"source": "d"}})
     assert signal_values(alike, plain) == [1.0, 1.0, None]
+
+
+def configured(scale: str = "none", baseline: str = "mean", **advantage: object) -> RunConfig:
+    advantage |= {"scale": scale, "baseline": baseline}
+    return load_config(
+        {
+            "model": {"path": "m"},
+            "data": {"source": "d"},
+            "rewards": [{"func": "exact", "name": "r"}],
+            "sampling": {"max_tokens": 10},
+            "loss": {"aggregation": "sequence"},
+            "advantage": advantage,
+            "train": {"groups_per_step": 2},
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("scale", "buffer"),
+    [
+        ("none", 0.0),
+        ("none", 0.4),
+        ("group", 0.4),
+        ("batch", 0.0),
+        ("batch_centred", 0.4),
+        ("gdpo", 0.0),
+    ],
+)
+def test_truncated_completions_can_be_left_out_of_the_baseline(scale: str, buffer: float) -> None:
+    """The rest has the advantages that it has without them, whatever their rewards, and as many
+    sequences in its denominator."""
+    config = configured(scale, mask_truncated="exclude", overlong_buffer=buffer)
+    whole = summary(
+        0,
+        [1.0, 0.0, 5.0, 1.0, None],
+        lengths=[3, 7, 10, 2, 10],
+        finishes=["stop", "stop", "length", "stop", "length"],
+    )
+    rest = summary(0, [1.0, 0.0, 1.0], lengths=[3, 7, 2])
+    other = summary(1, [0.0, 2.0])
+    batches = []
+    for first in (whole, rest):
+        groups = [FinishedGroup(summary=s, payload=f"ref-{s.group_id}") for s in (first, other)]
+        batches.append(make_step_batch(0, groups, config))
+    assert batches[0].has_signal
+    ours, expected = (batch.minibatches[0] for batch in batches)
+    assert [s.completion_index for s in ours] == [0, 1, 3, 0, 1]
+    assert [s.advantage for s in ours] == [s.advantage for s in expected]
+    assert sum(s.advantage for s in ours) == pytest.approx(0, abs=1e-6)
+    # Six have a score, the truncated one among them; each is a mean over its tokens.
+    assert [s.loss_weight for s in ours] == pytest.approx([1 / (6 * n) for n in (3, 7, 2, 4, 4)])
+    trained = [num_trained_tokens(whole, i, config.advantage) for i in range(5)]
+    ledger = TokenLedger().report(whole).take(whole, trained)
+    assert (ledger.trained, ledger.masked, ledger.unexplained(0)) == (12, 20, 0)
+
+
+@pytest.mark.parametrize(
+    ("mask_truncated", "signal"), [(False, True), (True, True), ("exclude", False)]
+)
+def test_a_truncated_completion_left_out_gives_no_signal(
+    mask_truncated: bool | str, signal: bool
+) -> None:
+    """Only its reward differs; with `true` it still moves the others' baseline."""
+    config = configured(mask_truncated=mask_truncated)
+    group = summary(0, [1.0, 1.0, 0.0], finishes=["stop", "stop", "length"])
+    assert teaches(group, config) is signal
+    alone = summary(0, [1.0, 0.0, 0.5], finishes=["stop", "length", "length"])
+    assert teaches(alone, config) is signal
 
 
 def test_fewer_than_two_scores_teach_nothing() -> None:
@@ -307,11 +381,27 @@ def test_window_and_plan_agree_on_signal(
         groups_per_step=1,
         dynamic_sampling=True,
         max_refill_factor=3.0,
-        signal=lambda summary: signal_values(summary, config),
+        teaches=lambda summary: teaches(summary, config),
     )
     window.admit(request(0))
     ((_, fate),) = window.finish(group)
     assert fate == ("kept" if signal else "no_signal")
+
+
+@pytest.mark.parametrize(
+    ("rewards", "signal"),
+    [([1.0, 0.0], True), ([1.0, -1.0], False), ([0.0, -2.0], False), ([2.0, -1.0], True)],
+)
+def test_a_group_without_success_has_no_signal_for_max_rl(
+    rewards: list[float], signal: bool
+) -> None:
+    """A mean that is not positive makes all its advantages 0, as equal rewards do."""
+    group = summary(0, rewards)
+    found = group_advantages([rewards], baseline="max_rl", scale="none")
+    assert bool(found.any()) is signal
+    assert has_signal(rewards, [True, True], "max_rl") is signal
+    assert teaches(group, configured(baseline="max_rl")) is signal
+    assert teaches(group, configured())
 
 
 def test_other_baselines_beside_it_are_refused() -> None:

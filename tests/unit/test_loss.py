@@ -342,6 +342,8 @@ def test_what_a_loss_needs_is_named(missing: str, options: dict[str, Any]) -> No
         ({"correction": "clip"}, "unknown correction"),
         ({"ratio_anchor": "ref"}, "unknown ratio_anchor"),
         ({"ratio_anchor": "sampler", "correction": "tis"}, "holds the gap"),
+        ({"loss": "dppo_tv", "correction": "tis"}, "holds the gap"),
+        ({"loss": "dppo_tv", "correction": "icepop"}, "holds the gap"),
         ({"top_entropy_frac": 0.0}, "top_entropy_frac"),
     ],
 )

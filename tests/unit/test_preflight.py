@@ -105,6 +105,10 @@ MISTAKES: list[tuple[dict[str, Any], list[str]]] = [
     ({"sampling": {"max_tokens": 60}}, ["64 positions", "max_tokens to 53"]),
     ({"ray": {"gpus": {"learner": 900}}}, ["900 GPUs", "this machine has"]),
     ({"learner": {"deepspeed": {"fp16": {"enabled": True}}}}, ["fp16", "model.dtype"]),
+    (
+        {"learner": {"num_ranks": 3, "deepspeed": {"sequence_parallel_size": 3}}},
+        ["sequence_parallel_size 3", "4 heads"],
+    ),
     ({"data": {"source": "{dir}/rows.jsonl", "max_prompt_length": 5}}, ["6 tokens"]),
     ({"rewards": [{"func": "{dir}/rewards.py:bad"}]}, ["out to lunch", "rewards.py"]),
     ({"rewards": [{"func": "{dir}/rewards.py:godo"}]}, ["'good'"]),
