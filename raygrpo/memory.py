@@ -8,24 +8,34 @@ counted by their code. ``tests/parity/test_memory.py`` measures real processes a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from raygrpo.algorithm.logprobs import chunk_tokens_for
+from raygrpo.algorithm.packing import RowLayout
 from raygrpo.config import ModelSection, RunConfig
 from raygrpo.engines.choose import planned_engine
 from raygrpo.learner.deepspeed_config import BUCKET_ELEMENTS
+from raygrpo.learner.model_probe import expected_layout
 from raygrpo.learner.sequence_parallel import sequence_ranks
 from raygrpo.models import DTYPES
 
 _ATTENTION = "raygrpo_meta"
-# Measured on CPUs: what malloc holds between the tensors of a training step.
+# Of a generator's memory and of a GPU's, what the allocator holds between tensors.
 ALLOCATOR_FRAC = 0.2
-# The cache that vLLM gets on a CPU where its options say nothing.
+# What vLLM takes where its options say nothing: for its cache on a CPU, of the device on a GPU.
 VLLM_CACHE_BYTES = 2 * 2**30
+VLLM_GPU_SHARE = 0.9
+# A CUDA context with its kernels.
+_CONTEXT_BYTES = 2**29
+# Measured on CPUs: what malloc holds between the tensors of a training step, as a share of what a
+# forward pass saves without recomputation; in an update of one microbatch, of more. An adapter's
+# layers make and free more on the way.
+_HOLES = (0.6, 0.9)
+_ADAPTER_HOLES = (0.9, 1.6)
 # Resident memory of a process of each role with its libraries, before it loads anything.
 BASES = {
     "learner rank": 430 * 2**20,
@@ -40,12 +50,41 @@ _COUNTED_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """What one process needs by part, in bytes; without a GPU all of it is the host's.
+
+    ``gpu_share`` is of a device, taken whatever the parts there add up to (vLLM's utilisation).
+    """
+
+    host: Parts
+    gpu: Parts = field(default_factory=dict)
+    gpu_share: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FullUpdate:
+    """A rank's update when prompts and completions have all their tokens.
+
+    ``tokens`` are of its fullest microbatch and ``longest`` of its longest row. ``copied`` are the
+    prompt tokens that attention by segment copies in a microbatch, once a completion; ``mask`` the
+    elements of masks over whole rows.
+    """
+
+    microbatches: int
+    tokens: int
+    longest: int
+    copied: int = 0
+    mask: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSize:
     """What is counted of a model.
 
     ``activations`` are bytes a token that one forward pass keeps, ``hidden`` those of one layer's
-    input, ``cached`` those of a token's keys and values in all layers. ``linear`` are the bytes of
-    linear layers, ``largest`` the elements of the largest parameter.
+    input, ``cached`` those of a token's keys and values in all layers, and ``expanded`` the same
+    with as many heads as queries have. ``linear`` are the bytes of linear layers, ``largest`` the
+    elements of the largest parameter. ``layout`` is what the learner's rows may hold.
     """
 
     parameters: int
@@ -56,9 +95,11 @@ class ModelSize:
     activations: int
     hidden: int
     cached: int
+    expanded: int
     layers: int
     vocabulary: int
     hidden_size: int
+    layout: RowLayout
 
 
 def model_size(section: ModelSection, *, lora: Mapping[str, Any] | None = None) -> ModelSize:
@@ -105,9 +146,11 @@ def model_size(section: ModelSection, *, lora: Mapping[str, Any] | None = None) 
         activations=activations,
         hidden=text.hidden_size * dtype.itemsize,
         cached=2 * text.num_hidden_layers * keys * head_dim * dtype.itemsize,
+        expanded=2 * text.num_hidden_layers * heads * head_dim * dtype.itemsize,
         layers=text.num_hidden_layers,
         vocabulary=text.vocab_size,
         hidden_size=text.hidden_size,
+        layout=expected_layout(text),
     )
 
 
@@ -140,35 +183,81 @@ def _counted_attention(
     return output.transpose(1, 2).contiguous(), None
 
 
-def learner_memory(config: RunConfig, size: ModelSize, *, row_tokens: int) -> Parts:
-    """What one rank holds at its peak, by part, the process itself left out.
+def learner_memory(config: RunConfig, size: ModelSize, update: FullUpdate) -> Memory:
+    """What one rank holds at its peak, the process itself left out.
 
-    ``row_tokens`` are those of its longest row. ``loading`` is what the start takes beyond
-    training: each rank loads the whole model, and bfloat16 is probed by a copy in float32.
+    ``loading`` is what the start takes beyond training, always on the host: each rank loads the
+    whole model, and probes bfloat16 by a copy in float32.
     """
-    section, stage, num_ranks = config.learner, config.learner.zero_stage, config.learner.num_ranks
-    shard = 4 * size.trained // (num_ranks if stage else 1)
+    parts = _training_parts(config, size, update)
     held = size.parameters * size.dtype_bytes
-    tokens = max(config.train.tokens_per_microbatch, row_tokens) // sequence_ranks(config)
+    loading = held + max(4 * size.parameters if size.dtype_bytes < 4 else 0, parts["reference"])
+    if not config.ray.gpus.learner:
+        return Memory(host=_completed(parts, config, size, loading=loading))
+    away = _offloaded(config)
+    gpu = {name: value for name, value in parts.items() if name not in away}
+    host = {name: value for name, value in parts.items() if name in away}
+    gpu = _with_allocator(gpu | {"context": _CONTEXT_BYTES})
+    return Memory(
+        host=_completed(host, config, size, loading=loading), gpu=_completed(gpu, config, size)
+    )
+
+
+def _training_parts(config: RunConfig, size: ModelSize, update: FullUpdate) -> Parts:
+    section, stage, num_ranks = config.learner, config.learner.zero_stage, config.learner.num_ranks
+    shard = _shard(config, size)
+    held = size.parameters * size.dtype_bytes
+    tokens = update.tokens // sequence_ranks(config)
+    away = _offloaded(config)
+    activations = _activation_bytes(config, size, tokens, update.copied)
+    gradients = _gradients(stage, size, shard)
+    if update.microbatches == 1 and stage in (1, 2) and "gradients" not in away:
+        # Those of the only microbatch grow as its activations go.
+        gradients = max(0, gradients - activations)
     parts = {
-        "parameters": held if stage < 3 else held // num_ranks + _gathered(config, size),
+        "parameters": held if stage < 3 else held // num_ranks,
+        "gathered": _gathered(config, size) if stage == 3 else 0,
         "master weights": shard if stage or size.dtype_bytes < 4 else 0,
-        "gradients": _gradients(stage, size, shard),
+        "gradients": gradients,
         "optimizer": 2 * shard,
-        "reduce buckets": min(_bucket_elements(config), size.trained) * 4 if stage else 0,
-        "activations": _activation_bytes(config, size, tokens),
-        "language head": _head_bytes(size, tokens, fp32=config.model.fp32_head),
+        "reduce buckets": _bucket_bytes(config, size),
+        "activations": activations,
+        "attention masks": update.mask * size.dtype_bytes,
+        "language head": _head_bytes(config, size, tokens),
         "reference": held if config.loss.beta and not section.lora else 0,
     }
-    parts["allocator"] = round(ALLOCATOR_FRAC * sum(parts.values()))
-    # AdamW's temporaries, of a rank's flat shard, come when activations are gone; what is that
-    # large is taken from the system and given back at once.
-    step = parts["parameters"] + parts["master weights"] + parts["optimizer"] + parts["reference"]
-    step += min(shard, parts["gradients"]) + 2 * (shard if stage else 4 * size.largest)
-    parts["optimizer step"] = max(0, step - sum(parts.values()))
-    loading = held + 4 * size.parameters if size.dtype_bytes < 4 else held
-    parts["loading"] = max(0, loading - sum(parts.values()))
+    if not config.ray.gpus.learner:
+        holes = _ADAPTER_HOLES if section.lora else _HOLES
+        share = holes[update.microbatches > 1]
+        parts["allocator"] = round(share * _saved_bytes(size, tokens, update.copied))
+    if "optimizer" in away:
+        # Beside float32 gradients, stages 1 and 2 keep the weights' next values and what earlier
+        # microbatches gave, in the model's dtype; stage 3 keeps a sum of its own.
+        copies = 1 + (update.microbatches > 1)
+        low = copies * shard // 4 + 2 * size.largest
+        parts["offload buffers"] = shard if stage == 3 else low * size.dtype_bytes
     return parts
+
+
+def _completed(parts: Parts, config: RunConfig, size: ModelSize, *, loading: int = 0) -> Parts:
+    """Parts of one memory with what other moments take beyond them.
+
+    AdamW's temporaries, of a rank's flat shard, come when activations are gone; what is that large
+    is taken from the system and given back at once.
+    """
+    if "optimizer" in parts:
+        shard = _shard(config, size)
+        kept = ("parameters", "gathered", "master weights", "optimizer", "reference")
+        step = sum(parts.get(name, 0) for name in (*kept, "offload buffers", "context"))
+        step += min(shard, parts["gradients"])
+        step += 2 * (shard if config.learner.zero_stage else 4 * size.largest)
+        parts["optimizer step"] = max(0, step - sum(parts.values()))
+    return parts | {"loading": max(0, loading - sum(parts.values()))}
+
+
+def _shard(config: RunConfig, size: ModelSize) -> int:
+    """Bytes of a rank's trained parameters in float32."""
+    return 4 * size.trained // (config.learner.num_ranks if config.learner.zero_stage else 1)
 
 
 def _gradients(stage: int, size: ModelSize, shard: int) -> int:
@@ -184,8 +273,36 @@ def _zero(config: RunConfig) -> Mapping[str, Any]:
     return zero
 
 
-def _bucket_elements(config: RunConfig) -> int:
-    return int(_zero(config).get("reduce_bucket_size", BUCKET_ELEMENTS))
+def _offloaded(config: RunConfig) -> frozenset[str]:
+    """The parts that DeepSpeed's offload keeps in the host's memory."""
+
+    def on_cpu(section: str) -> bool:
+        given = _zero(config).get(section) or {}
+        return bool(given.get("device", "none") == "cpu")
+
+    stage = config.learner.zero_stage
+    names: set[str] = set()
+    if stage and on_cpu("offload_optimizer"):
+        names |= {"master weights", "gradients", "optimizer", "offload buffers"}
+    if stage == 3 and on_cpu("offload_param"):
+        names.add("parameters")
+    return frozenset(names)
+
+
+def _bucket_bytes(config: RunConfig, size: ModelSize) -> int:
+    """What is on its way between ranks, in float32 but for weights.
+
+    Stage 3 copies a bucket of gradients to scatter it and gets its share, and gathers weights in
+    one tensor before it cuts them apart.
+    """
+    stage, ranks, zero = config.learner.zero_stage, config.learner.num_ranks, _zero(config)
+    if not stage:
+        return 0
+    elements = min(int(zero.get("reduce_bucket_size", BUCKET_ELEMENTS)), size.trained)
+    if stage < 3 or ranks == 1:
+        return 4 * elements
+    prefetched = min(int(zero.get("stage3_prefetch_bucket_size", BUCKET_ELEMENTS)), size.parameters)
+    return 4 * (2 * elements + elements // ranks) + prefetched * size.dtype_bytes
 
 
 def _gathered(config: RunConfig, size: ModelSize) -> int:
@@ -194,46 +311,79 @@ def _gathered(config: RunConfig, size: ModelSize) -> int:
     return min(live, size.parameters) * size.dtype_bytes
 
 
-def _activation_bytes(config: RunConfig, size: ModelSize, tokens: int) -> int:
+def _saved_bytes(size: ModelSize, tokens: int, copied: int) -> int:
+    """What a forward pass keeps without recomputation."""
+    return tokens * size.activations + copied * size.expanded
+
+
+def _activation_bytes(config: RunConfig, size: ModelSize, tokens: int, copied: int) -> int:
+    total = _saved_bytes(size, tokens, copied)
     if not config.learner.gradient_checkpointing:
-        return tokens * size.activations
-    return tokens * (size.layers * size.hidden + size.activations // size.layers)
+        return total
+    return tokens * size.layers * size.hidden + total // size.layers
 
 
-def _head_bytes(size: ModelSize, tokens: int, *, fp32: bool) -> int:
-    """A chunk's logits, and the gradients of head and embedding before they are added up; the
-    former and the head's are in float32 under ``fp32_head``."""
-    wide = 4 if fp32 else size.dtype_bytes
+def _head_bytes(config: RunConfig, size: ModelSize, tokens: int) -> int:
+    """A chunk's logits; of a head that is trained its gradient's sum, and a second one: the sum
+    rounded, or the embedding's before the two are added up."""
+    width = 4 if config.model.fp32_head else size.dtype_bytes
     chunk = min(tokens, chunk_tokens_for(size.vocabulary)) * size.vocabulary
-    return chunk * wide + size.vocabulary * size.hidden_size * (wide + size.dtype_bytes)
+    # A GPU takes a chunk's softmax at once, in float32; a CPU in blocks of a few megabytes.
+    softmax = 2 * 4 * chunk if config.ray.gpus.learner else 0
+    sums = 0 if config.learner.lora else size.vocabulary * size.hidden_size
+    return chunk * width + softmax + sums * (width + size.dtype_bytes)
 
 
-def generator_memory(config: RunConfig, size: ModelSize) -> Parts:
-    """What one generator holds at its peak, which is while it takes up a version, by part.
+def generator_memory(config: RunConfig, size: ModelSize) -> Memory:
+    """What one generator holds at its peak, which is while it takes up a version.
 
-    The weights are there twice (the version in use and the next), as are the linear layers in the
-    layout of CPU kernels; with LoRA its base comes on top. vLLM takes the memory that it is given.
+    The host has the weights twice, the version in use and the next; a CPU's tensors are views of
+    them, a GPU has as much again. The linear layers are there twice in the layout of CPU kernels,
+    and with LoRA its base comes on top.
     """
-    weights = size.parameters * size.dtype_bytes
-    sampling = config.sampling
-    length = config.data.max_prompt_length + sampling.max_tokens
-    rows = max(config.generators.max_rows, sampling.num_completions)
-    parts = {"weights": 2 * weights}
     if planned_engine(config).startswith("vllm"):
-        given = config.generators.options.get("kv_cache_memory_bytes")
-        parts["KV cache"] = int(given or VLLM_CACHE_BYTES)
-    else:
-        parts["KV cache"] = rows * length * size.cached
-        parts["logits"] = 4 * rows * size.vocabulary * 4
-        parts["packed weights"] = 0 if config.ray.gpus.generator else 2 * size.linear
-        wide = config.model.fp32_head and size.dtype_bytes < 4
-        parts["float32 head"] = 4 * size.vocabulary * size.hidden_size if wide else 0
-    parts["adapter's base"] = weights if config.learner.lora else 0
-    parts["allocator"] = round(ALLOCATOR_FRAC * sum(parts.values()))
-    return parts
+        return _vllm_memory(config, size)
+    weights = size.parameters * size.dtype_bytes
+    length = config.data.max_prompt_length + config.sampling.max_tokens
+    rows = max(config.generators.max_rows, config.sampling.num_completions)
+    versions = {"weights": 2 * weights, "adapter's base": weights if config.learner.lora else 0}
+    decoding = {
+        "KV cache": rows * length * size.cached,
+        "logits": 4 * rows * size.vocabulary * 4,
+    }
+    if config.model.fp32_head and size.dtype_bytes < 4:
+        decoding["float32 head"] = 4 * size.vocabulary * size.hidden_size
+    if config.ray.gpus.generator:
+        gpu = {"weights": 2 * weights, **decoding, "context": _CONTEXT_BYTES}
+        return Memory(host=_with_allocator(versions), gpu=_with_allocator(gpu))
+    packed = {"packed weights": 2 * size.linear}
+    return Memory(host=_with_allocator(versions | decoding | packed))
 
 
-def store_memory(config: RunConfig, size: ModelSize) -> Parts:
+def _vllm_memory(config: RunConfig, size: ModelSize) -> Memory:
+    """Beside the two versions, vLLM's own weights and the next ones in shared memory.
+
+    On a GPU it takes its share of the device, the cache what the weights leave of it; the cache
+    then counts as one row. Tensor parallelism divides what a device has.
+    """
+    options, weights = config.generators.options, size.parameters * size.dtype_bytes
+    given = options.get("kv_cache_memory_bytes")
+    versions = {"weights": 3 * weights, "adapter's base": weights if config.learner.lora else 0}
+    if not config.ray.gpus.generator:
+        own = {"engine's weights": weights, "KV cache": int(given or VLLM_CACHE_BYTES)}
+        return Memory(host=_with_allocator(versions | own))
+    devices = int(options.get("tensor_parallel_size", 1))
+    row = (config.data.max_prompt_length + config.sampling.max_tokens) * size.cached
+    share = 0.0 if given else float(options.get("gpu_memory_utilization", VLLM_GPU_SHARE))
+    gpu = {"weights": weights // devices, "KV cache": int(given or row // devices)}
+    return Memory(host=_with_allocator(versions), gpu=gpu, gpu_share=share)
+
+
+def _with_allocator(parts: Parts) -> Parts:
+    return parts | {"allocator": round(ALLOCATOR_FRAC * sum(parts.values()))}
+
+
+def store_memory(config: RunConfig, size: ModelSize) -> Memory:
     """What published versions take: at most two whole ones and as much again in deltas."""
     counted = size.trained if config.learner.lora else size.parameters
-    return {"published versions": 3 * counted * size.dtype_bytes}
+    return Memory(host={"published versions": 3 * counted * size.dtype_bytes})

@@ -13,7 +13,15 @@ from rich.table import Table
 
 from raygrpo.config import RunConfig
 from raygrpo.errors import ConfigError
-from raygrpo.memory import BASES, Parts, generator_memory, learner_memory, model_size, store_memory
+from raygrpo.memory import (
+    BASES,
+    Memory,
+    Parts,
+    generator_memory,
+    learner_memory,
+    model_size,
+    store_memory,
+)
 from raygrpo.preflight import batch_facts, fullest_step
 
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
@@ -22,27 +30,24 @@ _GIB = 2**30
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Actor:
-    """Processes of one role: ``parts`` are bytes of each by what they are for.
-
-    Parts are in GPU memory where the process has GPUs, else in the host's, as ``base`` is.
-    """
+    """Processes of one role: ``memory`` is what each needs beside ``base`` bytes on the host."""
 
     role: str
     count: int
     threads: int
     gpus: float
     base: int
-    parts: Parts
+    memory: Memory
 
     @property
     def host_bytes(self) -> int:
         """Of one process, in the host's memory."""
-        return self.base + (0 if self.gpus else sum(self.parts.values()))
+        return self.base + sum(self.memory.host.values())
 
     @property
     def gpu_bytes(self) -> int:
-        """Of one process, in a GPU's memory."""
-        return sum(self.parts.values()) if self.gpus else 0
+        """Of one process, in the memory of each of its GPUs."""
+        return sum(self.memory.gpu.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,22 +79,20 @@ def make_plan(config: RunConfig) -> Plan:
         lora_config(config)
     size = _model_size(config)
     prompt, gpus = config.data.max_prompt_length, config.ray.gpus
-    batch = batch_facts(
-        config, longest_prompt=prompt, hidden_size=size.hidden_size, num_prompts=None
-    )
-    _, row_tokens = fullest_step(config, prompt, size.hidden_size)
-    learner = learner_memory(config, size, row_tokens=row_tokens)
-    roles: list[tuple[str, int, int, float, Parts]] = [
+    update = fullest_step(config, prompt, hidden_size=size.hidden_size, layout=size.layout)
+    batch = batch_facts(config, update, longest_prompt=prompt, num_prompts=None)
+    learner = learner_memory(config, size, update)
+    roles: list[tuple[str, int, int, float, Memory]] = [
         ("learner rank", config.learner.num_ranks, learner_threads(config), gpus.learner, learner),
         ("generator", config.generators.count, generator_threads(config), gpus.generator,
          generator_memory(config, size)),
         ("weight store", 1, 1, 0.0, store_memory(config, size)),
-        ("scorer", config.scorers.count, 1, 0.0, {}),
-        ("driver and Ray", 1, 1, 0.0, {}),
+        ("scorer", config.scorers.count, 1, 0.0, Memory(host={})),
+        ("driver and Ray", 1, 1, 0.0, Memory(host={})),
     ]  # fmt: skip
     actors = tuple(
-        Actor(role=role, count=count, threads=threads, gpus=g, base=BASES[role], parts=parts)
-        for role, count, threads, g, parts in roles
+        Actor(role=role, count=count, threads=threads, gpus=g, base=BASES[role], memory=memory)
+        for role, count, threads, g, memory in roles
     )
     return Plan(batch=batch, actors=actors)
 
@@ -108,35 +111,51 @@ def check_fits(plan: Plan, *, host_bytes: int, gpu_bytes: int | None) -> None:
         ConfigError: it does not fit; names what takes most, and what lowers it.
     """
     if plan.host_bytes > host_bytes:
-        with_model = [actor for actor in plan.actors if actor.parts]
+        with_model = [actor for actor in plan.actors if actor.memory.host]
         largest = max(with_model, key=lambda actor: actor.count * actor.host_bytes)
         raise ConfigError(
             f"the run needs about {_size(plan.host_bytes)} of memory, {largest.count} x "
             f"{_size(largest.host_bytes)} of it for the {largest.role}; this machine has "
             f"{_size(host_bytes)}",
-            _remedy(largest),
+            _remedy(largest, largest.memory.host),
         )
     for actor in plan.actors:
-        if actor.gpus and gpu_bytes is None:
-            raise ConfigError(
-                f"a {actor.role} is to have {actor.gpus:g} GPUs; this machine has none",
-                "set ray.gpus to 0, or ray.address to a cluster",
-            )
-        room = (gpu_bytes or 0) * min(1.0, actor.gpus)
-        if actor.gpu_bytes > room:
-            raise ConfigError(
-                f"a {actor.role} needs about {_size(actor.gpu_bytes)} of GPU memory and would "
-                f"have {_size(int(room))}",
-                _remedy(actor),
-            )
+        if actor.gpus:
+            _check_gpu(actor, gpu_bytes)
 
 
-def _remedy(actor: Actor) -> str:
-    if "gradients" not in actor.parts:
+def _check_gpu(actor: Actor, gpu_bytes: int | None) -> None:
+    if gpu_bytes is None:
+        raise ConfigError(
+            f"a {actor.role} is to have {actor.gpus:g} GPUs; this machine has none",
+            "set ray.gpus to 0, or ray.address to a cluster",
+        )
+    room, share = min(1.0, actor.gpus), actor.memory.gpu_share
+    if share > room:
+        raise ConfigError(
+            f"vLLM takes {share:.0%} of a GPU, of which a {actor.role} has {room:.0%}",
+            f"set generators.options: {{gpu_memory_utilization: {room:g}}} or lower",
+        )
+    has = int(gpu_bytes * (share or room))
+    if actor.gpu_bytes > has:
+        raise ConfigError(
+            f"a {actor.role} needs about {_size(actor.gpu_bytes)} of GPU memory and would "
+            f"have {_size(has)}",
+            _remedy(actor, actor.memory.gpu),
+        )
+
+
+def _remedy(actor: Actor, parts: Parts) -> str:
+    if actor.role != "learner rank":
         return "lower generators.count, generators.max_rows or sampling.max_tokens"
-    part = max(actor.parts, key=actor.parts.__getitem__)
-    if part in ("activations", "language head"):
+    largest = max(parts, key=parts.__getitem__)
+    if largest in ("activations", "language head"):
         return "lower train.tokens_per_microbatch, or set learner.gradient_checkpointing: true"
+    if parts is actor.memory.gpu:
+        return (
+            "set model.dtype: bfloat16, learner.lora, more ranks with learner.zero_stage: 3, or "
+            "DeepSpeed's offload in learner.deepspeed"
+        )
     return "set model.dtype: bfloat16, learner.lora, or more ranks with learner.zero_stage: 3"
 
 
@@ -187,16 +206,21 @@ def _batch_table(plan: Plan) -> Table:
 def _actor_table(plan: Plan) -> Table:
     table = Table("actor", "processes", "threads", "GPUs", "memory of each", "of what", box=None)
     for actor in plan.actors:
-        parts = sorted(actor.parts.items(), key=lambda part: -part[1])
-        named = [f"{name} {_size(value)}" for name, value in parts if value >= 2**20]
-        where = "GPU" if actor.gpus else "host"
-        total = _size(actor.gpu_bytes or actor.host_bytes)
-        named.append(f"process {_size(actor.base)}")
-        table.add_row(
-            actor.role, str(actor.count), str(actor.threads), f"{actor.gpus:g}",
-            f"{total} ({where})", ", ".join(named),
-        )  # fmt: skip
+        on_host = [f"{_size(actor.host_bytes)} (host)", _named(actor.memory.host, actor.base)]
+        counts = [actor.role, str(actor.count), str(actor.threads), f"{actor.gpus:g}"]
+        if actor.memory.gpu:
+            share = actor.memory.gpu_share
+            of_gpu = f"{share:.0%} of each" if share else _size(actor.gpu_bytes)
+            table.add_row(*counts, f"{of_gpu} (GPU)", _named(actor.memory.gpu))
+            counts = [""] * 4
+        table.add_row(*counts, *on_host)
     return table
+
+
+def _named(parts: Parts, base: int = 0) -> str:
+    largest = sorted(parts.items(), key=lambda part: -part[1])
+    named = [f"{name} {_size(value)}" for name, value in largest if value >= 2**20]
+    return ", ".join([*named, f"process {_size(base)}"] if base else named)
 
 
 def _size(num_bytes: int) -> str:

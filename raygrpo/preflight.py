@@ -12,14 +12,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from raygrpo.algorithm.packing import place
+from raygrpo.algorithm.packing import MicrobatchPlan, RowLayout, place, row_length, trees_of
 from raygrpo.config import RewardSection, RunConfig
 from raygrpo.engines.choose import planned_engine
 from raygrpo.errors import ConfigError, RewardError
 from raygrpo.eval_setup import written
 from raygrpo.learner.deepspeed_config import deepspeed_config
+from raygrpo.learner.model_probe import expected_layout
 from raygrpo.learner.schedule import learning_rate
 from raygrpo.learner.sequence_parallel import check_attention, sequence_ranks
+from raygrpo.memory import FullUpdate
 from raygrpo.run_dir import RunDir
 from raygrpo.session import Session
 from raygrpo.types import (
@@ -93,14 +95,21 @@ def dry_run(config: RunConfig) -> dict[str, Facts]:
     deepspeed_config(config)
     prompts = checked.prompts.take(MAX_ROWS)
     lengths = np.array([prompt.token_ids.size for prompt in prompts])
-    architecture = check_model(checked, int(lengths.max()))
+    longest = int(lengths.max())
+    architecture = check_model(checked, longest)
+    update = fullest_step(
+        checked.config,
+        longest,
+        hidden_size=architecture.hidden_size,
+        layout=expected_layout(architecture),
+    )
     return {
         "run": _run_facts(checked, config, architecture),
         "data": _data_facts(checked, prompts, lengths),
         "batch": batch_facts(
             checked.config,
-            longest_prompt=int(lengths.max()),
-            hidden_size=architecture.hidden_size,
+            update,
+            longest_prompt=longest,
             num_prompts=_num_prompts(checked),
         ),
         "placement": _placement_facts(checked),
@@ -178,7 +187,7 @@ def _num_prompts(checked: Checked) -> int | None:
 
 
 def batch_facts(
-    config: RunConfig, *, longest_prompt: int, hidden_size: int, num_prompts: int | None
+    config: RunConfig, update: FullUpdate, *, longest_prompt: int, num_prompts: int | None
 ) -> Facts:
     """The arithmetic of a step: what is generated, trained and updated, at full lengths."""
     train, sampling = config.train, config.sampling
@@ -186,7 +195,6 @@ def batch_facts(
     updates = train.num_iterations * train.num_minibatches
     total = updates * train.steps
     row = longest_prompt + sampling.max_tokens
-    microbatches, share = fullest_step(config, longest_prompt, hidden_size)
     rates = [learning_rate(i, total, config.optimizer) for i in (0, total // 2, total - 1)]
     epochs = train.steps * train.groups_per_step / num_prompts if num_prompts else None
     return {
@@ -196,8 +204,8 @@ def batch_facts(
         "updates": f"{total} ({train.steps} steps x {train.num_iterations} passes x "
         f"{train.num_minibatches} minibatches), {config.optimizer.warmup_updates} of warm-up",
         "learning rate": ", ".join(f"{rate:.3g}" for rate in rates) + " (first, middle, last)",
-        "microbatches a rank": f"at most {microbatches} an update, of "
-        f"{train.tokens_per_microbatch} tokens; the longest row has {share}",
+        "microbatches a rank": f"at most {update.microbatches} an update, of "
+        f"{train.tokens_per_microbatch} tokens; the longest row has {update.longest}",
         "tokens a step": f"at most {completions * row} ({completions} x ({longest_prompt} + "
         f"{sampling.max_tokens}))",
         "epochs": "unknown" if epochs is None else f"{epochs:.2f}",
@@ -205,8 +213,10 @@ def batch_facts(
     }
 
 
-def fullest_step(config: RunConfig, longest_prompt: int, hidden_size: int) -> tuple[int, int]:
-    """Microbatches of a rank in one update, and tokens of its longest row, at full lengths."""
+def fullest_step(
+    config: RunConfig, longest_prompt: int, *, hidden_size: int, layout: RowLayout
+) -> FullUpdate:
+    """One update of a rank, at full lengths. Ranks that share tokens share no ``packed`` rows."""
     train, length = config.train, config.sampling.max_tokens
     groups = train.groups_per_step // train.num_minibatches
     samples = tuple(
@@ -229,14 +239,41 @@ def fullest_step(config: RunConfig, longest_prompt: int, hidden_size: int) -> tu
         payloads=everything,
         versions=dict.fromkeys(everything, (_START, _START)),
     )
+    shared = sequence_ranks(config) > 1 and layout == "packed"
+    used: RowLayout = "shared" if shared else layout
     plan = place(
         batch,
         config.learner.num_ranks // sequence_ranks(config),
         tokens_per_microbatch=train.tokens_per_microbatch,
+        layout=used,
         attention_length=6.0 * hidden_size,
     )[0][0]
-    rows = [row for microbatch in plan for row in microbatch]
-    return len(plan), max(longest_prompt + len(row) * length for row in rows)
+    return _full_update(plan, used, train.tokens_per_microbatch)
+
+
+def _full_update(
+    plan: Sequence[MicrobatchPlan], layout: RowLayout, tokens_per_microbatch: int
+) -> FullUpdate:
+    lengths = [[row_length(row) for row in microbatch] for microbatch in plan]
+    longest = max(map(max, lengths))
+    masked = [
+        len(rows) * max(rows) ** 2
+        for rows, samples in zip(lengths, plan, strict=True)
+        if any(len(row) > 1 for row in samples)
+    ]
+    copied = [
+        sum(len(tree) * tree[0].prompt_length for tree in trees if len(tree) > 1)
+        for trees in ([tree for row in rows for tree in trees_of(row)] for rows in plan)
+    ]
+    total = sum(len(rows) * max(rows) for rows in lengths)
+    return FullUpdate(
+        microbatches=len(plan),
+        # Shorter samples fill a microbatch better than those of full length, up to its budget.
+        tokens=max(longest, min(total, tokens_per_microbatch)),
+        longest=longest,
+        copied=max(copied) if layout == "packed" else 0,
+        mask=max(masked, default=0) if layout == "shared" else 0,
+    )
 
 
 def _placement_facts(checked: Checked) -> Facts:

@@ -58,6 +58,15 @@ def find_layout(model: Any) -> RowLayout:
     return "plain"
 
 
+def expected_layout(config: Any) -> RowLayout:
+    """What `find_layout` will most likely find for a text configuration, without its weights.
+
+    Attention by segment knows neither capped logits (Gemma 2) nor sinks (gpt-oss).
+    """
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    return "shared" if capped or config.model_type == "gpt_oss" else "packed"
+
+
 def _try_layout(policy: PolicyModel, rows: list[Tensor], expected: list[Tensor]) -> str | None:
     """Why a layout cannot be used; None when it can."""
     try:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from raygrpo.algorithm.packing import RowLayout, make_microbatch, place
 from raygrpo.config import ModelSection
-from raygrpo.learner.model_probe import find_layout
+from raygrpo.learner.model_probe import expected_layout, find_layout
 from raygrpo.learner.policy import load_policy, tree_layout
 from raygrpo.learner.reference_learner import ReferenceLearner
 from raygrpo.learner.segments import segment_attention
@@ -281,6 +281,7 @@ def test_other_models_pack_and_make_their_own_logits(kind: str, tmp_path: Path) 
     )
     # Gemma 2 caps its attention's logits, which only transformers' own attention does.
     assert policy.layout == ("shared" if kind == "gemma2" else "packed")
+    assert expected_layout(policy.model.config.get_text_config()) == policy.layout
 
 
 def test_a_layer_that_wants_more_than_is_known_falls_back_and_says_so(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,23 @@ from raygrpo.cli import app
 from raygrpo.config import RunConfig
 from raygrpo.config_file import load_config
 from raygrpo.errors import ConfigError
-from raygrpo.memory import generator_memory, learner_memory, model_size, store_memory
+from raygrpo.memory import (
+    FullUpdate,
+    Memory,
+    generator_memory,
+    learner_memory,
+    model_size,
+    store_memory,
+)
 from raygrpo.models import load_model
 from raygrpo.plan import check_fits, machine_memory, make_plan
 from tests.tiny import save_tiny_model
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
+CPU = {"device": "cpu"}
+GPU = {"gpus": {"generator": 1}}
+# Rows that share nothing.
+FULL = FullUpdate(microbatches=2, tokens=4096, longest=32)
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +90,11 @@ def test_an_adapter_has_few_trained_parameters(models: dict[str, Path]) -> None:
     size = model_size(config.model, lora=LORA)
     # Two layers; q: 32 -> 32, v: 32 -> 16.
     assert size.trained == 2 * 4 * ((32 + 32) + (32 + 16))
-    parts = learner_memory(config, size, row_tokens=32)
+    parts = learner_memory(config, size, FULL).host
     assert parts["optimizer"] == 8 * size.trained
-    assert store_memory(config, size)["published versions"] == 3 * 4 * size.trained
+    # The head is not trained: its logits alone.
+    assert parts["language head"] == 4 * 4096 * size.vocabulary
+    assert store_memory(config, size).host["published versions"] == 3 * 4 * size.trained
 
 
 def test_stages_divide_what_they_shard(models: dict[str, Path]) -> None:
@@ -89,22 +103,30 @@ def test_stages_divide_what_they_shard(models: dict[str, Path]) -> None:
 
     def parts(stage: int) -> dict[str, int]:
         learner = {"zero_stage": stage, "num_ranks": 4}
-        return learner_memory(make(models["llama"], learner=learner), size, row_tokens=32)
+        return learner_memory(make(models["llama"], learner=learner), size, FULL).host
 
     assert [parts(s)["optimizer"] for s in range(4)] == [2 * p] + [2 * (p // 4)] * 3
     assert [parts(s)["master weights"] for s in range(4)] == [0] + [p // 4] * 3
     assert [parts(s)["gradients"] for s in range(4)] == [p, p, p // 4, p // 4]
 
 
+def test_gradients_of_one_microbatch_grow_as_its_activations_go(models: dict[str, Path]) -> None:
+    config = make(models["llama"], learner={"zero_stage": 1})
+    size = model_size(config.model)
+    parts = learner_memory(config, size, replace(FULL, microbatches=1, tokens=1)).host
+    assert parts["gradients"] == 4 * size.parameters - size.activations
+    assert learner_memory(config, size, FULL).host["gradients"] == 4 * size.parameters
+
+
 def test_each_remedy_lowers_its_part(models: dict[str, Path]) -> None:
-    def parts(**sections: Any) -> dict[str, int]:
+    def parts(update: FullUpdate = FULL, **sections: Any) -> dict[str, int]:
         config = make(models["llama"], **sections)
-        return learner_memory(config, model_size(config.model), row_tokens=32)
+        return learner_memory(config, model_size(config.model), update).host
 
     plain = parts()
     recomputed = parts(learner={"gradient_checkpointing": True})
     assert recomputed["activations"] < plain["activations"]
-    fewer = parts(train={"tokens_per_microbatch": 1024})
+    fewer = parts(replace(FULL, tokens=1024))
     assert fewer["activations"] == plain["activations"] // 4
     halved = parts(
         learner={"num_ranks": 2, "deepspeed": {"sequence_parallel_size": 2}},
@@ -114,10 +136,116 @@ def test_each_remedy_lowers_its_part(models: dict[str, Path]) -> None:
     assert plain["reference"] == 0 < parts(loss={"beta": 0.1})["reference"]
 
 
+def test_shared_prompts_are_copied_for_each_completion(models: dict[str, Path]) -> None:
+    """Two layers of four heads of 8 numbers, keys and values, for 100 copied tokens."""
+    config = make(models["llama"])
+    size = model_size(config.model)
+    more = replace(FULL, copied=100)
+    plain = learner_memory(config, size, FULL).host["activations"]
+    assert learner_memory(config, size, more).host["activations"] - plain == 100 * 2 * 2 * 4 * 8 * 4
+    # Recomputed one layer at a time.
+    config = make(models["llama"], learner={"gradient_checkpointing": True})
+    plain = learner_memory(config, size, FULL).host["activations"]
+    assert learner_memory(config, size, more).host["activations"] - plain == 100 * 2 * 4 * 8 * 4
+
+
+def test_a_float32_head_is_counted_in_float32(models: dict[str, Path]) -> None:
+    """Its logits, and the sum of its weight's gradient beside the rounded one."""
+    config = make(models["llama"], model={"dtype": "bfloat16", "fp32_head": True})
+    size = model_size(config.model)
+    weight, logits = size.vocabulary * 32, 4096 * size.vocabulary
+    assert learner_memory(config, size, FULL).host["language head"] == 4 * logits + 6 * weight
+    plain = make(models["llama"], model={"dtype": "bfloat16"})
+    assert learner_memory(plain, size, FULL).host["language head"] == 2 * logits + 4 * weight
+
+
+def on_gpu(path: Path, stage: int, **zero: Any) -> tuple[int, Memory]:
+    learner = {"zero_stage": stage, "num_ranks": 2, "deepspeed": {"zero_optimization": zero}}
+    config = make(path, ray={"gpus": {"learner": 1}}, learner=learner)
+    size = model_size(config.model)
+    return 4 * size.parameters, learner_memory(config, size, FULL)
+
+
+def test_a_rank_on_a_gpu_has_all_but_its_start_there(models: dict[str, Path]) -> None:
+    held, memory = on_gpu(models["llama"], 2)
+    assert memory.gpu["optimizer"] == held and memory.gpu["parameters"] == held
+    # It loads on the host: with nothing else there, this is the model in float32.
+    assert sum(memory.host.values()) == memory.host["loading"] == held
+    assert "loading" not in {name for name, value in memory.gpu.items() if value}
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_offload_moves_the_optimizer_to_the_host(stage: int, models: dict[str, Path]) -> None:
+    held, memory = on_gpu(models["llama"], stage, offload_optimizer=CPU)
+    assert memory.host["optimizer"] == held
+    assert memory.host["master weights"] == held // 2
+    assert memory.host["gradients"] == (held if stage == 1 else held // 2)
+    assert not {"optimizer", "master weights", "gradients", "optimizer step"} & set(memory.gpu)
+    assert memory.gpu["parameters"] == (held // 2 if stage == 3 else held)
+
+
+def test_offload_moves_parameters_to_the_host_at_stage_3_alone(models: dict[str, Path]) -> None:
+    held, memory = on_gpu(models["llama"], 3, offload_param=CPU)
+    assert memory.host["parameters"] == held // 2 and "parameters" not in memory.gpu
+    assert memory.gpu["gathered"] == held and memory.gpu["optimizer"] == held
+    _, memory = on_gpu(models["llama"], 2, offload_param=CPU, offload_optimizer={"device": "none"})
+    assert memory.gpu["parameters"] == held and "optimizer" not in memory.host
+
+
+def test_what_fits_by_offload_alone_is_not_refused(models: dict[str, Path]) -> None:
+    def plan(**zero: Any) -> Any:
+        learner = {"zero_stage": 2, "deepspeed": {"zero_optimization": zero}}
+        return make_plan(make(models["llama"], ray={"gpus": {"learner": 1}}, learner=learner))
+
+    room = plan(offload_optimizer=CPU).actors[0].gpu_bytes
+    check_fits(plan(offload_optimizer=CPU), host_bytes=2**40, gpu_bytes=room)
+    with pytest.raises(ConfigError, match="GPU memory") as raised:
+        check_fits(plan(), host_bytes=2**40, gpu_bytes=room)
+    assert "offload" in (raised.value.fix or "")
+
+
 def test_the_cache_grows_with_rows_and_length(models: dict[str, Path]) -> None:
     config = make(models["llama"], generators={"max_rows": 10, "engine": "transformers"})
     size = model_size(config.model)
-    assert generator_memory(config, size)["KV cache"] == 10 * 32 * size.cached
+    cache = 10 * 32 * size.cached
+    assert generator_memory(config, size).host["KV cache"] == cache
+    config = config.model_copy(update={"ray": make(models["llama"], ray=GPU).ray})
+    memory = generator_memory(config, size)
+    assert memory.gpu["KV cache"] == cache and "KV cache" not in memory.host
+    # Two versions in each memory.
+    assert memory.host["weights"] == memory.gpu["weights"] == 8 * size.parameters
+
+
+@pytest.mark.parametrize(
+    ("options", "share"),
+    [({}, 0.9), ({"gpu_memory_utilization": 0.6}, 0.6), ({"kv_cache_memory_bytes": 2**20}, 0)],
+)
+def test_vllm_takes_its_share_of_a_gpu(
+    options: dict[str, Any], share: float, models: dict[str, Path]
+) -> None:
+    generators = {"engine": "vllm", "options": options}
+    plan = make_plan(make(models["llama"], ray=GPU, generators=generators))
+    actor = plan.actors[1]
+    assert actor.memory.gpu_share == share
+    check_fits(plan, host_bytes=2**40, gpu_bytes=2**40)
+    if share:
+        has = int(actor.gpu_bytes / share)
+        check_fits(plan, host_bytes=2**40, gpu_bytes=has + 2)
+        with pytest.raises(ConfigError, match="GPU memory"):
+            check_fits(plan, host_bytes=2**40, gpu_bytes=has - 2)
+        half = make(models["llama"], ray={"gpus": {"generator": 0.5}}, generators=generators)
+        with pytest.raises(ConfigError, match="a generator has 50%") as raised:
+            check_fits(make_plan(half), host_bytes=2**40, gpu_bytes=2**40)
+        assert "gpu_memory_utilization: 0.5" in (raised.value.fix or "")
+    else:
+        assert actor.memory.gpu["KV cache"] == 2**20
+
+
+def test_vllm_on_a_cpu_has_its_cache_on_the_host(models: dict[str, Path]) -> None:
+    for options, cache in (({}, 2**31), ({"kv_cache_memory_bytes": 2**20}, 2**20)):
+        config = make(models["llama"], generators={"engine": "vllm", "options": options})
+        memory = generator_memory(config, model_size(config.model))
+        assert memory.host["KV cache"] == cache and not memory.gpu and not memory.gpu_share
 
 
 def test_what_does_not_fit_is_refused_with_a_remedy(models: dict[str, Path]) -> None:
@@ -126,14 +254,14 @@ def test_what_does_not_fit_is_refused_with_a_remedy(models: dict[str, Path]) -> 
     with pytest.raises(ConfigError, match="this machine has") as raised:
         check_fits(plan, host_bytes=plan.host_bytes - 1, gpu_bytes=None)
     assert "learner rank" in raised.value.message and "train." in raised.value.fix
-    on_gpu = make_plan(make(models["llama"], ray={"address": "local", "gpus": {"learner": 0.5}}))
-    rank = on_gpu.actors[0]
-    assert rank.gpu_bytes > 0 and rank.host_bytes == rank.base
-    check_fits(on_gpu, host_bytes=2**40, gpu_bytes=2 * rank.gpu_bytes)
+    placed = make_plan(make(models["llama"], ray={"gpus": {"learner": 0.5}}))
+    rank = placed.actors[0]
+    assert rank.gpu_bytes > 0 and rank.host_bytes > rank.base
+    check_fits(placed, host_bytes=2**40, gpu_bytes=2 * rank.gpu_bytes)
     with pytest.raises(ConfigError, match="GPU memory"):
-        check_fits(on_gpu, host_bytes=2**40, gpu_bytes=2 * rank.gpu_bytes - 2)
+        check_fits(placed, host_bytes=2**40, gpu_bytes=2 * rank.gpu_bytes - 2)
     with pytest.raises(ConfigError, match="has none"):
-        check_fits(on_gpu, host_bytes=2**40, gpu_bytes=None)
+        check_fits(placed, host_bytes=2**40, gpu_bytes=None)
 
 
 def test_the_command(models: dict[str, Path], tmp_path: Path) -> None:

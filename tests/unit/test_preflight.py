@@ -16,6 +16,7 @@ from raygrpo.cli import app
 from raygrpo.config import RunConfig
 from raygrpo.config_file import load_config
 from raygrpo.errors import ConfigError, RewardError
+from raygrpo.memory import FullUpdate
 from raygrpo.preflight import _table, batch_facts, dry_run, fullest_step
 from raygrpo.smoke import save_tiny_twin, shrunk, smoke_changes, smoke_run
 from tests.tiny import save_tiny_model, tiny_tokenizer
@@ -84,7 +85,8 @@ def test_microbatches_hold_the_whole_update(directory: Path, ranks: int, budget:
     config = run_config(directory, learner={"num_ranks": ranks})
     train = config.train.model_copy(update={"tokens_per_microbatch": budget})
     config = config.model_copy(update={"train": train})
-    number, longest = fullest_step(config, 11, 1000)
+    update = fullest_step(config, 11, hidden_size=1000, layout="shared")
+    number, longest = update.microbatches, update.longest
     # By hand: 4 groups of 4 an update. A row of all 4 completions has 11 + 4 * 6 = 35 tokens,
     # and attention at this width costs next to nothing, so sharing the prompt is cheapest;
     # three ranks share four groups evenly only by rows of 2 completions, of 11 + 2 * 6 tokens.
@@ -96,8 +98,34 @@ def test_microbatches_hold_the_whole_update(directory: Path, ranks: int, budget:
         assert (number, longest) == {1: (1, 35), 3: (1, 23)}[ranks]
 
 
+@pytest.mark.parametrize("shares_tokens", [False, True])
+@pytest.mark.parametrize("budget", [100, 10_000])
+def test_packed_rows_of_a_full_update(directory: Path, budget: int, shares_tokens: bool) -> None:
+    """As above, four trees of 35 tokens, now in one row a microbatch: two in 100 tokens.
+
+    Each of the 4 completions of a tree copies the prompt's 11 tokens. Ranks that share tokens have
+    a row a tree instead, under a mask over each row.
+    """
+    deepspeed = {"sequence_parallel_size": 2} if shares_tokens else {}
+    learner = {"num_ranks": 2 if shares_tokens else 1, "deepspeed": deepspeed}
+    config = run_config(directory, learner=learner)
+    train = config.train.model_copy(update={"tokens_per_microbatch": budget})
+    config = config.model_copy(update={"train": train})
+    update = fullest_step(config, 11, hidden_size=1000, layout="packed")
+    trees = 2 if budget == 100 else 4
+    expected = FullUpdate(
+        microbatches=4 // trees,
+        tokens=min(budget, 4 * 35),
+        longest=35 if shares_tokens else trees * 35,
+        copied=0 if shares_tokens else trees * 4 * 11,
+        mask=trees * 35 * 35 if shares_tokens else 0,
+    )
+    assert update == expected
+
+
 def test_a_stream_has_no_epochs(directory: Path) -> None:
-    facts = batch_facts(run_config(directory), longest_prompt=3, hidden_size=32, num_prompts=None)
+    update = FullUpdate(microbatches=1, tokens=9, longest=9)
+    facts = batch_facts(run_config(directory), update, longest_prompt=3, num_prompts=None)
     assert facts["epochs"] == "unknown"
 
 
