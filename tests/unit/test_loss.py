@@ -286,6 +286,7 @@ UP, DOWN = math.log(1.5), math.log(0.5)  # probabilities 0.75 and 0.1
         (2.0, {"clip_low": 0.2, "clip_high": 0.28}, -2 * (1.28 + 0.5)),
         (-2.0, {"clip_low": 0.2, "clip_high": 0.28}, 2 * (1.5 + 0.8)),
         (-2.0, {"delta": 1.4}, 2 * (1.4 + 0.8)),
+        (-2.0, {"delta": 1.2, "clip_high": 0.6}, 2 * (1.5 + 0.8)),
         (-2.0, {"dual_clip": 1.1}, 2 * (1.1 + 0.8)),
         # One ratio for both tokens: sqrt(1.5 * 0.5).
         (2.0, {"loss": "gspo", "clip_low": 0.2}, -4 * math.sqrt(0.75)),
