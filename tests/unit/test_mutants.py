@@ -28,6 +28,7 @@ def run(*arguments: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.timeout(900)
 def test_some_mutants_are_noticed() -> None:
     """One of each kind; the rest is for --slow."""
     run("--quick")
