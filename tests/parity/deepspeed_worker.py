@@ -17,7 +17,7 @@ import torch
 from raygrpo.errors import RayGrpoError
 from raygrpo.learner.deepspeed_learner import DeepSpeedLearner
 from raygrpo.types import Microbatch
-from tests.parity.learner_cases import make_config, make_steps
+from tests.parity.learner_cases import make_config, make_steps, planned_step
 
 
 def main() -> None:
@@ -51,6 +51,38 @@ def train(learner: DeepSpeedLearner, case: dict[str, Any], rank: int) -> dict[st
     history = [learner.update(step[share]) for step in steps]
     after = weights(learner)
     return {"before": before, "after": after, "masters": masters(learner), "history": history}
+
+
+def train_planned(learner: DeepSpeedLearner, case: dict[str, Any], rank: int) -> dict[str, Any]:
+    """Trains steps that are planned and placed as in a run, in the rows that the model can pack."""
+    share, num_shares = learner.data_share
+    history = []
+    for seed in range(case["steps"]):
+        step = planned_step(learner.config, seed, num_shares, learner.layout)
+        history.append(learner.update(step[share]))
+    return {"after": weights(learner), "history": history, "layout": learner.layout}
+
+
+def stuck(learner: DeepSpeedLearner, case: dict[str, Any], rank: int) -> dict[str, Any]:
+    """Updates that leave one tensor as it is, or do not reach it, until the watch raises."""
+    name = case["tensor"]
+    module = learner._policy.model.get_submodule(name.removesuffix(".weight"))
+    if case["how"] == "unreached":
+        module.forward = lambda x: torch.nn.functional.linear(x, module.weight.detach())
+    else:
+        start = learner._start_watch
+
+        def start_then_freeze() -> Any:
+            # A hook after the watch's, which sees the gradient that the optimizer does not get.
+            watch = start()
+            module.weight.register_hook(torch.zeros_like)
+            return watch
+
+        learner._start_watch = start_then_freeze  # type: ignore[method-assign]
+    step, reports = make_steps(1, 1, learner.config.learner.num_ranks)[0], []
+    while len(reports) < 20 and not any(reports):
+        reports.append(attempt(learner, lambda: learner.update(step[rank]))["raised"])
+    return {"raised": reports[-1], "count": len(reports)}
 
 
 def train_adapter(learner: DeepSpeedLearner, case: dict[str, Any], rank: int) -> dict[str, Any]:
@@ -180,6 +212,8 @@ def refused_load(learner: DeepSpeedLearner, case: dict[str, Any], rank: int) -> 
 
 SCENARIOS = {
     "train": train,
+    "train_planned": train_planned,
+    "stuck": stuck,
     "train_adapter": train_adapter,
     "nan_loss": nan_loss,
     "infinite_gradient": infinite_gradient,
