@@ -1,51 +1,95 @@
-"""Breaks the algorithm on purpose, one line at a time, and sees whether the unit tests notice.
+"""Breaks the algorithm on purpose, one line at a time, and sees whether the tests notice.
 
     python -m tests.mutate_losses [WORDS...]      # only mutants whose name holds all the words
+    python -m tests.mutate_losses --quick         # one of each kind
 
-Each mutant is a copy of the package with one text replaced; the tests named below run on the copy.
-A mutant that no test fails on is printed and makes the exit code 1. A few seconds a mutant.
+Each mutant is a copy of the package with one text replaced (a few need two); the tests named below
+run on the copy, in a process that was forked with all but the project imported. A mutant that no
+test fails on is printed and makes the exit code 1. A second or two of a core each.
 """
 
 # A mutant is a line, however long.
 # ruff: noqa: E501
 from __future__ import annotations
 
+import contextlib
+import io
+import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).parents[1]
-# Which tests hold a module of raygrpo/algorithm.
+# Which tests hold a module.
+_LOSS = ("unit/test_loss.py",)
+_LEARNER = (
+    "parity/test_learner.py::test_old_logprobs_and_the_reference_follow_the_rules",
+    "parity/test_learner_losses.py",
+)
 TESTS = {
-    "surrogates": ("test_loss",),
-    "corrections": ("test_loss",),
-    "loss": ("test_loss",),
-    "stats": ("test_loss",),
-    "entropy": ("test_entropy", "test_loss"),
-    "advantages": ("test_advantages",),
-    "overlong": ("test_advantages",),
-    "plan": ("test_advantages", "test_packing"),
+    "algorithm/surrogates": _LOSS,
+    "algorithm/corrections": _LOSS,
+    "algorithm/loss": _LOSS,
+    "algorithm/stats": _LOSS,
+    "algorithm/entropy": ("unit/test_entropy.py", *_LOSS),
+    "algorithm/advantages": ("unit/test_advantages.py",),
+    "algorithm/overlong": ("unit/test_advantages.py",),
+    "algorithm/plan": ("unit/test_advantages.py", "unit/test_packing.py"),
+    "algorithm/packing": ("unit/test_packing.py",),
+    "algorithm/logprobs": ("parity/test_logprobs.py",),
+    "algorithm/token_gradient": ("parity/test_logprobs.py",),
+    "learner/first_pass": _LEARNER,
+    "learner/base": _LEARNER,
 }
-# Finding a counter-example is enough; making it small takes longer than all the rest.
+# Tests that take long run after the others of their file.
+LAST = ("test_value_and_gradient_equal_the_oracle", "test_split_order_and_layout_do_not_matter")
+# One of each kind, which `scripts/test` runs.
+QUICK = (
+    "algorithm/surrogates: clip: sign",
+    "algorithm/surrogates: gspo: ratio by row, not by segment",
+    "algorithm/corrections: attached",
+    "algorithm/loss: mask shifted by one",
+    "algorithm/loss: prompt weights: without P",
+    "algorithm/packing: predictors shifted by one",
+)
+# What tests import beside the project, so that it is imported once.
+PRELOADED = (
+    "pytest",
+    "hypothesis",
+    "torch",
+    "pydantic",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.gemma3.modeling_gemma3",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.qwen2.modeling_qwen2",
+)
+# Finding a counter-example is enough; making it small takes longer than all the rest. Slow is no
+# counter-example.
 PROFILE = """
 from hypothesis import Phase, settings
-settings.register_profile("mutants", phases=[Phase.explicit, Phase.generate], derandomize=True)
+settings.register_profile(
+    "mutants", phases=[Phase.explicit, Phase.generate], derandomize=True, deadline=None
+)
 settings.load_profile("mutants")
 """
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """``old``, which stands once in the module, becomes ``new``."""
+    """``old``, which stands once in the module, becomes ``new``; ``more`` changes, if any, too."""
 
     module: str
     change: str
     old: str
     new: str
+    more: tuple[Mutant, ...] = ()
 
     @property
     def name(self) -> str:
@@ -53,23 +97,28 @@ class Mutant:
         return f"{self.module}: {self.change}"
 
     @property
+    def edits(self) -> tuple[Mutant, ...]:
+        """Itself, and what changes with it."""
+        return (self, *self.more)
+
+    @property
     def path(self) -> Path:
         """Of the module, from the repository."""
-        return Path("raygrpo", "algorithm", f"{self.module}.py")
+        return Path("raygrpo", f"{self.module}.py")
 
 
-def _of(module: str, *changes: tuple[str, str, str]) -> list[Mutant]:
+def _of(module: str, *changes: Any) -> list[Mutant]:
     return [Mutant(module, *change) for change in changes]
 
 
 MUTANTS = [
     *_of(
-        "surrogates",
+        "algorithm/surrogates",
         ("clip: sign", "return -objective,", "return objective,"),
         ("clip: maximum for minimum", "torch.minimum(free", "torch.maximum(free"),
         ("clip: low bound from high", "1 - config.clip_low, 1 +", "1 - config.clip_high, 1 +"),
         ("clip: high bound from low", "1 + config.clip_high)\n    free", "1 + config.clip_low)\n    free"),
-        ("clip: delta in both terms", "bounded = ratio.clamp(", "ratio = ratio.clamp(max=config.delta)\n    bounded = ratio.clamp("),
+        ("clip: delta in both terms", "bounded = ratio.clamp(", "ratio = ratio.clamp(max=config.delta or 1e9)\n    bounded = ratio.clamp("),
         ("clip: delta ignored", "ratio if config.delta is None", "ratio if True"),
         ("clip: dual clip for all signs", "torch.where(advantages < 0, torch.maximum(objective, floor), objective)", "torch.maximum(objective, floor)"),
         ("clip: dual clip ignored", "if config.dual_clip is not None", "if False"),
@@ -84,6 +133,9 @@ MUTANTS = [
         ("sapo: one temperature", "masked_fill(positive, config.sapo_tau_pos)", "masked_fill(positive, config.sapo_tau_neg)"),
         ("sapo: temperatures swapped", "positive = tokens.advantages > 0\n    tau", "positive = tokens.advantages <= 0\n    tau"),
         ("sapo: without 4 / tau", "* 4 / tau", "* 1.0"),
+        ("cispo: sign", "losses = -weight *", "losses = weight *"),
+        ("sapo: sign", "return -tokens.advantages * torch.sigmoid", "return tokens.advantages * torch.sigmoid"),
+        ("dppo: sign", "losses = -kept *", "losses = kept *"),
         ("dppo: both signs keep", "high | low, 0.0", "high & low, 0.0"),
         ("dppo: drops against the advantage", "positive & (moved > config.dppo_tv)", "~positive & (moved > config.dppo_tv)"),
         ("dppo: ratios for probabilities", "tokens.logprobs.detach().exp() - tokens.anchor.exp()", "tokens.logprobs.detach() - tokens.anchor"),
@@ -93,7 +145,14 @@ MUTANTS = [
         ("statistics: gspo by token", 'by_sequence=config.loss == "gspo"', "by_sequence=False"),
     ),
     *_of(
-        "corrections",
+        "algorithm/corrections",
+        ("attached", "@torch.no_grad()\ndef correction(", "def correction(", (
+            Mutant("algorithm/corrections", "", "token_gap = old.detach() - sampler", "token_gap = old - sampler"),
+            Mutant("algorithm/loss", "", "_factor(inputs, tokens, old, sampler, config)", "_factor(inputs, tokens, logprobs if inputs.old_logprobs is None else old, sampler, config)"),
+        )),
+        ("of the policy, not of the old one", "token_gap = old.detach() - sampler", "token_gap = old - sampler", (
+            Mutant("algorithm/loss", "", "correction(old, sampler, mask, sequences, config)", "correction(tokens.logprobs.detach(), sampler, mask, sequences, config)"),
+        )),
         ("tis: no cap", "applied = rho.clamp(max=config.correction_max)", "applied = rho"),
         ("tis: cap from correction_min", "rho.clamp(max=config.correction_max)", "rho.clamp(max=config.correction_min)"),
         ("icepop: 1 inside", "torch.where(inside, rho, 0.0)", "inside.to(rho.dtype)"),
@@ -109,7 +168,7 @@ MUTANTS = [
         ("off-policy: by row", "sequence_means(sampler - logprobs, mask, sequences)\n    dropped = (advantages < 0) & (means[sequences]", "sequence_means(sampler - logprobs, mask, torch.arange(len(mask))[:, None].expand_as(mask))\n    dropped = (advantages < 0) & (means[:, None].expand_as(mask)"),
     ),
     *_of(
-        "loss",
+        "algorithm/loss",
         ("mask shifted by one", "mask = inputs.loss_mask.bool()", "mask = inputs.loss_mask.bool().roll(1, dims=1)"),
         ("mask ignored in the sum", "torch.where(mask, losses * weights, 0.0).sum()", "(losses * weights).sum()"),
         ("untrained positions not cleared", "logprobs = torch.where(mask, inputs.logprobs, 0.0)", "logprobs = inputs.logprobs"),
@@ -138,13 +197,14 @@ MUTANTS = [
         ("sequences without tokens do not count", "count = max(len(tokens), 1)", "count = max(int((tokens > 0).sum()), 1)"),
     ),
     *_of(
-        "stats",
+        "algorithm/stats",
+        ("means by row, not by segment", "sequences.flatten()\n    sums", "sequences.amax(1, keepdim=True).expand_as(sequences).flatten()\n    sums"),
         ("means over all positions", "ones = mask.to(values.dtype).flatten()", "ones = torch.ones_like(values).flatten()"),
         ("means detached", "flat, index = (values * mask).flatten()", "flat, index = (values.detach() * mask).flatten()"),
         ("largest for smallest", "min=least, max=most", "min=most, max=least"),
     ),
     *_of(
-        "entropy",
+        "algorithm/entropy",
         ("smallest entropies", "entropies.detach().float().clamp(min=0) >= threshold", "entropies.detach().float().clamp(min=0) <= threshold"),
         ("one token fewer", "int(round(frac * (count - 1), 6)) + 1", "max(int(round(frac * (count - 1), 6)), 1)"),
         ("this rank's tokens only", "count = total(float(values.numel()))", "count = float(values.numel())"),
@@ -153,7 +213,7 @@ MUTANTS = [
         ("bonus acts above its target", "acts = self.entropy is not None and self.entropy <= self.target", "acts = True"),
     ),
     *_of(
-        "advantages",
+        "algorithm/advantages",
         ("mean of all groups", "mean = (values * scored).sum(1, keepdim=True) / count\n    if", "mean = (values * scored).mean() + torch.zeros_like(count)\n    if"),
         ("leave one out is the mean", "(values - mean) * count / (count - 1).clamp(min=1)", "values - mean"),
         ("group: population deviation", "_deviation(values, scored, dim=1, ddof=1) + _EPSILON\n    if scale", "_deviation(values, scored, dim=1, ddof=0) + _EPSILON\n    if scale"),
@@ -168,45 +228,143 @@ MUTANTS = [
         ("gdpo: no second normalisation", "(values - mean) / (deviation + _EPSILON), 0.0).float()", "values, 0.0).float()"),
     ),
     *_of(
-        "overlong",
+        "algorithm/overlong",
         ("starts at the maximum", "over = length - (max_length - buffer)", "over = length - max_length"),
         ("rewards length", "-over / buffer", "over / buffer"),
     ),
     *_of(
-        "plan",
+        "algorithm/plan",
         ("overlong filter ignored", 'if section.mask_truncated and', "if False and"),
         ("filtered completions leave the denominator", "if summary.scores[index].value is not None\n    ]", "if summary.scores[index].value is not None and num_trained_tokens(summary, index, config.advantage)\n    ]"),
         ("truncated ones stay in the baseline", 'section.mask_truncated == "exclude"', "False"),
         ("overlong penalty ignored", "if not section.overlong_buffer:", "if True:"),
     ),
+    *_of(
+        "algorithm/packing",
+        ("predictors shifted by one", "np.maximum(column + np.arange(start, start + count) - 1, 0)", "column + np.arange(start, start + count)"),
+        ("predictors without their column", "np.maximum(column + np.arange(start, start + count) - 1, 0)", "np.maximum(np.arange(start, start + count) - 1, 0)"),
+        ("a branch begins after its prompt's end", '["predictors"][completion.start] = column + prompt_length - 1', '["predictors"][completion.start] = column + prompt_length'),
+        ("a branch follows the one before it", "if completion.start < completion.stop:", "if False:"),
+        ("loss mask shifted by one", '["loss_mask"][here] = sample.loss_mask[tokens]', '["loss_mask"][here] = np.roll(sample.loss_mask[tokens], 1)'),
+        ("sampler's logprobs shifted by one", '["sampler_logprobs"][here] = sample.sampler_logprobs[tokens]', '["sampler_logprobs"][here] = np.roll(sample.sampler_logprobs[tokens], 1)'),
+        ("positions go on", '["positions"][here] = np.arange(tokens.start, tokens.stop)', '["positions"][here] = np.arange(start, start + count)'),
+        ("sequences by tree", '["sequence_ids"][completion] = sequence + offset', '["sequence_ids"][completion] = sequence'),
+        ("sequences by row", "_fill_tree(here, samples, len(planned), segment, column)", "_fill_tree(here, samples, index, segment, column)"),
+        ("branches see each other", '["segment_ids"][completion] = segment + offset + 1', '["segment_ids"][completion] = segment + 1'),
+        ("branches do not see their prompt", '["parent_ids"][completion] = segment', '["parent_ids"][completion] = -1'),
+        ("fillers weigh", "0.0 if sample.filler else sample.loss_weight", "sample.loss_weight"),
+        ("fillers train", "completion.loss_mask & (not plan.filler)", "completion.loss_mask"),
+    ),
+    *_of(
+        "algorithm/logprobs",
+        ("target of the token before", "chosen = settings.logits(raw[targets,", "chosen = settings.logits(raw[targets.roll(1),"),
+        ("target of the token before, any head", "table.gather(-1, targets.long()[:, None])", "table.gather(-1, targets.long().roll(1)[:, None])"),
+        ("gradient at another target", "self.raw[self.targets, tokens] = at_target", "self.raw[self.targets.roll(1), tokens] = at_target"),
+        ("no temperature", "logits = logits / self.temperature", "logits = logits / 1.0"),
+        ("slope without temperature", "outer = self.transform.scale / self.temperature", "outer = self.transform.scale"),
+        ("slope of the cap without temperature", "(logits * (self.temperature / self.transform.cap))", "(logits * (1.0 / self.transform.cap))"),
+        ("slope without scale", "outer = self.transform.scale / self.temperature", "outer = 1.0 / self.temperature"),
+        ("entropy's gradient: sign", "outer = table * by_entropy + (by_logprob + self.entropies * by_entropy)", "outer = (by_logprob - self.entropies * by_entropy) - table * by_entropy"),
+        ("entropy's gradient: without the entropy", "(by_logprob + self.entropies * by_entropy)", "by_logprob"),
+        ("entropy: sign", "(log_total - moment / total)", "(log_total + moment / total)"),
+        ("blocks: moment not moved to the new peak", "(moment + lowered * total) * shrunk", "moment * shrunk"),
+        ("weight's gradient of the first chunk alone", "self._weight_sum.addmm_(raw, hidden)", "self._weight_sum.addmm(raw, hidden)"),
+        ("foretold gradient not compared", "return float(factor.float()) if close else None", "return float(factor.float())"),
+        ("factor not applied", "if factor != 1.0:", "if False:"),
+        ("all logits at once", "width = min(settings.chunk_tokens, num_tokens)", "width = num_tokens"),
+        ("all logits at once, token by token", "found = hidden.new_empty(4,", "everything = hidden @ weight.T\n        found = hidden.new_empty(4,"),
+        ("all logits kept", "ctx.settings, ctx.fused = settings, token_gradient is not None", "ctx.settings, ctx.fused = settings, token_gradient is not None\n        targets = targets[:, None].expand(-1, weight.shape[0]).clone()[:, 0]"),
+    ),
+    *_of(
+        "algorithm/token_gradient",
+        ("gspo is separable", 'config.loss != "gspo"', 'config.loss != "none"'),
+        ("a correction by sequence is separable", 'config.correction_level == "token"', "True"),
+        ("the off-policy mask is separable", "config.off_policy_threshold is None", "True"),
+        ("a mask that is not given is separable", "or inputs.policy_mask is not None", "or True"),
+        ("the first chunk's values for all", "here = slice(start, start + len(logprobs))", "here = slice(0, len(logprobs))"),
+        ("entropy bonus left out", "leaves = (leaf, bonus) if config.entropy_coef else (leaf,)", "leaves = (leaf,)"),
+        ("other tokens' sequences", 'grids |= {"sequence_ids": inputs.sequence_ids,', 'grids |= {"sequence_ids": inputs.sequence_ids.flip(1),'),
+        ("sign", "return by_logprob[0], by_entropy", "return -by_logprob[0], by_entropy"),
+    ),
+    *_of(
+        "learner/first_pass",
+        ("old logprobs after the updates before", "needs_old = len(batches) > 1 and", "needs_old = False and"),
+        ("old logprobs though the ratio is to the sampler", "and not config.anchored_at_sampler", ""),
+        ("a threshold for each microbatch", "masks = [top_entropy_mask(entropies, mask, threshold)", "masks = [top_entropy_mask(entropies, mask, entropy_threshold(entropies[mask].float(), config.top_entropy_frac, sum_over_ranks))"),
+        ("no mask of top entropies", "policy_mask=mask)", "policy_mask=None)"),
+    ),
+    *_of(
+        "learner/base",
+        ("old logprobs of each iteration", "if kept.old_logprobs is None:", "if True:"),
+        ("no old logprobs", "old_logprobs=held.old_logprobs,", "old_logprobs=None,"),
+        ("no mask of top entropies", "policy_mask=held.policy_mask,", "policy_mask=None,"),
+        ("the reference is the policy", "ref_logprobs, _ = self._reference(inputs)", "ref_logprobs, _ = self._policy(inputs)"),
+        ("the reference moves each step", 'or step % int(sync["steps"])', ""),
+        ("the reference's steps are updates", "self.num_updates // self._updates_per_step", "self.num_updates"),
+        ("the reference moves by 1 - alpha", 'sync["alpha"])', '1 - sync["alpha"])'),
+        ("the reference moves before the step", "        self._sync_reference()\n", "", (
+            Mutant("learner/base", "", "        held = first_pass(", "        self._sync_reference()\n        held = first_pass("),
+        )),
+        ("the coefficient stays", "self._entropy = self._entropy.after(", "self._entropy.after("),
+    ),
 ]  # fmt: skip
 
 
-def survives(mutant: Mutant, root: Path) -> bool:
-    """Whether the tests pass on a copy with this mutant.
+class _Failures:
+    """A pytest plugin: quick tests first, and what failed."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        items.sort(
+            key=lambda item: LAST.index(item.originalname) if item.originalname in LAST else -1
+        )
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.failed:
+            self.found.append(report.nodeid)
+
+
+def first_failure(mutant: Mutant | None, tests: Sequence[str]) -> tuple[str, float]:
+    """The first of the tests to fail on a copy with this mutant, or "", and the seconds it took.
+
+    For a process of its own, which imports the project from the copy.
 
     Raises:
-        ValueError: the text to replace is not in the module exactly once: the code has changed.
+        ValueError: the text to replace is not in the module exactly once (the code has changed), or
+            the tests do not run at all.
     """
-    path = root / mutant.path
-    text = (REPOSITORY / mutant.path).read_text()
-    if text.count(mutant.old) != 1:
-        raise ValueError(f"{mutant.name}: {text.count(mutant.old)} places with {mutant.old!r}")
-    path.write_text(text.replace(mutant.old, mutant.new))
-    tests = [f"tests/unit/{name}.py" for name in TESTS[mutant.module]]
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
-    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
-    path.write_text(text)
-    if done.returncode not in (0, 1):
-        raise ValueError(
-            f"{mutant.name}: pytest ended with {done.returncode}\n{done.stdout[-2000:]}"
-        )
-    return done.returncode == 0
+    import pytest
+
+    start = time.perf_counter()
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+    sys.dont_write_bytecode = True
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("raygrpo", "tests")]:
+        del sys.modules[name]
+    output, failures = io.StringIO(), _Failures()
+    with tempfile.TemporaryDirectory() as directory:
+        root = Path(directory)
+        copy_of_the_code(root)
+        for edit in mutant.edits if mutant else ():
+            text = (root / edit.path).read_text()
+            if text.count(edit.old) != 1:
+                raise ValueError(f"{edit.name}: {text.count(edit.old)} places with {edit.old!r}")
+            (root / edit.path).write_text(text.replace(edit.old, edit.new))
+        os.chdir(root)
+        sys.path[:] = [directory, *(p for p in sys.path if p not in ("", str(REPOSITORY)))]
+        options = ["-x", "-q", "-p", "no:cacheprovider", "--assert=plain"]
+        with contextlib.redirect_stdout(output):
+            code = pytest.main([*options, *(f"tests/{test}" for test in tests)], [failures])
+        os.chdir("/")
+    if code not in (0, 1):
+        name = mutant.name if mutant else "the code as it is"
+        raise ValueError(f"{name}: pytest ended with {code}\n{output.getvalue()[-2000:]}")
+    return next(iter(failures.found), ""), time.perf_counter() - start
 
 
 def copy_of_the_code(root: Path) -> None:
-    """The package and the unit tests, with a hypothesis profile that does not shrink."""
+    """The package and the tests, with a hypothesis profile that does not shrink."""
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(REPOSITORY / "raygrpo", root / "raygrpo", ignore=ignored)
     shutil.copytree(REPOSITORY / "tests", root / "tests", ignore=ignored)
@@ -215,25 +373,54 @@ def copy_of_the_code(root: Path) -> None:
     conftest.write_text(conftest.read_text() + PROFILE)
 
 
+def run(chosen: Sequence[Mutant], *, sound: bool) -> list[str]:
+    """Runs these mutants; the names of what goes wrong.
+
+    Args:
+        sound: whether to run their tests on the code as it is, too.
+    """
+    os.environ["OMP_NUM_THREADS"] = "1"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
+    wrong = []
+    suites = dict.fromkeys(TESTS[mutant.module] for mutant in chosen if sound)
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=context, max_tasks_per_child=1) as pool:
+        mutants = [
+            (mutant, pool.submit(first_failure, mutant, TESTS[mutant.module])) for mutant in chosen
+        ]
+        unbroken = [pool.submit(first_failure, None, tests) for tests in suites]
+        for mutant, result in mutants:
+            failed, duration_s = result.result()
+            print(
+                f"{'noticed ' if failed else 'SURVIVED'} {duration_s:5.1f} s  {mutant.name}  {failed}",
+                flush=True,
+            )
+            wrong += [] if failed else [mutant.name]
+        for tests, result in zip(suites, unbroken, strict=True):
+            failed, duration_s = result.result()
+            print(
+                f"{'FAILED' if failed else 'passed'} {duration_s:5.1f} s  {', '.join(tests)}  {failed}",
+                flush=True,
+            )
+            wrong += [f"{failed} fails on the code as it is"] if failed else []
+    return wrong
+
+
 def main(words: list[str]) -> int:
     """Runs the mutants that are asked for; returns the exit code."""
-    chosen = [m for m in MUTANTS if all(word in m.name for word in words)]
-    lost = []
-    with tempfile.TemporaryDirectory() as directory:
-        root = Path(directory) / "code"
-        root.mkdir()
-        copy_of_the_code(root)
-        for module in TESTS:
-            first = (REPOSITORY / "raygrpo" / "algorithm" / f"{module}.py").read_text()
-            if not survives(Mutant(module, "nothing", first, first), root):
-                print(f"the tests of {module} fail on the code as it is")
-                return 1
-        for mutant in chosen:
-            alive = survives(mutant, root)
-            print(f"{'SURVIVED' if alive else 'noticed '}  {mutant.name}", flush=True)
-            lost += [mutant.name] if alive else []
-    print(f"{len(chosen) - len(lost)} of {len(chosen)} noticed")
-    return 1 if lost else 0
+    quick = words == ["--quick"]
+    if quick:
+        chosen = [mutant for mutant in MUTANTS if mutant.name in QUICK]
+    else:
+        chosen = [mutant for mutant in MUTANTS if all(word in mutant.name for word in words)]
+    start = time.perf_counter()
+    # The suite that runs the quick ones runs their tests on the code as it is.
+    wrong = run(chosen, sound=not quick)
+    survived = sum(mutant.name in wrong for mutant in chosen)
+    print(
+        f"{len(chosen) - survived} of {len(chosen)} noticed, in {time.perf_counter() - start:.0f} s"
+    )
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from tests.parity.learner_cases import (
     make_config,
     make_steps,
     microbatch,
+    planned_step,
     random_trees,
     separate,
 )
@@ -69,6 +70,38 @@ def fp32_head(learner: DeepSpeedLearner, case: dict[str, Any], rank: int) -> dic
     """Scores a microbatch of this rank's own, and trains it."""
     batch = microbatch(separate(random_trees(rank, 2)))
     return {"scores": learner.score(batch), "stats": learner.update([[batch]])}
+
+
+def train_planned(learner: DeepSpeedLearner, case: dict[str, Any], rank: int) -> dict[str, Any]:
+    """Trains steps that are planned and placed as in a run, in the rows that the model can pack."""
+    share, num_shares = learner.data_share
+    history = []
+    for seed in range(case["steps"]):
+        step = planned_step(learner.config, seed, num_shares, learner.layout)
+        history.append(learner.update(step[share]))
+    return {"after": weights(learner), "history": history, "layout": learner.layout}
+
+
+def stuck(learner: DeepSpeedLearner, case: dict[str, Any], rank: int) -> dict[str, Any]:
+    """Updates that leave one tensor as it is, or do not reach it, until the watch raises."""
+    name = case["tensor"]
+    module = learner._policy.model.get_submodule(name.removesuffix(".weight"))
+    if case["how"] == "unreached":
+        module.forward = lambda x: torch.nn.functional.linear(x, module.weight.detach())
+    else:
+        start = learner._start_watch
+
+        def start_then_freeze() -> Any:
+            # A hook after the watch's, which sees the gradient that the optimizer does not get.
+            watch = start()
+            module.weight.register_hook(torch.zeros_like)
+            return watch
+
+        learner._start_watch = start_then_freeze  # type: ignore[method-assign]
+    step, reports = make_steps(1, 1, learner.config.learner.num_ranks)[0], []
+    while len(reports) < 20 and not any(reports):
+        reports.append(attempt(learner, lambda: learner.update(step[rank]))["raised"])
+    return {"raised": reports[-1], "count": len(reports)}
 
 
 def train_adapter(learner: DeepSpeedLearner, case: dict[str, Any], rank: int) -> dict[str, Any]:
@@ -198,6 +231,8 @@ def refused_load(learner: DeepSpeedLearner, case: dict[str, Any], rank: int) -> 
 
 SCENARIOS = {
     "train": train,
+    "train_planned": train_planned,
+    "stuck": stuck,
     "train_adapter": train_adapter,
     "fp32_head": fp32_head,
     "nan_loss": nan_loss,

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from raygrpo.algorithm.packing import RowLayout, make_microbatch, place
+from raygrpo.algorithm.plan import make_step_batch
+from raygrpo.algorithm.window import FinishedGroup
 from raygrpo.config import RunConfig
 from raygrpo.config_file import load_config
-from raygrpo.types import Microbatch
+from raygrpo.types import Group, GroupSummary, Microbatch
+from tests.builders import completion, group, request, summary
 
 VOCABULARY = 60
 Minibatch = list[Microbatch]
@@ -197,3 +201,47 @@ def wide_logprobs(model: Any, batch: Microbatch, temperature: float) -> WideLogp
     logits = picked @ model.get_output_embeddings().weight.float().T / temperature
     chosen = torch.log_softmax(logits, -1).gather(-1, ids[rows, columns][:, None])[:, 0]
     return WideLogprobs(model=model, logprobs=chosen)
+
+
+def random_groups(seed: int, num_groups: int) -> list[tuple[Group, GroupSummary]]:
+    """Groups of 2 to 5 completions as scored: some truncated, some without a score."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for group_id in range(num_groups):
+        members, size = [], int(rng.integers(2, 6))
+        for _ in range(size):
+            length = int(rng.integers(1, 11))
+            mask = rng.random(length) < 0.85
+            mask[-1] = True
+            tokens = rng.integers(3, VOCABULARY, length).tolist()
+            sampled = rng.normal(-3, 1, length).tolist()
+            finish = "length" if rng.random() < 0.2 else "stop"
+            members.append(completion(tokens, sampled, mask.tolist(), finish))  # type: ignore[arg-type]
+        prompt = rng.integers(3, VOCABULARY, int(rng.integers(2, 13))).tolist()
+        rewards = [None if rng.random() < 0.15 else float(rng.normal()) for _ in members]
+        done = summary(
+            group_id,
+            rewards,
+            lengths=[member.token_ids.size for member in members],
+            finishes=[member.finish for member in members],
+            prompt_length=len(prompt),
+        )
+        counts = tuple(int(member.loss_mask.sum()) for member in members)
+        order = request(group_id, num_completions=size, tokens=prompt)
+        made.append((group(order, members), replace(done, num_loss_tokens=counts)))
+    return made
+
+
+def planned_step(
+    config: RunConfig, seed: int, num_ranks: int, layout: RowLayout
+) -> list[list[Minibatch]]:
+    """``[rank][minibatch]`` of random groups, planned, placed and filled in as in a run."""
+    made = random_groups(seed, config.train.groups_per_step)
+    payloads = {done.group_id: payload for payload, done in made}
+    finished = [FinishedGroup(summary=done, payload="") for _, done in made]
+    batch = make_step_batch(seed, finished, config)
+    placed = place(batch, num_ranks, tokens_per_microbatch=40, layout=layout)
+    return [
+        [[make_microbatch(plan, payloads) for plan in minibatch] for minibatch in rank]
+        for rank in placed
+    ]

@@ -103,6 +103,15 @@ def chunked(given: dict[str, Tensor], head: HeadSettings, **options: Any) -> Hea
     return compute
 
 
+def by_any_head(given: dict[str, Tensor], head: HeadSettings) -> Head:
+    def compute(h: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return token_logprobs_by(
+            lambda x: x @ w.T + b, h, given["targets"], settings=head, entropy_gradient=True
+        )
+
+    return compute
+
+
 def assert_same(ours: list[Tensor], expected: list[Tensor], tolerance: float = RELATIVE) -> None:
     for one, other in zip(ours, expected, strict=True):
         assert relative(one, other) < tolerance
@@ -127,12 +136,7 @@ def test_values_and_gradients_equal_the_full_logits(
     elif form == "recomputed":
         compute = chunked(given, head)
     else:
-
-        def compute(h: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-            return token_logprobs_by(
-                lambda x: x @ w.T + b, h, given["targets"], settings=head, entropy_gradient=True
-            )
-
+        compute = by_any_head(given, head)
     ours = results(given, compute, factor)
     assert ours[0].dtype == ours[1].dtype == torch.float32
     assert_same(ours, results(given, full(given, head), factor))
@@ -192,17 +196,22 @@ def test_tied_weights_get_both_gradients(fused: bool) -> None:
 
 
 class Shapes(TorchDispatchMode):
-    """The shapes of the [V, ...] matrices that are computed."""
+    """What is computed: matrices with a side of V, as (V, other side), and the largest tensor."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: set[tuple[int, ...]] = set()
+        self.found: set[tuple[int, int]] = set()
+        self.largest = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         for tensor in output if isinstance(output, (tuple, list)) else [output]:
-            if isinstance(tensor, Tensor) and tensor.ndim == 2 and len(tensor) == VOCABULARY:
-                self.found.add(tuple(tensor.shape))
+            if not isinstance(tensor, Tensor):
+                continue
+            self.largest = max(self.largest, tensor.numel())
+            if tensor.ndim == 2 and VOCABULARY in tensor.shape:
+                first, second = tensor.shape
+                self.found.add((VOCABULARY, second if first == VOCABULARY else first))
         return output
 
 
@@ -222,13 +231,32 @@ def test_a_frozen_head_gets_no_gradient_and_costs_none() -> None:
     assert (VOCABULARY, WIDTH) not in shapes.found
 
 
-@pytest.mark.parametrize("fused", [True, False])
-def test_no_more_logits_than_a_chunk_exist_or_are_saved(fused: bool) -> None:
-    given, head = problem(100), replace(CASES["plain"], chunk_tokens=8)
-    options: dict[str, Any] = {"token_gradient": foretell(given, [])} if fused else {}
-    with Shapes() as shapes:
-        results(given, chunked(given, head, **options))
-    assert max(shape[1] for shape in shapes.found) == WIDTH
+@pytest.mark.parametrize("form", ["fused", "recomputed", "any head"])
+def test_no_more_logits_than_a_chunk_exist_or_are_saved(form: str) -> None:
+    """In either orientation, flat, or as many pieces."""
+    num_tokens = 100
+    given, head = problem(num_tokens), replace(CASES["plain"], chunk_tokens=8)
+    if form == "any head":
+        compute = by_any_head(given, head)
+    else:
+        options = {"token_gradient": foretell(given, [])} if form == "fused" else {}
+        compute = chunked(given, head, **options)
+    saved: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor.numel())
+        return tensor
+
+    kept = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with Shapes() as shapes, kept:
+        results(given, compute)
+    assert max(other for _, other in shapes.found) == WIDTH
+    leaves = [given[name].numel() for name in ("hidden", "weight", "bias")]
+    assert shapes.largest == max(leaves) < num_tokens * VOCABULARY
+    # What the gradient is of, the gradients formed already, and three numbers a token: its target,
+    # and what is foretold. The sum of the results is this test's own, with five more.
+    assert sum(saved) <= 2 * sum(leaves) + 8 * num_tokens
+    assert 2 * sum(leaves) + 8 * num_tokens < 2 * num_tokens * VOCABULARY
 
 
 def test_a_bfloat16_head_is_normalised_in_float32() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from raygrpo.algorithm.loss import Aggregation, loss_weights_for
 from raygrpo.algorithm.packing import RowLayout, make_microbatch, place
 from raygrpo.config import ModelSection
 from raygrpo.learner.model_probe import expected_layout, find_layout
@@ -22,7 +25,14 @@ from raygrpo.types import Group, Microbatch, PlannedSample, StepBatch
 from tests.builders import completion, group, request
 from tests.parity.learner_cases import VOCABULARY, make_config
 from tests.tiny import save_tiny_model
-from tests.unit.loss_cases import BESIDE, CORRECTIONS, LOSSES
+from tests.unit.loss_cases import (
+    AGGREGATIONS,
+    BESIDE,
+    CORRECTIONS,
+    LOSSES,
+    options_for,
+    sides_of,
+)
 
 KINDS = ("llama", "qwen2", "gemma3")
 LAYOUTS: tuple[RowLayout, ...] = ("plain", "shared", "packed")
@@ -44,17 +54,20 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {kind: save_tiny_model(root / kind, kind) for kind in KINDS}
 
 
-def make_groups(lengths: Lengths, seed: int) -> tuple[tuple[PlannedSample, ...], dict[int, Group]]:
+def make_groups(
+    lengths: Lengths, seed: int, aggregation: Aggregation = "token"
+) -> tuple[tuple[PlannedSample, ...], dict[int, Group]]:
     """Groups (prompt length, completion lengths) of random tokens, masks and advantages."""
     random = np.random.default_rng(seed)
-    samples, payloads = [], {}
-    total = sum(sum(completions) for _, completions in lengths)
+    samples: list[PlannedSample] = []
+    payloads = {}
     for group_id, (prompt, completions) in enumerate(lengths):
         members = []
         for index, size in enumerate(completions):
             mask = random.random(size) < 0.8
             mask[-1] = True
-            logprobs = random.normal(-3, 1, size).tolist()
+            # About the models' own mean, so that ratios to the sampler are on either side of 1.
+            logprobs = random.normal(-5, 1, size).tolist()
             members.append(
                 completion(random.integers(3, VOCABULARY, size).tolist(), logprobs, mask.tolist())
             )
@@ -66,7 +79,7 @@ def make_groups(lengths: Lengths, seed: int) -> tuple[tuple[PlannedSample, ...],
                     completion_length=size,
                     num_loss_tokens=int(mask.sum()),
                     advantage=float(random.normal()),
-                    loss_weight=1 / total,
+                    loss_weight=0.0,
                 )
             )
         order = request(
@@ -75,7 +88,14 @@ def make_groups(lengths: Lengths, seed: int) -> tuple[tuple[PlannedSample, ...],
             tokens=random.integers(3, VOCABULARY, prompt).tolist(),
         )
         payloads[group_id] = group(order, members)
-    return tuple(samples), payloads
+    weights = loss_weights_for(
+        aggregation,
+        [sample.num_loss_tokens for sample in samples],
+        [sample.group_id for sample in samples],
+        max_completion_length=16,
+    )
+    weighed = zip(samples, weights.tolist(), strict=True)
+    return tuple(replace(sample, loss_weight=weight) for sample, weight in weighed), payloads
 
 
 def microbatches(
@@ -112,18 +132,26 @@ def relative(ours: Tensor, expected: Tensor) -> float:
     return float((ours - expected).norm() / expected.norm())
 
 
+# Each loss in each aggregation, beside another of what may stand beside it.
 CASES = [
-    *((loss, {}) for loss in LOSSES),
-    *(("clip", CORRECTIONS[name]) for name in CORRECTIONS),
-    *(("clip", BESIDE[name]) for name in BESIDE if name != "alone"),
+    (loss, sides_of(loss)[(i + 3 * j) % len(sides_of(loss))], aggregation)
+    for i, loss in enumerate(LOSSES)
+    for j, aggregation in enumerate(AGGREGATIONS)
 ]
 
 
-@pytest.mark.parametrize("case", range(len(CASES)), ids=lambda i: f"{CASES[i][0]}-{i}")
+def test_all_that_acts_beside_a_loss_is_among_the_cases() -> None:
+    beside = Counter(name for _, name, _ in CASES)
+    assert set(beside) == {*BESIDE, *CORRECTIONS}
+    assert all(beside[name] > 1 for name in CORRECTIONS)
+
+
+@pytest.mark.parametrize("case", range(len(CASES)), ids=lambda i: "-".join(CASES[i]))
 def test_every_loss_teaches_the_same_in_all_layouts(case: int, models: dict[str, Path]) -> None:
     """Two minibatches, so that old logprobs are those of a pass before; gradients of both."""
-    loss, beside = CASES[case]
-    section = {**LOSSES[loss], **beside}
+    loss, beside, aggregation = CASES[case]
+    section = options_for(loss, beside, aggregation)
+    del section["max_completion_length"]
     if "correction" in section:
         # The model knows nothing of the sampler: its ratios are far from 1.
         section |= {"correction_min": 0.05, "correction_max": 20.0}
@@ -133,7 +161,7 @@ def test_every_loss_teaches_the_same_in_all_layouts(case: int, models: dict[str,
         [(9, [7, 3, 12]), (4, [5, 9]), (15, [2, 8, 1, 6])],
         [(3, [11, 4]), (12, [6, 6, 2])],
     ]
-    made = [make_groups(part, seed) for seed, part in enumerate(lengths)]
+    made = [make_groups(part, seed, aggregation) for seed, part in enumerate(lengths)]  # type: ignore[arg-type]
     kind = KINDS[case % len(KINDS)]
     gradients, losses = [], []
     for layout in LAYOUTS:
@@ -148,7 +176,9 @@ def test_every_loss_teaches_the_same_in_all_layouts(case: int, models: dict[str,
         losses.append(stats["loss"].sum)
     for layout in (1, 2):
         assert losses[layout] == pytest.approx(losses[0], rel=1e-4, abs=1e-6)
-        assert relative(gradients[layout][0], gradients[0][0]) < RELATIVE
+        # Three times: a KL's first gradient is rounding alone, times ratios to the sampler of up to
+        # 25. Measured: 1.3 times.
+        assert relative(gradients[layout][0], gradients[0][0]) < 3 * RELATIVE
         # The second update starts from weights that Adam moved by rounding, too.
         assert relative(gradients[layout][-1], gradients[0][-1]) < 100 * RELATIVE
 

@@ -64,6 +64,14 @@ def test_batch_scales_by_hand() -> None:
     assert centred.flatten().tolist() == pytest.approx([0.5 / divisor, -0.5 / divisor, 0, 0])
 
 
+def test_a_group_of_one_score_is_in_no_deviation() -> None:
+    """Its centred reward is 0 by necessity, which would make the batch look more alike."""
+    rewards = torch.tensor([[1.0, 0.0], [5.0, math.nan]])
+    found = group_advantages(rewards, baseline="mean", scale="batch_centred")
+    size = 0.5 / (math.sqrt(0.5) + 1e-4)
+    assert found.flatten().tolist() == pytest.approx([size, -size, 0.0, 0.0])
+
+
 @given(
     st.lists(st.lists(REWARD, min_size=4, max_size=4), min_size=1, max_size=4),
     st.sampled_from(["mean", "leave_one_out", "max_rl"]),

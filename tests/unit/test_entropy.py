@@ -113,3 +113,7 @@ def test_the_coefficient_by_hand() -> None:
     assert (control.coef, control.applied) == (0.0, 0.0)
     control = control.after(0.6).after(0.4)
     assert control.coef == pytest.approx(0.005)
+    control = EntropyControl(coef=0.02, target=0.5)
+    assert control.applied == 0.0, "nothing was measured yet"
+    control = control.after(0.6)
+    assert (control.coef, control.applied) == (pytest.approx(0.015), 0.0)

@@ -20,7 +20,7 @@ from raygrpo.learner.reference_learner import ReferenceLearner
 from raygrpo.models import load_model
 from raygrpo.types import Probe, Version, WeightsManifest
 from raygrpo.weights.buckets import make_buckets
-from raygrpo.weights.probe import FIRST_LIMIT, FLOORS, ProbeCheck, probe_tokens
+from raygrpo.weights.probe import FIRST_LIMIT, FLOORS, PROBE_LENGTH, ProbeCheck, probe_tokens
 from tests import runs
 
 VERSION = Version(1, 3)
@@ -94,7 +94,9 @@ def test_the_sequence_is_the_runs_own() -> None:
     assert probe_tokens(100, 1) == probe_tokens(100, 1)
     assert len({probe_tokens(100, 1), probe_tokens(100, 2), probe_tokens(101, 1)}) == 3
     assert set(probe_tokens(3, 1)) <= {0, 1, 2}
-    assert len(probe_tokens(100, 1, 8)) == 8
+    # A model of few positions gets a shorter one.
+    assert len(probe_tokens(100, 1)) == PROBE_LENGTH > 5
+    assert len(probe_tokens(100, 1, 5)) == 5
 
 
 def test_learner_and_engine_agree_until_a_weight_differs(tmp_path: Path) -> None:
