@@ -72,6 +72,12 @@ class Link:
                 time.sleep(max(0.0, started + sent / self._rate - time.perf_counter()))
         return arrived.result()
 
+    def close(self) -> None:
+        """Closes both ends."""
+        self._reader.shutdown()
+        self._sender.close()
+        self._receiver.close()
+
     def _receive(self) -> ByteArray:
         (size,) = SIZE.unpack(self._receiver.recv(SIZE.size, socket.MSG_WAITALL))
         array, place = np.empty(size, np.uint8), 0
@@ -219,7 +225,7 @@ def verdict(lr: float, share: float, ratio: float) -> bool:
     holds = (bytes_bar is None or share <= bytes_bar) and (speed_bar is None or ratio >= speed_bar)
     asked = [] if bytes_bar is None else [f"bytes at most {bytes_bar:.0%}"]
     asked += [] if speed_bar is None else [f"at least {speed_bar:g} times sooner"]
-    bars = f"bars ({' and '.join(asked)}) {'hold' if holds else 'MISSED'}" if asked else "no bar"
+    bars = f"bars ({' and '.join(asked)}): {'holds' if holds else 'FAILS'}" if asked else "no bar"
     print(f"\n{lr:g}: {share:.2%} of the bytes, {ratio:.1f} times sooner: {bars}\n", flush=True)
     return holds
 
@@ -254,7 +260,10 @@ def main(given: list[str] | None = None) -> int:
         "| lr | changed | MB | of full | encode s | send s | apply s | delta s | full s | ratio |"
     )
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    good = [measure(arguments, lr, link) for lr in arguments.lr]
+    try:
+        good = [measure(arguments, lr, link) for lr in arguments.lr]
+    finally:
+        link.close()
     return 0 if all(good) else 1
 
 
