@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--group-s", type=float, default=8.0)
     parser.add_argument("--rounds", type=int, default=1, help="groups of a step that a slot writes")
     parser.add_argument("--spread", type=float, default=0.2)
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--scorers", type=int, default=2)
     parser.add_argument("--runs", type=int, default=3)
     args = parser.parse_args(arguments)
