@@ -389,7 +389,8 @@ def test_scaling_runs() -> None:
     text = smoke("scaling", "--generators", "2", *quick)
     row = next(line for line in text.splitlines() if line.startswith("| 2 |"))
     machine, own = (float(cell.strip(" %")) for cell in row.split("|")[5:7])
-    assert 0 < machine <= 100 and 0 < own <= 100
+    # The machine counts in ticks of 10 ms, over a second or two.
+    assert 0 < machine < 110 and 0 < own < 110
 
 
 @pytest.mark.slow
