@@ -1,13 +1,15 @@
 """What a delta between two steps weighs, and what it saves on a slow link.
 
-    python benchmarks/delta_bytes.py [--model weights/smollm2-135m] [--lr 1e-6 1e-5] [--steps 5]
+    python benchmarks/delta_bytes.py [--model weights/smollm2-135m] [--lr 1e-6 1e-5] [--steps 7]
 
 A real model in bfloat16 with fp32 masters takes real AdamW steps on the policy gradient of
 completions that it sampled itself, with advantages that add up to zero. After each step the new
 weights go over a TCP connection that is held to ``--gbits`` Gbit/s to two receivers, each of which
 builds the version beside the one before and verifies it, as generators do: to one whole, to the
 other as deltas. Coding, sending and applying follow each other here, and overlap in a run. What the
-receivers then hold is compared with what was sent, bit for bit.
+receivers then hold is compared with what was sent, bit for bit. The bars: at most 1 % of the bytes
+at a learning rate of 1e-6, 2 % at 1e-5; at 1e-6 at least 20 times sooner than whole. The exit code
+is 1 where one is missed.
 """
 
 from __future__ import annotations
@@ -37,11 +39,12 @@ from raygrpo.weights import delta
 from raygrpo.weights.buckets import make_buckets
 from raygrpo.weights.replica import Replica
 
+ROOT = Path(__file__).parents[1]
 Weights = tuple[WeightsManifest, list[ByteArray]]
 SIZE = struct.Struct("<Q")
-# What may be sent at a learning rate, as a share of the full weights; and how much sooner.
+# By learning rate: what may be sent, as a share of the full weights; and how many times sooner.
 BYTES_BARS = {1e-6: 0.01, 1e-5: 0.02}
-SPEED_BAR = 20.0
+SPEED_BARS = {1e-6: 20.0}
 SLICE_BYTES = 2**17
 NUM_ROWS, PROMPT_LENGTH, NEW_TOKENS = 8, 48, 24
 
@@ -68,6 +71,12 @@ class Link:
                 sent += piece.nbytes
                 time.sleep(max(0.0, started + sent / self._rate - time.perf_counter()))
         return arrived.result()
+
+    def close(self) -> None:
+        """Closes both ends."""
+        self._reader.shutdown()
+        self._sender.close()
+        self._receiver.close()
 
     def _receive(self) -> ByteArray:
         (size,) = SIZE.unpack(self._receiver.recv(SIZE.size, socket.MSG_WAITALL))
@@ -105,7 +114,8 @@ class Policy:
     def step(self, number: int) -> None:
         """Samples completions of fresh prompts, then one step of the policy gradient on them."""
         torch.manual_seed(number)
-        prompts = torch.randint(100, 20_000, (NUM_ROWS, PROMPT_LENGTH))
+        highest = min(20_000, self.model.config.get_text_config().vocab_size)
+        prompts = torch.randint(min(100, highest // 2), highest, (NUM_ROWS, PROMPT_LENGTH))
         with quiet_transformers():
             rows = self.model.generate(
                 prompts,
@@ -206,7 +216,18 @@ def measure(arguments: argparse.Namespace, lr: float, link: Link) -> bool:
     medians = {name: statistics.median([row[name] for row in rows[2:]]) for name in rows[0]}
     print_row(f"{lr:g} median from step 3", medians)
     share, ratio = medians["bytes"] / medians["full_bytes"], medians["full_s"] / medians["delta_s"]
-    return share <= BYTES_BARS.get(lr, 1.0) and ratio >= SPEED_BAR
+    return verdict(lr, share, ratio)
+
+
+def verdict(lr: float, share: float, ratio: float) -> bool:
+    """Prints what is asked at a learning rate and whether it holds."""
+    bytes_bar, speed_bar = BYTES_BARS.get(lr), SPEED_BARS.get(lr)
+    holds = (bytes_bar is None or share <= bytes_bar) and (speed_bar is None or ratio >= speed_bar)
+    asked = [] if bytes_bar is None else [f"bytes at most {bytes_bar:.0%}"]
+    asked += [] if speed_bar is None else [f"at least {speed_bar:g} times sooner"]
+    bars = f"bars ({' and '.join(asked)}): {'holds' if holds else 'FAILS'}" if asked else "no bar"
+    print(f"\n{lr:g}: {share:.2%} of the bytes, {ratio:.1f} times sooner: {bars}\n", flush=True)
+    return holds
 
 
 def print_row(name: str, row: dict[str, float]) -> None:
@@ -219,18 +240,19 @@ def print_row(name: str, row: dict[str, float]) -> None:
     )
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--model", default="weights/smollm2-135m")
+    parser.add_argument("--model", default=str(ROOT / "weights/smollm2-135m"))
     parser.add_argument("--lr", type=float, nargs="+", default=list(BYTES_BARS))
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=7, help="the first two warm up")
     parser.add_argument("--gbits", type=float, default=1.0)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
-def main() -> int:
-    arguments = parse_arguments()
+def main(given: list[str] | None = None) -> int:
+    """Prints the table; 1 when a bar is missed."""
+    arguments = parse_arguments(given)
     torch.set_num_threads(arguments.threads)
     link = Link(arguments.gbits * 1e9 / 8)
     print(f"{arguments.model}, bfloat16 with fp32 masters, AdamW; {arguments.gbits:g} Gbit/s\n")
@@ -238,10 +260,10 @@ def main() -> int:
         "| lr | changed | MB | of full | encode s | send s | apply s | delta s | full s | ratio |"
     )
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    good = [measure(arguments, lr, link) for lr in arguments.lr]
-    bars = ", ".join(f"{100 * share:g} % at {lr:g}" for lr, share in BYTES_BARS.items())
-    print(f"\nBars, bytes at most {bars}, and {SPEED_BAR:g}x sooner than full: ", end="")
-    print("hold" if all(good) else "MISSED")
+    try:
+        good = [measure(arguments, lr, link) for lr in arguments.lr]
+    finally:
+        link.close()
     return 0 if all(good) else 1
 
 

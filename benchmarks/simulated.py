@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import ray
 import xxhash
 import yaml
@@ -228,11 +229,38 @@ class SimulatedLearnerActor:
         """Has no state."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CpuReading:
+    """Seconds: a clock, CPU time of the machine's cores and of this process."""
+
+    clock: float
+    machine: float
+    process: float
+
+    @classmethod
+    def now(cls) -> CpuReading:
+        """As of now."""
+        times = psutil.cpu_times()
+        idle = times.idle + getattr(times, "iowait", 0.0)
+        # What a guest used is a part of user time already.
+        guest = getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)
+        return cls(
+            clock=time.monotonic(),
+            machine=sum(times) - idle - guest,
+            process=time.process_time(),
+        )
+
+
 class SimulatedLearner(LearnerGroup):
-    """All that a run asks of its learner, over one `SimulatedLearnerActor`."""
+    """All that a run asks of its learner, over one `SimulatedLearnerActor`.
+
+    Attributes:
+        readings: the CPU time used when each step's update began.
+    """
 
     def __init__(self, store: Any, update_s: float) -> None:
         self._store = store
+        self.readings: dict[int, CpuReading] = {}
         self._actor = spawn(SimulatedLearnerActor, update_s, num_cpus=0)
 
     def start(self) -> Pending[list[int]]:
@@ -241,6 +269,7 @@ class SimulatedLearner(LearnerGroup):
 
     def update(self, batch: StepBatch, incarnation: int) -> Pending[StepResult]:
         """Trains one step."""
+        self.readings[batch.step] = CpuReading.now()
         return self._one(self._actor.update.remote(batch, incarnation))
 
     def publish(self, version: Version, generators: Mapping[str, Any]) -> Pending[PublishReport]:
@@ -271,7 +300,8 @@ class SimulatedSession(Session):
         pool = RolloutPool(
             self._placed, store, rewards, self._functions, make_engine=engine, **where
         )
-        return SimulatedLearner(store, self._update_s), pool
+        self.simulated = SimulatedLearner(store, self._update_s)
+        return self.simulated, pool
 
     def _export(self, step: int) -> Path:
         return self.run_dir.root
@@ -279,14 +309,28 @@ class SimulatedSession(Session):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """A run's rows of metrics, after the warm-up, and what the driver did for a group."""
+    """A run's rows of metrics, after the warm-up, and what the driver did for a group.
+
+    ``readings`` are of the beginnings of all updates, by step from 0.
+    """
 
     rows: list[dict[str, Any]]
     driver_ms_per_group: float
+    readings: Mapping[int, CpuReading]
 
     def values(self, name: str) -> list[float]:
         """One metric by step."""
         return [row[name] for row in self.rows if name in row]
+
+    def cpu_use(self, steps: int) -> tuple[float, float]:
+        """Over the first so many rows: the share of the machine's cores in use, and this process's
+        CPU seconds per second."""
+        # The update of the row before ended where these rows begin.
+        begin = self.readings[self.rows[0]["step"] - 2]
+        end = self.readings[self.rows[min(steps, len(self.rows)) - 1]["step"] - 1]
+        seconds = end.clock - begin.clock
+        machine = (end.machine - begin.machine) / seconds / (psutil.cpu_count() or 1)
+        return machine, (end.process - begin.process) / seconds
 
 
 def simulate(
@@ -335,4 +379,5 @@ def simulate(
     return Measured(
         rows=[row for row in found if row["step"] > warmup],
         driver_ms_per_group=outcome.driver_ms_per_group,
+        readings=session.simulated.readings,
     )

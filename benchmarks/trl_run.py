@@ -103,7 +103,7 @@ def config(spec: dict[str, Any]) -> GRPOConfig:
         gradient_checkpointing=False,
         seed=spec["seed"],
         logging_steps=1,
-        use_cpu=True,
+        use_cpu=spec["device"] == "cpu",
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,

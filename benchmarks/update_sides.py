@@ -13,21 +13,6 @@ from typing import Any
 import numpy as np
 
 
-def matmul_flops(dtype: str, device: str, threads: int, size: int = 2048) -> float:
-    """FLOP/s of a square matrix product: the best of seven."""
-    import torch
-
-    torch.set_num_threads(threads)
-    a, b = (torch.randn(size, size, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
-    best = float("inf")
-    for _ in range(7):
-        start = time.perf_counter()
-        product = a @ b
-        float(product[0, 0])
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
-
-
 def serve(name: str, spec: dict[str, Any], pipe: Connection) -> None:
     """Answers the parent's requests until it says ``end``."""
     import torch
@@ -124,6 +109,7 @@ def serve_raygrpo(_name: str, spec: dict[str, Any], pipe: Connection) -> None:
 
     import torch
 
+    from benchmarks.flops import Work, executed
     from raygrpo.algorithm.packing import make_microbatch, place
 
     config = our_config(spec, "float32" if spec["parity"] else "bfloat16")
@@ -134,9 +120,7 @@ def serve_raygrpo(_name: str, spec: dict[str, Any], pipe: Connection) -> None:
     torch.set_num_threads(spec["threads"])
     batch, payloads = our_step(spec, config)
 
-    def update() -> tuple[float, float]:
-        synchronise(spec["device"])
-        start = now()
+    def rows() -> list[Any]:
         ((plans,),) = place(
             batch,
             1,
@@ -145,9 +129,18 @@ def serve_raygrpo(_name: str, spec: dict[str, Any], pipe: Connection) -> None:
             attention_length=6.0 * learner.hf_model.config.get_text_config().hidden_size,
         )
         learner.samples = [[sample for row in plan for sample in row] for plan in plans]
-        stats = learner.update([[make_microbatch(plan, payloads) for plan in plans]])
+        return [make_microbatch(plan, payloads) for plan in plans]
+
+    def update() -> tuple[float, float]:
+        synchronise(spec["device"])
+        start = now()
+        stats = learner.update([rows()])
         learner.loss = stats["loss"].sum
+        synchronise(spec["device"])
         return since(start)
+
+    def work() -> Work:
+        return sum((executed(item, learner.layout) for item in rows()), Work(0, 0, 0))
 
     def parity() -> float:
         update()
@@ -165,6 +158,7 @@ def serve_raygrpo(_name: str, spec: dict[str, Any], pipe: Connection) -> None:
         "profile": profile,
         "peak": lambda: peak_gb(spec["device"]),
         "parity": parity,
+        "work": work,
     }
     pipe.send("ready")
     while (request := pipe.recv()) != "end":

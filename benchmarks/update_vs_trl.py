@@ -4,15 +4,19 @@
     python benchmarks/update_vs_trl.py --workload long_prompt        # SmolLM2, 2 x 16 x (256 + 32)
     python benchmarks/update_vs_trl.py --workload gemma                # Gemma 3, 4 x 8 x (12 + 32)
     python benchmarks/update_vs_trl.py --parity                        # the same loss and gradient?
+    python benchmarks/update_vs_trl.py --device cuda --model 1.5b      # a shape, random weights
 
 Each side is a process of its own on --threads threads, and they take turns: ours (DeepSpeed, bf16
 with fp32 masters, recipe trl024), TRL's GRPOTrainer with all in bf16, and with fp32 weights and
 bf16 autocast. A side's time begins with the rollouts in memory and ends with the new weights; ours
 includes making rows of them. TRL runs without activation checkpointing, faster than its default,
-in microbatches of --microbatch completions. The bar holds against the faster of TRL's two.
-FLOP/s are those of a matrix product counted for separate, unpadded rows, the same for both sides,
-beside those that a plain matrix product reaches here in that dtype: what a side saves by computing
-less shows as a higher share.
+in microbatches of --microbatch completions. The bar holds against the faster of TRL's two; where
+it fails, the exit code is 1.
+
+FLOP/s are of matrix products, as a share of what a plain one reaches here in bf16 (on a GPU: MFU).
+``of the task`` counts separate, unpadded rows, the same for both sides: who shares a group's prompt
+computes less than that, so its share may exceed 1. ``executed`` counts what our side computes: each
+position of its rows, padding included, and each pair of positions in its attention kernels.
 
 --parity: one update in fp32 on both sides with the same stored old logprobs, which are the model's
 own with noise added; loss, norm and direction of the gradient before clipping must agree.
@@ -27,7 +31,7 @@ import os
 import statistics
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -37,7 +41,9 @@ import numpy as np
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.update_sides import matmul_flops, serve  # noqa: E402
+from benchmarks.flops import Work, matmul_flops, separate_rows, update_flops  # noqa: E402
+from benchmarks.shapes import SHAPES, model_directory  # noqa: E402
+from benchmarks.update_sides import serve  # noqa: E402
 
 SIDES = ("raygrpo", "TRL bf16", "TRL autocast")
 PARITY_TOLERANCE = 1e-4
@@ -87,7 +93,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     add = parser.add_argument
     add("--workload", choices=list(WORKLOADS), default="smollm2")
-    add("--model", help="model directory; none: the workload's")
+    shapes = ", ".join(SHAPES)
+    add("--model", help=f"model directory, or a shape ({shapes}); none: the workload's")
     add("--pairs", type=int, default=5, help="measured rounds, one update of each side a round")
     add("--quick", action="store_true", help="one measured round, TRL in bf16 only")
     add("--threads", type=int, default=2, help="threads of each side")
@@ -96,6 +103,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     add("--set", nargs="*", default=[], help="our configuration: section.key=value")
     add("--parity", action="store_true", help="compare one fp32 update instead of timing")
+    add("--matmul-size", type=int, help="of the plain product; none: 2048, on a GPU 8192")
     add("--profile", type=Path, help="write the operators of our last update here")
     add("--json", type=Path, help="write everything that was measured here")
     options = parser.parse_args(arguments)
@@ -113,50 +121,13 @@ def make_rollouts(model: str, size: Workload, seed: int = 0) -> list[dict[str, A
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     random = np.random.default_rng(seed)
-    words = [
-        "the",
-        "of",
-        "and",
-        "to",
-        "in",
-        "is",
-        "that",
-        "it",
-        "was",
-        "for",
-        "on",
-        "are",
-        "with",
-        "as",
-        "at",
-        "be",
-        "this",
-        "have",
-        "from",
-        "or",
-        "one",
-        "had",
-        "by",
-        "word",
-        "but",
-        "not",
-        "what",
-        "all",
-        "were",
-        "we",
-        "when",
-        "your",
-        "can",
-        "said",
-        "there",
-        "use",
-        "an",
-        "each",
-        "which",
-    ]
+    words = (
+        "the of and to in is that it was for on are with as at be this have from or one had by"
+        " word but not what all were we when your can said there use an each which"
+    )
 
     def text(num_tokens: int) -> list[int]:
-        drawn = " ".join(random.choice(words, 2 * num_tokens))
+        drawn = " ".join(random.choice(words.split(" "), 2 * num_tokens))
         ids: list[int] = tokenizer(drawn, add_special_tokens=False)["input_ids"][:num_tokens]
         return ids
 
@@ -204,56 +175,75 @@ class Side:
         self._process.kill()
 
 
-Taken = dict[str, list[tuple[float, float]]]
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """By side: (seconds, CPU-seconds) of each update, and peak memory in GB; our side's work."""
+
+    taken: dict[str, list[tuple[float, float]]]
+    peaks: dict[str, float]
+    work: Work | None
+
+    def medians(self, index: int) -> dict[str, float]:
+        """Of the seconds (0) or CPU-seconds (1)."""
+        return {n: statistics.median(t[index] for t in taken) for n, taken in self.taken.items()}
 
 
-def measure(options: argparse.Namespace, spec: dict[str, Any]) -> Taken:
-    """Seconds and CPU-seconds of updates, in alternating order; the first round is left out."""
+def measure(options: argparse.Namespace, spec: dict[str, Any]) -> Measured:
+    """Updates in alternating order; the first round is left out."""
     sides = [Side(name, spec) for name in options.sides]
-    found: Taken = {side.name: [] for side in sides}
-    peaks: dict[str, float] = {}
+    found = Measured(taken={side.name: [] for side in sides}, peaks={}, work=None)
     for number in range(options.pairs + 1):
         for side in sides if number % 2 == 0 else reversed(sides):
             taken, cpu = side.ask("update")
             if number:
-                found[side.name].append((taken, cpu))
+                found.taken[side.name].append((taken, cpu))
             note = "" if number else " (warming up)"
             print(f"# {side.name}: {taken:.2f} s, {cpu:.2f} CPU-s{note}", flush=True)
     for side in sides:
-        peaks[side.name] = side.ask("peak")
-        if options.profile and side.name == "raygrpo":
-            options.profile.write_text(side.ask("profile"))
+        found.peaks[side.name] = side.ask("peak")
+        if side.name == "raygrpo":
+            found = replace(found, work=side.ask("work"))
+            if options.profile:
+                options.profile.write_text(side.ask("profile"))
         side.close()
-    print("# peak memory: " + ", ".join(f"{name} {p:.2f} GB" for name, p in peaks.items()))
     return found
 
 
-def report(found: Taken, flops: float, plain: dict[str, float], bar: float) -> list[str]:
-    """The table of medians, and whether the bar holds."""
-    medians = {
-        name: [statistics.median(column) for column in zip(*taken, strict=True)]
-        for name, taken in found.items()
-    }
+def report(
+    found: Measured, flops: dict[str, float], plain: float, bar: float
+) -> tuple[list[str], bool]:
+    """The table of medians, and whether the bar holds.
+
+    ``flops`` has those ``of the task`` and, where our side ran, those ``executed`` by it.
+    """
+    seconds, cpu = found.medians(0), found.medians(1)
     lines = [
-        "| side | median s (range) | CPU-s | GFLOP/s | share of a matrix product |",
-        "| - | - | - | - | - |",
+        "| side | median s (range) | CPU-s | peak GB | of the task: GFLOP/s (share of a matrix "
+        "product) | executed: GFLOP/s (share) |",
+        "| - | - | - | - | - | - |",
     ]
-    for name, (seconds, cpu) in medians.items():
-        walls = [wall for wall, _ in found[name]]
-        rate = flops / seconds
+
+    def rate(kind: str, name: str) -> str:
+        value = flops[kind] / seconds[name]
+        return f"{value / 1e9:.0f} ({value / plain:.2f})"
+
+    for name, median in seconds.items():
+        walls = [wall for wall, _ in found.taken[name]]
+        ran = rate("executed", name) if name == "raygrpo" else ""
         lines.append(
-            f"| {name} | {seconds:.2f} ({min(walls):.2f} to {max(walls):.2f}) | {cpu:.2f} "
-            f"| {rate / 1e9:.0f} | {rate / plain['bfloat16']:.2f} |"
+            f"| {name} | {median:.2f} ({min(walls):.2f} to {max(walls):.2f}) | {cpu[name]:.2f} "
+            f"| {found.peaks[name]:.2f} | {rate('of the task', name)} | {ran} |"
         )
-    peers = [name for name in medians if name != "raygrpo"]
-    if peers and "raygrpo" in medians:
-        ratios = [min(medians[p][i] for p in peers) / medians["raygrpo"][i] for i in (0, 1)]
-        verdict = "holds" if ratios[0] >= bar else "FAILS"
-        lines.append(
-            f"raygrpo is {ratios[0]:.2f} times as fast as the faster of TRL's "
-            f"(CPU-seconds: {ratios[1]:.2f}): the bar of {bar} {verdict}."
-        )
-    return lines
+    peers = [name for name in seconds if name != "raygrpo"]
+    if not peers or "raygrpo" not in seconds:
+        return lines, True
+    ratios = [min(column[p] for p in peers) / column["raygrpo"] for column in (seconds, cpu)]
+    holds = ratios[0] >= bar
+    lines.append(
+        f"raygrpo is {ratios[0]:.2f} times as fast as the faster of TRL's "
+        f"(CPU-seconds: {ratios[1]:.2f}): the bar of {bar} {'holds' if holds else 'FAILS'}."
+    )
+    return lines, holds
 
 
 def compare(options: argparse.Namespace, spec: dict[str, Any]) -> list[str]:
@@ -291,61 +281,52 @@ def compare(options: argparse.Namespace, spec: dict[str, Any]) -> list[str]:
     return lines
 
 
-def update_flops(model: str, groups: list[dict[str, Any]]) -> float:
-    """Matrix-product FLOPs of one update on separate, unpadded rows, head at trained tokens."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(model).get_text_config()
-    heads = config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    projections = 2 * heads + 2 * config.num_key_value_heads
-    layer = config.hidden_size * (size * projections + 3 * config.intermediate_size)
-    total = 0.0
-    for group in groups:
-        for completion in group["completions"]:
-            length = len(group["prompt"]) + len(completion)
-            # Causal attention computes half of the square, twice (scores, values).
-            attention = config.num_hidden_layers * heads * size * length * length
-            head = config.hidden_size * config.vocab_size * len(completion)
-            total += 3 * 2 * (length * config.num_hidden_layers * layer + attention / 2 + head)
-    return total
-
-
 def main(arguments: list[str] | None = None) -> int:
+    """Prints the table; 1 when the bar is missed."""
     options = parse_arguments(arguments)
-    size = WORKLOADS[options.workload]
-    model = str(Path(options.model or ROOT / size.model).resolve())
-    groups = make_rollouts(model, size)
     with tempfile.TemporaryDirectory() as work:
-        spec = {
-            "model": model,
-            "groups": groups,
-            "work": work,
-            "threads": options.threads,
-            "microbatch": options.microbatch,
-            "device": options.device,
-            "steps": options.pairs + 1,
-            "set": options.set,
-            "parity": options.parity,
-        }
-        if options.parity:
-            print("\n".join(compare(options, spec)))
-            return 0
-        found = measure(options, spec)
-    plain = {
-        name: matmul_flops(name, options.device, options.threads)
-        for name in ("float32", "bfloat16")
+        return run(options, work)
+
+
+def make_spec(options: argparse.Namespace, model: str, work: str) -> dict[str, Any]:
+    """What a side needs to know."""
+    return {
+        "model": model,
+        "groups": make_rollouts(model, WORKLOADS[options.workload]),
+        "work": work,
+        "threads": options.threads,
+        "microbatch": options.microbatch,
+        "device": options.device,
+        "steps": options.pairs + 1,
+        "set": options.set,
+        "parity": options.parity,
     }
-    flops = update_flops(model, groups)
-    print(
-        "# a plain matrix product: "
-        + ", ".join(f"{k} {v / 1e9:.0f} GFLOP/s" for k, v in plain.items())
-    )
-    print("\n".join(report(found, flops, plain, size.bar)))
+
+
+def run(options: argparse.Namespace, work: str) -> int:
+    """Measures, or compares, in a directory."""
+    size = WORKLOADS[options.workload]
+    model = model_directory(options.model, size.model, work)
+    spec = make_spec(options, model, work)
+    if options.parity:
+        print("\n".join(compare(options, spec)))
+        return 0
+    found = measure(options, spec)
+    lengths = [(len(g["prompt"]), [len(c) for c in g["completions"]]) for g in spec["groups"]]
+    flops = {"of the task": update_flops(model, separate_rows(lengths))}
+    if found.work is not None:
+        flops["executed"] = update_flops(model, found.work)
+    machine = (options.device, options.threads, options.matmul_size)
+    plain = {dtype: matmul_flops(dtype, *machine) for dtype in ("float32", "bfloat16")}
+    rates = ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in plain.items())
+    print(f"# a plain matrix product: {rates}")
+    lines, holds = report(found, flops, plain["bfloat16"], size.bar)
+    print("\n".join(lines))
     if options.json:
-        measured = {"options": {k: str(v) for k, v in vars(options).items()}, "seconds": found}
+        shown = {name: str(value) for name, value in vars(options).items()}
+        measured = {"options": shown, "seconds": found.taken, "peak_gb": found.peaks}
         options.json.write_text(json.dumps({**measured, "flops": flops, "matmul": plain}, indent=1))
-    return 0
+    return 0 if holds else 1
 
 
 if __name__ == "__main__":

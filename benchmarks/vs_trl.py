@@ -1,21 +1,29 @@
 """raygrpo against TRL: seconds a step, memory, and wall-clock to an accuracy, in alternating runs.
 
-    python benchmarks/vs_trl.py                                    # speed, on SmolLM2-135M
+    python benchmarks/vs_trl.py                              # SmolLM2, 4 x 8 x (105 + 64)
+    python benchmarks/vs_trl.py --engine vllm                # the same, where vLLM is installed
+    python benchmarks/vs_trl.py --workload long_prompt       # SmolLM2, 2 x 16 x (256 + 32)
+    python benchmarks/vs_trl.py --workload gemma             # Gemma 3, 4 x 8 x (12 + 32)
     python benchmarks/vs_trl.py --workload chain_sum --curves      # half the wall-clock to 0.7?
-    python benchmarks/vs_trl.py --engine vllm --new-tokens 64      # where vLLM is installed
 
 Every run is a fresh process on the same model, prompts, group size, lengths and number of updates:
 ``python -m raygrpo train`` with Ray, generator, learner and scorers, and TRL's GRPOTrainer with
 transformers' generation, once with all in bfloat16 and once with float32 weights and bfloat16
-autocast; the bar holds against the faster. TRL gets OMP_NUM_THREADS=--threads, raygrpo its
-defaults. TRL runs without activation checkpointing and in microbatches of --microbatch
-completions, both faster than its defaults here.
+autocast; the bar holds against the faster (--trl names one). TRL gets OMP_NUM_THREADS=--threads,
+raygrpo its defaults. TRL runs without activation checkpointing and in microbatches of --microbatch
+completions, both faster than its defaults here. --device cuda is one GPU: raygrpo's generator and
+learner share it, the generator asleep while the learner trains.
 
-speed: completions of exactly --new-tokens tokens on both sides, since no end may come before
-(``min_new_tokens`` there, ``filters.min_tokens`` here), a reward that costs nothing, no refill.
+Workloads of speed: completions of exactly --new-tokens tokens on both sides, since no end may come
+before (``min_new_tokens`` there, ``filters.min_tokens`` here), a reward that costs nothing, no
+refill. The bars are each workload's; the exit code is 1 where one is missed.
 chain_sum: examples/chain_sum/config.yaml as it stands but for its evaluations, which TRL does not
 do; TRL with the same prompts, stop, group size, reward and constant rate. Runs end at the target,
 unless --curves asks for both curves.
+
+The last columns are FLOP/s of matrix products as a share of what a plain one reaches in bf16 here:
+of the update, and of the whole step, counted for one unpadded row a completion (generation: a
+forward pass), the same for both sides. Who shares prompts computes less than that.
 
 A step's seconds are taken by this program, from the arrival of the rows that both sides write when
 a step has ended. The first step (warming up) is left out, for both. Memory is the peak over
@@ -31,7 +39,8 @@ import shutil
 import signal
 import statistics
 import sys
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,29 +49,91 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.flops import forward_flops, matmul_flops, separate_rows
 from benchmarks.observe import Run, Step, observe, reached
-from benchmarks.report import report
+from benchmarks.report import Flops, report
+from benchmarks.shapes import SHAPES, model_directory
 
 ROOT = Path(__file__).parents[1]
 PRECISIONS = ("bf16", "autocast")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """Sizes in tokens, and how many times as fast as TRL's a step is asked to be, by engine.
+
+    An engine that has no bar is only reported.
+    """
+
+    model: str
+    prompts: int
+    completions: int
+    prompt_tokens: int
+    new_tokens: int
+    bars: Mapping[str, float]
+    steps: int = 4
+    pairs: int = 3
+
+
+SMOLLM2, GEMMA = "weights/smollm2-135m", "weights/gemma-3-270m"
+WORKLOADS = {
+    "smollm2": Workload(
+        model=SMOLLM2,
+        prompts=4,
+        completions=8,
+        prompt_tokens=105,
+        new_tokens=64,
+        bars={"transformers": 2.5, "vllm": 1.5},
+    ),
+    "long_prompt": Workload(
+        model=SMOLLM2,
+        prompts=2,
+        completions=16,
+        prompt_tokens=256,
+        new_tokens=32,
+        bars={"transformers": 2.5},
+    ),
+    "gemma": Workload(
+        model=GEMMA,
+        prompts=4,
+        completions=8,
+        prompt_tokens=12,
+        new_tokens=32,
+        bars={"transformers": 1.8},
+    ),
+    "chain_sum": Workload(
+        model=SMOLLM2,
+        prompts=8,
+        completions=8,
+        prompt_tokens=0,
+        new_tokens=0,
+        bars={},
+        steps=40,
+        pairs=2,
+    ),
+}
+
+
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     add = parser.add_argument
-    add("--workload", choices=["speed", "chain_sum"], default="speed")
-    add("--model", default=str(ROOT / "weights/smollm2-135m"), help="model directory")
-    add("--prompts", type=int, help="prompts of a step; none: 4, chain_sum 8")
+    add("--workload", choices=list(WORKLOADS), default="smollm2")
+    shapes = ", ".join(SHAPES)
+    add("--model", help=f"model directory, or a shape ({shapes}); none: the workload's")
+    add("--device", choices=["cpu", "cuda"], default="cpu")
     add("--engine", choices=["transformers", "vllm"], default="transformers", help="raygrpo's")
-    add("--completions", type=int, default=8, help="completions of a prompt")
-    add("--prompt-tokens", type=int, default=100, help="tokens of a prompt (speed)")
-    add("--new-tokens", type=int, default=32, help="tokens of a completion (speed)")
-    add("--steps", type=int, help="optimizer updates of a run; none: 4, chain_sum 40")
-    add("--pairs", type=int, default=2, help="runs of each side")
+    add("--prompts", type=int, help="prompts of a step; this and the next, none: the workload's")
+    add("--completions", type=int, help="completions of a prompt")
+    add("--prompt-tokens", type=int, help="tokens of a prompt (not chain_sum)")
+    add("--new-tokens", type=int, help="tokens of a completion (not chain_sum)")
+    add("--steps", type=int, help="optimizer updates of a run")
+    add("--pairs", type=int, help="runs of each side, in alternating order")
     add("--trl", choices=[*PRECISIONS, "both"], default="both", help="TRL's precisions")
     add("--microbatch", type=int, default=8, help="completions that TRL trains at once")
     add("--threads", type=int, default=2, help="OMP_NUM_THREADS of TRL")
     add("--seed", type=int, default=0, help="seed of the first pair; each next one adds 1")
+    add("--bar", type=float, help="times as fast as TRL; none: the workload's for the engine")
+    add("--matmul-size", type=int, help="of the plain product; none: 2048, on a GPU 8192")
     add("--curves", action="store_true", help="run to the last step, and print the curves")
     add("--target", type=float, default=0.7, help="mean training accuracy to reach")
     add("--window", type=int, default=5, help="steps of that mean")
@@ -70,10 +141,28 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--work", type=Path, default=ROOT / "runs/vs_trl", help="directory of the runs")
     add("--timeout", type=float, default=3600.0, help="seconds of a run")
     options = parser.parse_args(arguments)
-    sizes = {"speed": (4, 4), "chain_sum": (8, 40)}[options.workload]
-    options.prompts = options.prompts or sizes[0]
-    options.steps = options.steps or sizes[1]
+    workload = WORKLOADS[options.workload]
+    for name in ("prompts", "completions", "prompt_tokens", "new_tokens", "steps", "pairs"):
+        if getattr(options, name) is None:
+            setattr(options, name, getattr(workload, name))
+    if options.bar is None:
+        options.bar = workload.bars.get(options.engine)
+    options.speed = options.workload != "chain_sum"
     return options
+
+
+def devices(options: argparse.Namespace) -> dict[str, Any]:
+    """raygrpo's sections on one GPU, which its two sides share, or on none."""
+    sections: dict[str, Any] = {
+        "generators": {"engine": options.engine},
+        "ray": {"address": "local"},
+    }
+    if options.device == "cuda":
+        sections["generators"]["placement"] = "colocate"
+        sections["ray"]["gpus"] = {"learner": 0.5, "generator": 0.5}
+        if options.engine == "vllm":
+            sections["generators"]["options"] = {"gpu_memory_utilization": 0.4}
+    return sections
 
 
 def speed_rows(model: str, num_prompts: int, prompt_tokens: int) -> list[dict[str, str]]:
@@ -102,8 +191,7 @@ def speed_config(options: argparse.Namespace, work: Path) -> dict[str, Any]:
         "sampling": {"num_completions": options.completions, **length},
         "rewards": [{"func": f"{ROOT / 'benchmarks/vowels.py'}:vowels"}],
         "train": {"steps": options.steps, "groups_per_step": options.prompts},
-        "generators": {"engine": options.engine},
-        "ray": {"address": "local"},
+        **devices(options),
     }
 
 
@@ -115,9 +203,7 @@ def chain_sum_config(options: argparse.Namespace) -> dict[str, Any]:
     config["sampling"]["num_completions"] = options.completions
     config["train"] |= {"steps": options.steps, "groups_per_step": options.prompts}
     config["checkpoint"] = {}
-    config["generators"] = {"engine": options.engine}
-    config["ray"] = {"address": "local"}
-    return config
+    return config | devices(options)
 
 
 def trl_spec(config: dict[str, Any], precision: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -143,6 +229,7 @@ def trl_spec(config: dict[str, Any], precision: str, options: argparse.Namespace
         # The recipe of the speed workload decays as TRL does; the example's rate is constant.
         "schedule": optimizer.get("schedule", "constant" if optimizer else "linear"),
         "microbatch": options.microbatch,
+        "device": options.device,
     }
 
 
@@ -190,7 +277,7 @@ def run_trl(
 
 def stop_rule(options: argparse.Namespace) -> Any:
     """Whether the steps so far end a run before its last step."""
-    if options.workload == "speed" or options.curves:
+    if options.speed or options.curves:
         return lambda steps: False
     return lambda steps: reached(steps, options.target, options.window) is not None
 
@@ -227,15 +314,9 @@ def trl_step(row: dict[str, Any]) -> Step | None:
     )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    # So that a run that is watched ends with this program.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    options = parse_arguments(arguments)
-    work: Path = options.work.resolve()
-    work.mkdir(parents=True, exist_ok=True)
-    options.model = str(Path(options.model).resolve())
-    speed = options.workload == "speed"
-    config = speed_config(options, work) if speed else chain_sum_config(options)
+def make_runs(options: argparse.Namespace, work: Path) -> list[Run]:
+    """All runs, in alternating order."""
+    config = speed_config(options, work) if options.speed else chain_sum_config(options)
     precisions = PRECISIONS if options.trl == "both" else (options.trl,)
     runs: list[Run] = []
     for pair in range(options.pairs):
@@ -249,12 +330,35 @@ def main(arguments: list[str] | None = None) -> int:
             runs.append(run)
             seconds = statistics.median(run.step_seconds[1:] or run.step_seconds)
             print(f"# {run.side}: {len(run.steps)} steps, median {seconds:.2f} s", flush=True)
-    print(report(runs, options))
+    return runs
+
+
+def measure_flops(options: argparse.Namespace) -> Flops | None:
+    """The work of a step on rows of one completion each; None where lengths are not fixed."""
+    if not options.speed:
+        return None
+    groups = [(options.prompt_tokens, [options.new_tokens] * options.completions)] * options.prompts
+    forward = forward_flops(options.model, separate_rows(groups))
+    plain = matmul_flops("bfloat16", options.device, options.threads, options.matmul_size)
+    return Flops(forward=forward, plain=plain)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints the page; 1 when the bar is missed."""
+    # So that a run that is watched ends with this program.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    options = parse_arguments(arguments)
+    work: Path = options.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    options.model = model_directory(options.model, WORKLOADS[options.workload].model, work)
+    runs = make_runs(options, work)
+    page, holds = report(runs, options, measure_flops(options))
+    print(page)
     if options.json:
         shown = {name: str(value) for name, value in vars(options).items()}
         measured = {"options": shown, "runs": [asdict(run) for run in runs]}
         options.json.write_text(json.dumps(measured, indent=1))
-    return 0
+    return 0 if holds else 1
 
 
 if __name__ == "__main__":

@@ -18,13 +18,13 @@ from raygrpo.learner.shards import Layout
 
 
 class ReferenceLearner(Learner):
-    """AdamW from torch on the whole model.
+    """AdamW from torch on the whole model, on ``device``.
 
     Raises:
         ConfigError: the configuration asks for another dtype than float32.
     """
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, *, device: str = "cpu") -> None:
         if config.model.dtype != "float32":
             raise ConfigError("the reference learner computes in float32 only")
         policy = load_policy(
@@ -34,6 +34,7 @@ class ReferenceLearner(Learner):
             temperature=config.sampling.temperature,
             gradient_checkpointing=config.learner.gradient_checkpointing,
         )
+        policy.to(device)
         frozen = None
         if config.learner.lora:
             add_adapter(policy.model, config)
@@ -43,7 +44,7 @@ class ReferenceLearner(Learner):
             config,
             policy=policy,
             reference=frozen,
-            device=torch.device("cpu"),
+            device=torch.device(device),
             rank=0,
             layout=Layout(num_ranks=1, zero_stage=0, dtype="float32"),
         )
@@ -57,7 +58,7 @@ class ReferenceLearner(Learner):
     def _copies(
         self, parameters: Iterable[tuple[str, torch.nn.Parameter]]
     ) -> Iterator[tuple[str, Tensor]]:
-        return ((name, parameter.detach().clone()) for name, parameter in parameters)
+        return ((name, parameter.detach().cpu().clone()) for name, parameter in parameters)
 
     def close(self) -> None:
         self._optimizer.zero_grad()
