@@ -114,7 +114,7 @@ CHANGES: dict[str, tuple[Change, str]] = {
     "no entropy gradient": (lambda a, b: (a, b.detach()), "differs"),
     "one token's gradient": (lambda a, b: (torch.cat([a[:75].detach(), a[75:]]), b), "differs"),
     "not a number": (lambda a, b: (a, b * float("nan")), "differs"),
-    "failure": (_fail, "fails: no such kernel"),
+    "failure": (_fail, "fails: RuntimeError: no such kernel"),
 }
 
 
