@@ -4,28 +4,37 @@ A row of T tokens that holds many segments needs only the products of each token
 segment and its parent's, while attention under a [T, T] mask computes all of them. Here segments of
 like length become a batch of their own, whatever row they lie in, and attention runs once a batch:
 causal for segments without a parent, under a small mask for those that continue one. Padding in
-these batches costs attention alone, never a layer of the network.
+these batches costs attention alone, never a layer of the network. On a GPU one kernel does it all
+where it can (`flat_attention`).
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from raygrpo.learner import flat_attention
+from raygrpo.learner.flat_attention import Attention, FlatRow, LayerKind, make_flat_row
 from raygrpo.models import attention_windows
 from raygrpo.types import IntArray
+
+log = logging.getLogger(__name__)
 
 NAME = "raygrpo_segments"
 # A segment shorter than this share of a batch's longest goes to the next batch.
 _ALIKE = 0.75
 # The position of what only pads.
 _FUTURE = 2**30
+# Whether flex attention serves a kind of layer, once it is known.
+_served: dict[LayerKind, bool] = {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,11 +103,13 @@ class Batch:
 class SegmentPlan:
     """How a microbatch's tokens become batches of segments.
 
-    ``masks`` are made once a forward pass, when the first layer that needs one asks.
+    ``masks`` are made once a forward pass, when the first layer that needs one asks. ``row`` is
+    the same for one kernel, on devices that have it.
     """
 
     gather: Gather
     batches: tuple[Batch, ...]
+    row: FlatRow | None = None
     masks: dict[tuple[int, int | None, torch.dtype], Tensor | None] = field(default_factory=dict)
 
     def mask(self, number: int, window: int | None, dtype: torch.dtype) -> Tensor | None:
@@ -154,7 +165,12 @@ def make_plan(
         batches.append(Batch(start=start, num=len(run), length=length, prefix=prefix))
         start += len(run) * length
     slots = np.concatenate([place.ravel() for place in places])
-    return SegmentPlan(gather=_make_gather(slots, positions.size, device), batches=tuple(batches))
+    arrays = (positions, segment_ids, parent_ids)
+    return SegmentPlan(
+        gather=_make_gather(slots, positions.size, device),
+        batches=tuple(batches),
+        row=make_flat_row(*arrays, device) if device.type == "cuda" else None,
+    )
 
 
 def _find_segments(segment_ids: IntArray, parent_ids: IntArray) -> list[_Segment]:
@@ -266,6 +282,55 @@ def segment_attention(
     if attention_mask is None or attention_mask.shape[:3] != (1, 1, 1):
         raise ValueError("the layer was not told its window")
     window = attention_mask.shape[-1] - 1 or None
+    if segments.row is not None:
+        flat = _attend_flat(segments.row, query, key, value, window, scaling)
+        if flat is not None:
+            return flat, None
+    return _attend_in_batches(segments, query, key, value, window, scaling), None
+
+
+def _attend_flat(
+    row: FlatRow, query: Tensor, key: Tensor, value: Tensor, window: int | None, scaling: Any
+) -> Tensor | None:
+    """Attention by one kernel; None for kinds of layers for which it failed or was wrong."""
+    heads, size = query.shape[1], query.shape[3]
+    kind = LayerKind(query.device, query.dtype, heads, key.shape[1], size, scaling)
+    if kind not in _served:
+        _settle(kind, flat_attention.disagreement(kind, partial(_both_ways, scaling)))
+    if _served[kind]:
+        try:
+            return flat_attention.attend(row, query, key, value, window, scaling)
+        except flat_attention.compile_errors() as error:
+            _settle(kind, f"fails: {type(error).__name__}: {str(error)[:500]}")
+    return None
+
+
+def _settle(kind: LayerKind, reason: str | None) -> None:
+    _served[kind] = reason is None
+    if reason is None:
+        log.info("attention by flex attention in %s", kind)
+    else:
+        log.warning("attention by batches in %s, since flex attention %s", kind, reason)
+
+
+def _both_ways(scaling: Any, *arrays: Any) -> tuple[Attention, Attention]:
+    """Attention by one kernel and by batches, for the arguments of `make_flat_row`."""
+    row, plan = make_flat_row(*arrays), make_plan(*arrays)
+    return (
+        lambda q, k, v, window: flat_attention.attend(row, q, k, v, window, scaling),
+        lambda q, k, v, window: _attend_in_batches(plan, q, k, v, window, scaling),
+    )
+
+
+def _attend_in_batches(
+    segments: SegmentPlan,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: int | None,
+    scaling: float | None,
+) -> Tensor:
+    """Attention [B, T, heads, D] of segments of like length at a time."""
     tokens = [t.transpose(1, 2).flatten(0, 1) for t in (query, key, value)]
     slots = [segments.gather(t) for t in tokens]
     outputs = []
@@ -280,7 +345,7 @@ def segment_attention(
         mask = segments.mask(number, window, query.dtype)
         outputs.append(_attend(q, k, v, mask, scaling).flatten(0, 1))
     together = segments.gather.back(torch.cat(outputs))
-    return together.view(query.shape[0], query.shape[2], *together.shape[1:]), None
+    return together.view(query.shape[0], query.shape[2], *together.shape[1:])
 
 
 def refuse_unknown(options: Mapping[str, Any], where: str) -> None:
