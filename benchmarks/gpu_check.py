@@ -109,8 +109,8 @@ def head_gradients(form: str, problem: dict[str, Any]) -> tuple[Any, Any, Any]:
         logprobs = logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
     else:
 
-        def foretold(start: int, logprobs: Any, entropies: Any) -> tuple[Any, None]:
-            return -advantages[start : start + len(logprobs)], None
+        def foretold(which: Any, logprobs: Any, entropies: Any) -> tuple[Any, None]:
+            return -advantages[which], None
 
         settings = HeadSettings(chunk_tokens=chunk_tokens_for(weight.shape[0]))
         logprobs, _ = token_logprobs(

@@ -204,7 +204,7 @@ LIMITS = {
             "raygrpo.actors.engine_probe",
         ),
     ),
-    "learner": (3400, ("raygrpo.learner.", "raygrpo.algorithm.", "raygrpo.memory")),
+    "learner": (3600, ("raygrpo.learner.", "raygrpo.algorithm.", "raygrpo.memory")),
     "core": (4500, ()),
 }
 

@@ -9,6 +9,7 @@ batches of segments, on small rows; what fails there, or differs, is not used.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -19,6 +20,8 @@ import torch
 from torch import Tensor
 
 from raygrpo.types import IntArray
+
+log = logging.getLogger(__name__)
 
 # The tokens of a block, as flex attention has them by default.
 BLOCK = 128
@@ -78,6 +81,19 @@ class FlatRow:
             return related & before
 
         return visible
+
+
+# Whether flex attention serves a kind of layer, once it is known.
+served: dict[LayerKind, bool] = {}
+
+
+def settle(kind: LayerKind, reason: str | None) -> None:
+    """Notes, and says once, that it serves, or why not."""
+    served[kind] = reason is None
+    if reason is None:
+        log.info("attention by flex attention in %s", kind)
+    else:
+        log.warning("attention by batches in %s, since flex attention %s", kind, reason)
 
 
 def make_flat_row(

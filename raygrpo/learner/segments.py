@@ -10,7 +10,6 @@ where it can (`flat_attention`).
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -22,19 +21,22 @@ import torch
 from torch import Tensor
 
 from raygrpo.learner import flat_attention
-from raygrpo.learner.flat_attention import Attention, FlatRow, LayerKind, make_flat_row
+from raygrpo.learner.flat_attention import (
+    Attention,
+    FlatRow,
+    LayerKind,
+    make_flat_row,
+    served,
+    settle,
+)
 from raygrpo.models import attention_windows
 from raygrpo.types import IntArray
-
-log = logging.getLogger(__name__)
 
 NAME = "raygrpo_segments"
 # A segment shorter than this share of a batch's longest goes to the next batch.
 _ALIKE = 0.75
 # The position of what only pads.
 _FUTURE = 2**30
-# Whether flex attention serves a kind of layer, once it is known.
-_served: dict[LayerKind, bool] = {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -295,22 +297,14 @@ def _attend_flat(
     """Attention by one kernel; None for kinds of layers for which it failed or was wrong."""
     heads, size = query.shape[1], query.shape[3]
     kind = LayerKind(query.device, query.dtype, heads, key.shape[1], size, scaling)
-    if kind not in _served:
-        _settle(kind, flat_attention.disagreement(kind, partial(_both_ways, scaling)))
-    if _served[kind]:
+    if kind not in served:
+        settle(kind, flat_attention.disagreement(kind, partial(_both_ways, scaling)))
+    if served[kind]:
         try:
             return flat_attention.attend(row, query, key, value, window, scaling)
         except flat_attention.compile_errors() as error:
-            _settle(kind, f"fails: {type(error).__name__}: {str(error)[:500]}")
+            settle(kind, f"fails: {type(error).__name__}: {str(error)[:500]}")
     return None
-
-
-def _settle(kind: LayerKind, reason: str | None) -> None:
-    _served[kind] = reason is None
-    if reason is None:
-        log.info("attention by flex attention in %s", kind)
-    else:
-        log.warning("attention by batches in %s, since flex attention %s", kind, reason)
 
 
 def _both_ways(scaling: Any, *arrays: Any) -> tuple[Attention, Attention]:

@@ -62,9 +62,9 @@ def by_definition(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def undecided() -> Iterator[None]:
-    segments._served.clear()
+    segments.served.clear()
     yield
-    segments._served.clear()
+    segments.served.clear()
 
 
 @given(rows=ROWS, window=WINDOWS)
@@ -155,7 +155,7 @@ def test_one_kernel_equals_batches_in_value_and_gradient(
 ) -> None:
     plan, flat, inputs, upstream = example(rows, *heads, seed)
     kind = LayerKind(CPU, torch.float32, heads[0], heads[1], 16, 0.3)
-    segments._served[kind] = True
+    segments.served[kind] = True
     expected = attended(plan, inputs, upstream, window)
     for mine, other in zip(attended(flat, inputs, upstream, window), expected, strict=True):
         # fp32 sums in another order; where a window is 1, gradients are sums that vanish.
@@ -224,7 +224,7 @@ def test_what_cannot_be_compiled_is_computed_in_batches_and_said_once(
     monkeypatch.setattr(flat_attention, "_flex_attention", lambda: compiled)
     plan, flat, inputs, upstream = example(MIXED, 4, 2, 0)
     if when == "later":
-        segments._served[replace(KIND, scaling=0.3)] = True
+        segments.served[replace(KIND, scaling=0.3)] = True
     for window in (None, 30):
         expected = attended(plan, inputs, upstream, window)
         found = attended(flat, inputs, upstream, window)
@@ -246,7 +246,7 @@ def test_memory_that_runs_out_is_no_reason_to_change_the_kernel(
     for known in (False, True):
         _, flat, inputs, upstream = example(MIXED, 4, 2, 0)
         if known:
-            segments._served[replace(KIND, scaling=0.3)] = True
+            segments.served[replace(KIND, scaling=0.3)] = True
         with pytest.raises(torch.OutOfMemoryError):
             attended(flat, inputs, upstream, None)
 
@@ -266,7 +266,7 @@ def test_the_comparison_may_run_while_activations_are_checkpointed() -> None:
         output = checkpoint(layer, *leaves, use_reentrant=False)
         (output * upstream).sum().backward()
         found.append([leaf.grad for leaf in leaves])
-    assert list(segments._served.values()) == [True]
+    assert list(segments.served.values()) == [True]
     for mine, other in zip(*found, strict=True):
         assert relative(mine, other) < RELATIVE  # type: ignore[arg-type]
 
@@ -289,8 +289,8 @@ def test_models_learn_the_same_by_one_kernel(
     monkeypatch.setattr(flat_attention, "disagreement", lambda *_: None)
     learner = Recorder(path, "packed")
     learner.update([microbatches(*made, "packed", 100)])
-    assert segments._served
-    assert all(segments._served.values())
+    assert segments.served
+    assert all(segments.served.values())
     assert relative(learner.gradients[0], expected.gradients[0]) < RELATIVE
 
 
