@@ -112,7 +112,7 @@ def serve_raygrpo(_name: str, spec: dict[str, Any], pipe: Connection) -> None:
     from benchmarks.flops import Work, executed
     from raygrpo.algorithm.packing import make_microbatch, place
 
-    config = our_config(spec, "float32" if spec["parity"] else "bfloat16")
+    config = our_config(spec, spec["dtype"])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -46,6 +46,7 @@ from benchmarks.shapes import SHAPES, model_directory  # noqa: E402
 from benchmarks.update_sides import serve  # noqa: E402
 
 SIDES = ("raygrpo", "TRL bf16", "TRL autocast")
+FLOAT32_SIDES = ("raygrpo", "TRL fp32")
 PARITY_TOLERANCE = 1e-4
 
 
@@ -100,15 +101,18 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--threads", type=int, default=2, help="threads of each side")
     add("--microbatch", type=int, default=8, help="completions that TRL trains at once")
     add("--device", choices=["cpu", "cuda"], default="cpu")
-    add("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    add("--sides", nargs="+", choices=sorted({*SIDES, *FLOAT32_SIDES}))
+    add("--float32", action="store_true", help="both sides in float32, for CPUs without bfloat16")
     add("--set", nargs="*", default=[], help="our configuration: section.key=value")
     add("--parity", action="store_true", help="compare one fp32 update instead of timing")
     add("--matmul-size", type=int, help="of the plain product; none: 2048, on a GPU 8192")
     add("--profile", type=Path, help="write the operators of our last update here")
     add("--json", type=Path, help="write everything that was measured here")
     options = parser.parse_args(arguments)
+    sides = FLOAT32_SIDES if options.float32 else SIDES
+    options.sides = options.sides or list(sides)
     if options.quick:
-        options.pairs, options.sides = 1, ["raygrpo", "TRL bf16"]
+        options.pairs, options.sides = 1, list(sides[:2])
     return options
 
 
@@ -300,6 +304,7 @@ def make_spec(options: argparse.Namespace, model: str, work: str) -> dict[str, A
         "steps": options.pairs + 1,
         "set": options.set,
         "parity": options.parity,
+        "dtype": "float32" if options.parity or options.float32 else "bfloat16",
     }
 
 
@@ -317,10 +322,9 @@ def run(options: argparse.Namespace, work: str) -> int:
     if found.work is not None:
         flops["executed"] = update_flops(model, found.work)
     machine = (options.device, options.threads, options.matmul_size)
-    plain = {dtype: matmul_flops(dtype, *machine) for dtype in ("float32", "bfloat16")}
-    rates = ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in plain.items())
-    print(f"# a plain matrix product: {rates}")
-    lines, holds = report(found, flops, plain["bfloat16"], size.bar)
+    plain = matmul_flops(spec["dtype"], *machine)
+    print(f"# a plain matrix product: {spec['dtype']} {plain / 1e9:.0f} GFLOP/s")
+    lines, holds = report(found, flops, plain, size.bar)
     print("\n".join(lines))
     if options.json:
         shown = {name: str(value) for name, value in vars(options).items()}

@@ -187,7 +187,9 @@ class GeneratorActor:
                 stage = partial(self._stage, links)
                 staged = await asyncio.wrap_future(in_new_thread(stage, "stage"))
                 self._unproven = []
+                old = self._replica.held()
                 stall_s = await self._on_engine(lambda: self._commit(staged))
+                in_new_thread(old.clear, "release")  # unmapping takes longer than the commit
                 probe_s = await self._prove(staged.manifest)
             held = self._replica.current.manifest
         whole = bool(links) and links[0][0].kind != "delta"

@@ -66,6 +66,10 @@ class Replica:
             raise InfraError("no version of the weights is held", "pull a whole version")
         return self._current
 
+    def held(self) -> list[ByteArray]:
+        """The arrays of the version in use; none before the first commit."""
+        return list(self._current.buckets) if self._current else []
+
     def stage(self, links: Sequence[Link]) -> Staged:
         """Builds the version that the last link is of.
 
