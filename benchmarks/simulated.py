@@ -45,7 +45,7 @@ from raygrpo.types import (
 )
 
 WEIGHT_BYTES = 2**16
-LOOK_S = 0.02  # how long a step may keep a command waiting
+LOOK_FRAC = 0.01  # how long a step may keep a command waiting, in times of a group
 
 REWARD = """
 def digits(completions, **_):
@@ -111,7 +111,7 @@ class SimulatedEngine:
                 seconds = self._group_s * (1 + self._spread * draw)
                 self._writing[key] = _Writing(request, now, seconds, [(now, self.version)])
         ends = [writing.started + writing.seconds for writing in self._writing.values()]
-        time.sleep(max(0.0, min([LOOK_S, *(end - now for end in ends)])))
+        time.sleep(max(0.0, min([LOOK_FRAC * self._group_s, *(end - now for end in ends)])))
         now = time.monotonic()
         done = [key for key, w in self._writing.items() if w.started + w.seconds <= now]
         return [_group(self._writing.pop(key)) for key in done]
