@@ -193,7 +193,7 @@ LIMITS = {
     "data": (850, ("raygrpo.data.",)),
     "commands": (2300, ()),
     "fast rollouts": (
-        3400,
+        3450,
         (
             "raygrpo.engines.",
             "raygrpo.weights.",
