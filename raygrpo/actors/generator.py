@@ -23,7 +23,15 @@ from raygrpo.engines.base import Engine
 from raygrpo.errors import EngineBroken, InfraError, RayGrpoError
 from raygrpo.profiling import EngineTracer, ProfileRequest
 from raygrpo.threads import in_new_thread
-from raygrpo.types import Completion, Group, GroupRequest, Stream, Version, WeightsManifest
+from raygrpo.types import (
+    ByteArray,
+    Completion,
+    Group,
+    GroupRequest,
+    Stream,
+    Version,
+    WeightsManifest,
+)
 from raygrpo.weights.probe import ProbeCheck
 from raygrpo.weights.replica import Link, Replica, Staged
 
@@ -178,9 +186,9 @@ class GeneratorActor:
     async def _load(self) -> LoadReport:
         started = time.monotonic()
         async with self._loading:
-            if self._asleep:
+            slept, self._asleep = self._asleep, False
+            if slept:
                 await self._on_engine(self._engine.wake)
-                self._asleep = False
             links = await pull(self._store, self._replica.version)
             stall_s = probe_s = 0.0
             if links:
@@ -191,6 +199,9 @@ class GeneratorActor:
                 stall_s = await self._on_engine(lambda: self._commit(staged))
                 in_new_thread(old.clear, "release")  # unmapping takes longer than the commit
                 probe_s = await self._prove(staged.manifest)
+            elif slept and self._engine.version is None:  # it gave its weights up
+                stall_s = await self._on_engine(self._load_again)
+                probe_s = await self._prove(self._replica.current.manifest)
             held = self._replica.current.manifest
         whole = bool(links) and links[0][0].kind != "delta"
         return LoadReport(
@@ -213,11 +224,21 @@ class GeneratorActor:
 
     def _stage(self, links: Sequence[Link]) -> Staged:
         staged = self._replica.stage(links)
-        manifest, buckets = staged.manifest, list(staged.buckets)
-        if manifest.kind == "adapter":
-            manifest, buckets = self._adapter_base.full_version(manifest, buckets)
-        self._engine.stage_weights(manifest, buckets)
+        self._engine.stage_weights(*self._whole(staged))
         return staged
+
+    def _whole(self, held: Staged) -> tuple[WeightsManifest, list[ByteArray]]:
+        """What an engine loads: an adapter merged into its base."""
+        manifest, buckets = held.manifest, list(held.buckets)
+        if manifest.kind == "adapter":
+            return self._adapter_base.full_version(manifest, buckets)
+        return manifest, buckets
+
+    def _load_again(self) -> float:
+        """Puts the replica's version into an engine that holds none; the seconds that it took."""
+        started = time.monotonic()
+        self._engine.load_weights(*self._whole(self._replica.current))
+        return time.monotonic() - started
 
     def _commit(self, staged: Staged) -> float:
         """Puts the staged version into use, on the engine's thread; the seconds that it took."""

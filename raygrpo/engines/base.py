@@ -75,7 +75,7 @@ class Engine(Protocol):
     def sleep(self) -> None:
         """Frees what memory it can for another process, until `wake`; only with nothing unfinished.
 
-        The weights need not survive in place: a version is loaded after `wake`.
+        An engine whose weights do not survive it holds no version until one is loaded after `wake`.
         """
 
     def wake(self) -> None:

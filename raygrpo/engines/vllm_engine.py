@@ -322,13 +322,14 @@ class VllmEngine:
         return np.array([0.0, *found], np.float32)
 
     def sleep(self) -> None:
-        """Frees the cache, and moves the weights off the GPU (vLLM's level 1), with vLLM's
-        ``enable_sleep_mode``; nothing without, as on a CPU."""
+        """Gives up cache and weights (vLLM's level 2), with vLLM's ``enable_sleep_mode``: no
+        version is held then. Without, as on a CPU, nothing happens."""
         if self._can_sleep:
-            self._client.call(self._client.ask("sleep", level=1))
+            self._version = None
+            self._client.call(self._client.ask("sleep", level=2))
 
     def wake(self) -> None:
-        """Takes the memory back."""
+        """Takes the memory back; weights come with the next load."""
         if self._can_sleep:
             self._client.call(self._client.ask("wake_up"))
 

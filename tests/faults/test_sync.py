@@ -51,7 +51,8 @@ class FaultyGenerator(GeneratorActor):
 
     ``hold_stage`` and ``hold_step`` stop it there, and say so with a file ``at_stage``,
     ``at_step``; ``break_stage`` and ``break_step`` fail there, once; ``perturb`` changes one norm
-    after the next commit, once, by what the file says.
+    after the next commit, once, by what the file says. ``forget`` has it sleep as vLLM does at
+    level 2: the weights are lost.
     """
 
     async def start(self, log: str | None) -> int:
@@ -59,6 +60,7 @@ class FaultyGenerator(GeneratorActor):
         engine: Any = self._engine
         place = Path(self._config.model.path)
         stage, step, commit = engine.stage_weights, engine.step, engine.commit_weights
+        sleep = engine.sleep
 
         def hold(what: str) -> None:
             while (place / f"hold_{what}").exists():
@@ -85,8 +87,16 @@ class FaultyGenerator(GeneratorActor):
                 norm = engine._weights.targets["model.norm.weight"]
                 norm.data = norm.data * factor
 
+        def forgetful_sleep() -> None:
+            sleep()
+            if (place / "forget").exists():
+                (place / "forget").unlink()
+                engine._weights.version = None
+                for target in engine._weights.targets.values():
+                    target.data = torch.full_like(target.data, torch.nan)
+
         engine.stage_weights, engine.commit_weights = held_stage, perturbed_commit
-        engine.step = held_step
+        engine.step, engine.sleep = held_step, forgetful_sleep
         return pid
 
 
@@ -232,6 +242,27 @@ def test_syncs_load_while_groups_are_generated(cluster: Cluster) -> None:
         assert report.probe_gap < 1e-4
         assert 0 < report.stall_s < report.load_s
         cluster.wait_for_group()
+    assert cluster.take_events() == []
+
+
+@pytest.mark.parametrize("newer", [False, True])
+def test_weights_that_were_slept_away_come_back(cluster: Cluster, newer: bool) -> None:
+    """With a newer version in the store, and where the learner published none meanwhile."""
+    version = cluster.publish()
+    cluster.pool.load()
+    cluster.wait_for_load(version)
+    (cluster.place / "forget").touch()
+    cluster.wait_until(lambda _: cluster.pool.sleep())
+    assert not (cluster.place / "forget").exists()
+    if newer:
+        version = cluster.publish()
+    cluster.pool.load()
+    report = cluster.wait_for_load(version)
+    assert (report.kind == "none") != newer
+    assert report.probe_gap is not None
+    assert report.probe_gap < 1e-4
+    cluster.submit()
+    cluster.wait_for_group()
     assert cluster.take_events() == []
 
 
