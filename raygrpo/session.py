@@ -18,6 +18,7 @@ from raygrpo.evaluation import BestSoFar, Constant, Evaluations
 from raygrpo.export import export_checkpoint
 from raygrpo.run_dir import RunDir
 from raygrpo.signals import StopSignals
+from raygrpo.start_events import start_events
 from raygrpo.types import Prompt
 
 RewardCallable = Callable[..., Any]
@@ -313,16 +314,14 @@ class Session:
             self.run_dir.root, self.config, resume_step=resume_step, profile=self._profile
         )
         self._closers.callback(self._tracker.close)
-        for problem in self._refused:
-            self._tracker.event("checkpoint_refused", step=step, reason=problem)
-        for change in self.run_dir.changed:
-            self._tracker.event("config_changed", step=step, change=change)
-        for change in self._pinned.changed:
-            self._tracker.event("revision_changed", step=step, change=change)
-        for stream, source in self._sources.items():
-            counts = {"dropped": source.num_dropped, "truncated": source.num_truncated}
-            if any(counts.values()):
-                self._tracker.event("long_prompts", step=step, stream=stream, **counts)
+        for kind, fields in start_events(
+            self._placed,
+            refused=self._refused,
+            changed=self.run_dir.changed,
+            revisions=self._pinned.changed,
+            sources=self._sources,
+        ):
+            self._tracker.event(kind, step=step, **fields)
         if self._restored:
             self._tracker.event("resumed", step=step, incarnation=self._incarnation)
 

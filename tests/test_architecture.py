@@ -54,6 +54,7 @@ FLOORS = {
     "raygrpo.smoke": 5,
     "raygrpo.revisions": 5,
     "raygrpo.session": 5,
+    "raygrpo.start_events": 5,
     "raygrpo.rollout_session": 5,
     "raygrpo.eval_setup": 5,
     "raygrpo.signals": 5,

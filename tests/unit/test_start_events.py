@@ -1,0 +1,63 @@
+"""What a start says before its first step."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from raygrpo import start_events
+from raygrpo.config import RunConfig
+from raygrpo.config_file import load_config
+
+
+def config(**sections: Any) -> RunConfig:
+    base: dict[str, Any] = {"model": {"path": "m"}, "data": {"source": "d"}}
+    return load_config({**base, **sections})
+
+
+def test_each_thing_is_told_once() -> None:
+    sources = {
+        "train": SimpleNamespace(num_dropped=2, num_truncated=0),
+        "eval": SimpleNamespace(num_dropped=0, num_truncated=0),
+    }
+    told = start_events.start_events(
+        config(),
+        refused=["step-3 is torn"],
+        changed=["a: 1 -> 2"],
+        revisions=["m"],
+        sources=sources,
+    )
+    assert list(told) == [
+        ("checkpoint_refused", {"reason": "step-3 is torn"}),
+        ("config_changed", {"change": "a: 1 -> 2"}),
+        ("revision_changed", {"change": "m"}),
+        ("long_prompts", {"stream": "train", "dropped": 2, "truncated": 0}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "dtype", "gpus", "told"),
+    [
+        (7.2, "bfloat16", 0, True),
+        (0.6, "bfloat16", 0, False),
+        (7.2, "float32", 0, False),
+        (7.2, "bfloat16", 1, False),
+    ],
+)
+def test_a_slow_dtype_is_told(
+    monkeypatch: pytest.MonkeyPatch, ratio: float, dtype: str, gpus: float, told: bool
+) -> None:
+    monkeypatch.setattr(start_events, "bfloat16_cost", lambda: ratio)
+    run = config(
+        model={"path": "m", "dtype": dtype}, ray={"gpus": {"learner": gpus, "generator": 0}}
+    )
+    events = list(start_events.start_events(run, refused=(), changed=(), revisions=(), sources={}))
+    expected = "bfloat16 takes 7 times as long as float32 here: set model.dtype: float32"
+    assert events == ([("slow_dtype", {"reason": expected})] if told else [])
+
+
+def test_the_cost_is_measured() -> None:
+    """Units or none, a product takes some time: between a twentieth and fifty times the other."""
+    assert 0.05 < start_events.bfloat16_cost() < 50
