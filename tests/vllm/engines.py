@@ -39,14 +39,19 @@ STEP_DEADLINE = 60.0
 _group_ids = itertools.count()
 
 
-def start(path: Path, **model: Any) -> Any:
+def start(path: Path, tensor_parallel_size: int = 1, **model: Any) -> Any:
     """An engine as a generator makes it, in float32, on the weights of ``path`` as (0, 0).
 
     One thread: two of vLLM's and two of the reference's would spin against each other.
     """
     os.environ["OMP_NUM_THREADS"] = "1"  # as a generator's constructor does
     torch.set_num_threads(1)
-    options = {"max_model_len": 512 if path == SMOLLM2 else 64, "kv_cache_memory_bytes": 2**29}
+    options: dict[str, Any] = {
+        "max_model_len": 512 if path == SMOLLM2 else 64,
+        "kv_cache_memory_bytes": 2**29,
+    }
+    if tensor_parallel_size > 1:
+        options["tensor_parallel_size"] = tensor_parallel_size
     config = RunConfig.model_validate(
         {
             "seed": SEED,

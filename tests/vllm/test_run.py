@@ -12,7 +12,7 @@ from tests import runs
 
 ROOT = Path(__file__).parents[2]
 DEADLINE_S = 600.0
-pytestmark = pytest.mark.timeout(DEADLINE_S)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(DEADLINE_S)]
 
 
 @pytest.fixture(scope="module")

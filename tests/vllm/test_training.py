@@ -87,6 +87,7 @@ def test_each_sync_is_proven_while_completions_are_written(smollm2: Path) -> Non
     assert max(row["staleness/max"] for row in steps) == 1
 
 
+@pytest.mark.slow
 def test_adapters_travel_alone_and_take_effect(tmp_path: Path) -> None:
     config = yaml.safe_load((ROOT / "examples" / "echo" / "config.yaml").read_text())
     lora = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
