@@ -1,8 +1,14 @@
-"""Options and fixtures of the whole suite."""
+"""Options and fixtures of the whole suite, and how it is spread over processes (scripts/test)."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+from xdist.scheduler import LoadScopeScheduling
+
+# Their tests start processes that keep a machine busy, and have deadlines: one at a time.
+BUSY = ("tests/e2e/", "tests/faults/test_sync.py", "tests/faults/test_pool.py", "tests/vllm/")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -16,3 +22,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "slow" in item.keywords:
             item.add_marker(skip)
+
+
+class ByFile(LoadScopeScheduling):
+    """A file's tests stay in one process, in order; so do all busy ones."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "busy" if nodeid.startswith(BUSY) else nodeid.split("::", 1)[0]
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
+    """Takes the place of the one named by ``--dist``."""
+    return ByFile(config, log)

@@ -90,6 +90,7 @@ def test_reward_that_cannot_be_imported(directory: Path) -> None:
     assert "no_such_module" in output
 
 
+@pytest.mark.slow
 def test_reward_that_fails_stops_the_run_with_its_traceback(directory: Path) -> None:
     (directory / "fails.py").write_text(
         "def f(completions, **_):\n    raise RuntimeError('the judge is out to lunch')\n"

@@ -179,6 +179,7 @@ def test_a_run_over_two_nodes_outlives_one_of_them(
     }
 
 
+@pytest.mark.slow
 def test_a_preempted_nodes_completions_go_on_elsewhere(
     raylets: Raylets, steady: int, tmp_path: Path
 ) -> None:

@@ -1,4 +1,4 @@
-"""A run that keeps its best checkpoint and ends early, killed on the way; evaluations alone.
+"""A run that keeps its best checkpoint and ends early, one killed on the way; evaluations alone.
 
 The reward's level is scripted by the step, so that it is known which evaluation is the best: the
 model after step 1. A completion is correct where it has a digit and the level allows it.
@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +41,12 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("evaluation")
 
 
-@pytest.fixture(scope="module")
-def killed(directory: Path) -> Iterator[tuple[Path, dict[str, Any] | None, list[str]]]:
-    """A run killed right after the best evaluation was logged; what it left of the best one."""
+def early(directory: Path, name: str) -> Path:
+    """A run that ends early, keeping its best checkpoint."""
     (directory / "leveled.py").write_text(REWARD)
-    config = runs.write_run(
+    return runs.write_run(
         directory,
-        "early",
+        name,
         rewards=[{"func": f"{directory / 'leveled.py'}:leveled"}],
         train={"steps": STEPS},
         sampling={"num_completions": 4, "max_tokens": 6},
@@ -60,30 +59,34 @@ def killed(directory: Path) -> Iterator[tuple[Path, dict[str, Any] | None, list[
             "best": {"metric": "eval/reward", "patience": LAST - BEST},
         },
     )
-    process = runs.start(config)
-    runs.wait_for(process, lambda: any(r["step"] == BEST for r in runs.metrics(config)), "step 1")
-    process.kill()
-    process.wait(timeout=runs.DEADLINE_S)
-    best = json.loads((runs.run_dir(config) / "run.json").read_text())["best"]
-    there = [path.name for path in Checkpoints(runs.run_dir(config) / "checkpoints").all()]
-    yield config, best, there
 
 
 @pytest.fixture(scope="module")
-def finished(killed: tuple[Path, dict[str, Any] | None, list[str]]) -> Path:
-    """The same run, resumed until it ended by itself."""
-    config = killed[0]
+def finished(directory: Path) -> Path:
+    """A run that ended by itself."""
+    config = early(directory, "early")
     runs.run(config)
     return config
 
 
+@pytest.mark.slow
 def test_a_killed_run_names_a_best_checkpoint_that_is_there(
-    killed: tuple[Path, dict[str, Any] | None, list[str]],
+    directory: Path, finished: Path
 ) -> None:
-    config, best, there = killed
+    """Killed right after the best evaluation was logged; then it goes on to the same end."""
+    config = early(directory, "killed")
+    process = runs.start(config)
+    runs.wait_for(process, lambda: any(r["step"] == BEST for r in runs.metrics(config)), "step 1")
+    process.kill()
+    process.wait(timeout=runs.DEADLINE_S)
+    facts = json.loads((runs.run_dir(config) / "run.json").read_text())
+    best = facts["best"]
     assert best is not None, "step 0 was evaluated and saved long before"
+    there = [path.name for path in Checkpoints(runs.run_dir(config) / "checkpoints").all()]
     assert f"step-{best['step']:08}" in there
     assert best["value"] == runs.metrics(config)[best["step"]]["eval/reward"]
+    runs.run(config)
+    runs.assert_same_weights(runs.weights(config), runs.weights(finished))
 
 
 def test_it_ends_early_with_the_best_model(finished: Path) -> None:
@@ -115,7 +118,7 @@ def test_the_same_command_trains_no_further(finished: Path) -> None:
     before = runs.metrics(finished)
     assert "exported model" in runs.run(finished)
     assert runs.metrics(finished) == before
-    assert len(runs.events(finished, "started")) == 2, "the killed start and the resumed one"
+    assert len(runs.events(finished, "started")) == 1
 
 
 def eval_rows(config: Path, step: int) -> dict[int, list[dict[str, Any]]]:

@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 
 from tests import runs
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def profiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
@@ -77,7 +79,6 @@ def test_a_profile_changes_no_result(profiled: tuple[Path, str]) -> None:
     runs.assert_same_weights(runs.weights(config), load_file(serial))
 
 
-@pytest.mark.slow
 def test_a_step_that_is_not_left_is_bad_input(profiled: tuple[Path, str]) -> None:
     config, _ = profiled
     output = runs.run(config, "--profile-step", "3", "--train.steps=3", expected=2)
