@@ -5,14 +5,15 @@
     python benchmarks/vs_trl.py --workload long_prompt       # SmolLM2, 2 x 16 x (256 + 32)
     python benchmarks/vs_trl.py --workload gemma             # Gemma 3, 4 x 8 x (12 + 32)
     python benchmarks/vs_trl.py --workload chain_sum --curves      # half the wall-clock to 0.7?
+    python benchmarks/vs_trl.py --trl float32        # all in float32, for CPUs without bfloat16
 
 Every run is a fresh process on the same model, prompts, group size, lengths and number of updates:
 ``python -m raygrpo train`` with Ray, generator, learner and scorers, and TRL's GRPOTrainer with
 transformers' generation, once with all in bfloat16 and once with float32 weights and bfloat16
-autocast; the bar holds against the faster (--trl names one). TRL gets OMP_NUM_THREADS=--threads,
-raygrpo its defaults. TRL runs without activation checkpointing and in microbatches of --microbatch
-completions, both faster than its defaults here. --device cuda is one GPU: raygrpo's generator and
-learner share it, the generator asleep while the learner trains.
+autocast; the bar holds against the faster (--trl names one; float32 is both sides' then). TRL gets
+OMP_NUM_THREADS=--threads, raygrpo its defaults. TRL runs without activation checkpointing and in
+microbatches of --microbatch completions, both faster than its defaults here. --device cuda is one
+GPU: raygrpo's generator and learner share it, the generator asleep while the learner trains.
 
 Workloads of speed: completions of exactly --new-tokens tokens on both sides, since no end may come
 before (``min_new_tokens`` there, ``filters.min_tokens`` here), a reward that costs nothing, no
@@ -21,7 +22,7 @@ chain_sum: examples/chain_sum/config.yaml as it stands but for its evaluations, 
 do; TRL with the same prompts, stop, group size, reward and constant rate. Runs end at the target,
 unless --curves asks for both curves.
 
-The last columns are FLOP/s of matrix products as a share of what a plain one reaches in bf16 here:
+The last columns are FLOP/s of matrix products as a share of what a plain one reaches in that dtype:
 of the update, and of the whole step, counted for one unpadded row a completion (generation: a
 forward pass), the same for both sides. Who shares prompts computes less than that.
 
@@ -56,6 +57,7 @@ from benchmarks.shapes import SHAPES, model_directory
 
 ROOT = Path(__file__).parents[1]
 PRECISIONS = ("bf16", "autocast")
+FLOAT32 = "float32"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +130,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--new-tokens", type=int, help="tokens of a completion (not chain_sum)")
     add("--steps", type=int, help="optimizer updates of a run")
     add("--pairs", type=int, help="runs of each side, in alternating order")
-    add("--trl", choices=[*PRECISIONS, "both"], default="both", help="TRL's precisions")
+    trl = [*PRECISIONS, "both", FLOAT32]
+    add("--trl", choices=trl, default="both", help="TRL's precisions; float32: both sides'")
     add("--microbatch", type=int, default=8, help="completions that TRL trains at once")
     add("--threads", type=int, default=2, help="OMP_NUM_THREADS of TRL")
     add("--seed", type=int, default=0, help="seed of the first pair; each next one adds 1")
@@ -148,6 +151,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     if options.bar is None:
         options.bar = workload.bars.get(options.engine)
     options.speed = options.workload != "chain_sum"
+    options.dtype = "float32" if options.trl == FLOAT32 else "bfloat16"
     return options
 
 
@@ -186,7 +190,7 @@ def speed_config(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     length = {"max_tokens": options.new_tokens, "filters": {"min_tokens": options.new_tokens}}
     return {
         "recipe": "trl024",
-        "model": {"path": options.model, "dtype": "bfloat16"},
+        "model": {"path": options.model, "dtype": options.dtype},
         "data": {"source": str(data), "max_prompt_length": 2 * options.prompt_tokens},
         "sampling": {"num_completions": options.completions, **length},
         "rewards": [{"func": f"{ROOT / 'benchmarks/vowels.py'}:vowels"}],
@@ -198,7 +202,7 @@ def speed_config(options: argparse.Namespace, work: Path) -> dict[str, Any]:
 def chain_sum_config(options: argparse.Namespace) -> dict[str, Any]:
     """The example's configuration, with this benchmark's model and sizes."""
     config: dict[str, Any] = yaml.safe_load((ROOT / "examples/chain_sum/config.yaml").read_text())
-    config["model"]["path"] = options.model
+    config["model"] |= {"path": options.model, "dtype": options.dtype}
     config["eval"] = {}
     config["sampling"]["num_completions"] = options.completions
     config["train"] |= {"steps": options.steps, "groups_per_step": options.prompts}
@@ -339,7 +343,7 @@ def measure_flops(options: argparse.Namespace) -> Flops | None:
         return None
     groups = [(options.prompt_tokens, [options.new_tokens] * options.completions)] * options.prompts
     forward = forward_flops(options.model, separate_rows(groups))
-    plain = matmul_flops("bfloat16", options.device, options.threads, options.matmul_size)
+    plain = matmul_flops(options.dtype, options.device, options.threads, options.matmul_size)
     return Flops(forward=forward, plain=plain)
 
 
