@@ -42,8 +42,8 @@ def start_events(
         counts = {"dropped": source.num_dropped, "truncated": source.num_truncated}
         if any(counts.values()):
             yield "long_prompts", {"stream": stream, **counts}
-    if problem := dtype_problem(config):
-        yield "slow_dtype", {"reason": problem}
+    if slow := dtype_problem(config):
+        yield "slow_dtype", {"reason": slow}
 
 
 def dtype_problem(config: RunConfig) -> str | None:
