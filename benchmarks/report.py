@@ -174,7 +174,7 @@ def report(runs: Sequence[Run], options: Namespace, flops: Flops | None = None) 
         verdict, holds = target_verdict(runs, options.target, options.window)
     lines += verdict
     if flops is not None:
-        lines.append(f"A plain matrix product in bf16: {flops.plain / 1e9:.0f} GFLOP/s.")
+        lines.append(f"A plain matrix product in {options.dtype}: {flops.plain / 1e9:.0f} GFLOP/s.")
     if options.curves:
         lines += curve_table(runs, options.window)
     return "\n".join(lines), holds
