@@ -47,8 +47,11 @@ def start_events(
 
 
 def dtype_problem(config: RunConfig) -> str | None:
-    """Why ``model.dtype`` should be another one on this machine's CPU; None where it is fine."""
-    if config.model.dtype != "bfloat16" or config.ray.gpus.learner:
+    """Why ``model.dtype`` should be another one on this machine's CPU; None where it is fine, or
+    where the learner is not on it."""
+    from raygrpo.actors.placement import address_of
+
+    if config.model.dtype != "bfloat16" or config.ray.gpus.learner or address_of(config) != "local":
         return None
     ratio = bfloat16_cost()
     if ratio < _SLOW:

@@ -186,8 +186,7 @@ class GeneratorActor:
     async def _load(self) -> LoadReport:
         started = time.monotonic()
         async with self._loading:
-            slept, self._asleep = self._asleep, False
-            if slept:
+            if self._asleep:
                 await self._on_engine(self._engine.wake)
             links = await pull(self._store, self._replica.version)
             stall_s = probe_s = 0.0
@@ -199,9 +198,10 @@ class GeneratorActor:
                 stall_s = await self._on_engine(lambda: self._commit(staged))
                 in_new_thread(old.clear, "release")  # unmapping takes longer than the commit
                 probe_s = await self._prove(staged.manifest)
-            elif slept and self._engine.version is None:  # it gave its weights up
+            elif self._asleep and self._engine.version is None:  # it gave its weights up
                 stall_s = await self._on_engine(self._load_again)
                 probe_s = await self._prove(self._replica.current.manifest)
+            self._asleep = False  # only now: a load that fails before leaves it to the next one
             held = self._replica.current.manifest
         whole = bool(links) and links[0][0].kind != "delta"
         return LoadReport(

@@ -266,6 +266,24 @@ def test_weights_that_were_slept_away_come_back(cluster: Cluster, newer: bool) -
     assert cluster.take_events() == []
 
 
+def test_weights_that_were_slept_away_come_back_after_a_lost_store(cluster: Cluster) -> None:
+    """The load that wakes the engine finds nothing; the next one finds what is held already."""
+    version = cluster.publish()
+    cluster.pool.load()
+    cluster.wait_for_load(version)
+    (cluster.place / "forget").touch()
+    cluster.wait_until(lambda _: cluster.pool.sleep())
+    os.kill(ray.get(cluster.store.pid.remote(), timeout=60), signal.SIGKILL)
+    cluster.pool.load()
+    cluster.wait_until(lambda d: d.weights_lost)
+    cluster.publish_again()
+    cluster.pool.load()
+    assert cluster.wait_for_load(version).kind == "none"
+    cluster.submit()
+    cluster.wait_for_group()
+    assert cluster.take_events() == ["weights_lost"]
+
+
 def test_a_generator_killed_during_a_sync(cluster: Cluster) -> None:
     """And its successor, which is given groups once it holds the newest version, not before."""
     cluster.hold("stage")

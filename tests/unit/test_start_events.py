@@ -38,20 +38,27 @@ def test_each_thing_is_told_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ratio", "dtype", "gpus", "told"),
+    ("ratio", "dtype", "gpus", "address", "told"),
     [
-        (7.2, "bfloat16", 0, True),
-        (0.6, "bfloat16", 0, False),
-        (7.2, "float32", 0, False),
-        (7.2, "bfloat16", 1, False),
+        (7.2, "bfloat16", 0, "local", True),
+        (0.6, "bfloat16", 0, "local", False),
+        (7.2, "float32", 0, "local", False),
+        (7.2, "bfloat16", 1, "local", False),
+        (7.2, "bfloat16", 0, "10.0.0.1:6379", False),
     ],
 )
 def test_a_slow_dtype_is_told(
-    monkeypatch: pytest.MonkeyPatch, ratio: float, dtype: str, gpus: float, told: bool
+    monkeypatch: pytest.MonkeyPatch,
+    ratio: float,
+    dtype: str,
+    gpus: float,
+    address: str,
+    told: bool,
 ) -> None:
     monkeypatch.setattr(start_events, "bfloat16_cost", lambda: ratio)
     run = config(
-        model={"path": "m", "dtype": dtype}, ray={"gpus": {"learner": gpus, "generator": 0}}
+        model={"path": "m", "dtype": dtype},
+        ray={"address": address, "gpus": {"learner": gpus, "generator": 0}},
     )
     events = list(start_events.start_events(run, refused=(), changed=(), revisions=(), sources={}))
     expected = "bfloat16 takes 7 times as long as float32 here: set model.dtype: float32"
