@@ -40,6 +40,7 @@ from raygrpo.actors.spawn import spawn
 from raygrpo.config import RunConfig
 from raygrpo.engines.base import Engine
 from raygrpo.engines.choose import make_engine, vllm_problem
+from raygrpo.heap import keep_heap
 from raygrpo.models import DTYPES, load_model, quiet_transformers
 from raygrpo.types import Group, GroupRequest, Prompt, Sampling, Version
 from tests.tiny import tiny_tokenizer
@@ -270,6 +271,7 @@ def verdict(times: dict[str, list[float]], dtype: str) -> bool:
 def main(arguments: list[str] | None = None) -> int:
     """Prints the table; 1 when a bar is missed."""
     args = parse_arguments(arguments)
+    keep_heap()  # for all sides; the actor does it itself
     torch.set_num_threads(args.threads)
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     with tempfile.TemporaryDirectory() as temporary, quiet_transformers():

@@ -111,7 +111,9 @@ def serve_raygrpo(_name: str, spec: dict[str, Any], pipe: Connection) -> None:
 
     from benchmarks.flops import Work, executed
     from raygrpo.algorithm.packing import make_microbatch, place
+    from raygrpo.heap import keep_heap
 
+    keep_heap()  # as the learner's actor does
     config = our_config(spec, spec["dtype"])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

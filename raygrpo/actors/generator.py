@@ -21,6 +21,7 @@ from raygrpo.actors.weight_store import pull
 from raygrpo.config import RunConfig
 from raygrpo.engines.base import Engine
 from raygrpo.errors import EngineBroken, InfraError, RayGrpoError
+from raygrpo.heap import keep_heap
 from raygrpo.profiling import EngineTracer, ProfileRequest
 from raygrpo.threads import in_new_thread
 from raygrpo.types import (
@@ -112,6 +113,7 @@ class GeneratorActor:
     async def start(self, log: str | None) -> int:
         """Loads the engine (not in the constructor, whose errors lose their type); the pid."""
         log_to(log)
+        keep_heap()
         version = Version(0, 0) if self._store is None else None
         self._loop = asyncio.get_running_loop()
         made: asyncio.Future[None] = self._loop.create_future()

@@ -20,6 +20,7 @@ from raygrpo.actors.transfer import LearnerTransfer, wanted
 from raygrpo.algorithm.packing import make_microbatch, place
 from raygrpo.config import RunConfig
 from raygrpo.errors import ConfigError
+from raygrpo.heap import keep_heap
 from raygrpo.profiling import ProfileRequest, Tracer
 from raygrpo.types import (
     Group,
@@ -58,6 +59,7 @@ class LearnerActor:
     def start(self, host: str, port: int, local_rank: int, threads: int, log: str | None) -> int:
         """Builds the rank's model and optimizer, with all other ranks; returns its process id."""
         log_to(log)
+        keep_heap()
         os.environ["OMP_NUM_THREADS"] = str(threads)
         import torch
 

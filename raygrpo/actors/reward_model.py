@@ -15,6 +15,7 @@ import ray.exceptions
 
 from raygrpo.actors.futures import WorkerDied, resolve
 from raygrpo.actors.spawn import log_to
+from raygrpo.heap import keep_heap
 from raygrpo.rewards.contract import Call, Reply
 from raygrpo.rewards.params import RewardModelParams
 from raygrpo.rewards.values import read_values
@@ -49,6 +50,7 @@ class RewardModelActor:
     async def start(self, log: str | None) -> int:
         """Loads the model; returns this process's id."""
         log_to(log)
+        keep_heap()
         import torch
 
         from raygrpo.rewards.reward_model import RewardModel
