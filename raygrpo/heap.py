@@ -27,4 +27,4 @@ def keep_heap() -> bool:
         return False
     # Arenas of other threads map what exceeds their 64 MB: one for all, of any size.
     wanted = {_M_ARENA_MAX: 1, _M_MMAP_THRESHOLD: _LARGEST, _M_TRIM_THRESHOLD: _LARGEST}
-    return all([mallopt(name, value) for name, value in wanted.items()])
+    return all(mallopt(name, value) for name, value in wanted.items())

@@ -18,6 +18,7 @@ import numpy as np
 
 from raygrpo.algorithm.packing import make_microbatch, place
 from raygrpo.config import RunConfig
+from raygrpo.heap import keep_heap
 from raygrpo.types import (
     Completion,
     Group,
@@ -45,6 +46,7 @@ def main() -> None:
     from raygrpo.learner.deepspeed_learner import DeepSpeedLearner  # noqa: F401
 
     torch.set_num_threads(1)
+    keep_heap()  # as actors do
     for line in sys.stdin:
         case = json.loads(line)
         configs = [RunConfig.model_validate(case[name]) for name in ("warm", "config")]
