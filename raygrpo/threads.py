@@ -15,11 +15,9 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def in_new_thread(
-    call: Callable[[], T], name: str, prepare: Callable[[], None] | None = None
-) -> Future[T]:
-    """Runs ``call`` on a thread of its own, after ``prepare``, and ends the thread."""
-    pool = ThreadPoolExecutor(1, name, prepare)
+def in_new_thread(call: Callable[[], T], name: str) -> Future[T]:
+    """Runs ``call`` on a thread of its own, and ends the thread."""
+    pool = ThreadPoolExecutor(1, name)
     future = pool.submit(call)
     pool.shutdown(wait=False)
     return future

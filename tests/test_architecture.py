@@ -27,6 +27,7 @@ FLOORS = {
     "raygrpo.errors": 0,
     "raygrpo.failures": 0,
     "raygrpo.threads": 0,
+    "raygrpo.heap": 0,
     "raygrpo.models": 1,
     "raygrpo.algorithm": 1,
     "raygrpo.data": 1,

@@ -44,6 +44,8 @@ from raygrpo.types import (
 PREFILL_CHUNK = 1024
 SCORE_CHUNK = 128
 FIRST_ROOM = 256
+# The share of new weights that is packed in a step that others wait for.
+PACKED_A_STEP = 1 / 16
 
 
 class TransformersEngine:
@@ -149,7 +151,7 @@ class TransformersEngine:
         version = self._weights.version
         if version is None:
             raise InfraError("the engine holds no version", "load weights first")
-        self._weights.begin_packing()
+        self._weights.pack(PACKED_A_STEP if self._running else 1.0)
         if self._running:
             self._decode()
         self._start_waiting(version)
@@ -342,7 +344,7 @@ class TransformersEngine:
         """Stages and commits a version."""
         self.stage_weights(manifest, buckets)
         self.commit_weights()
-        self._weights.wait_packed()
+        self._weights.pack()
 
     @torch.inference_mode()
     def abort(self, stream: Stream, group_id: int) -> list[Completion]:

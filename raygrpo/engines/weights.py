@@ -7,9 +7,9 @@ without a copy (a tensor that does not start at a multiple of 64 bytes is copied
 see the same alignment and give the same bits however a version arrived). On a GPU a second set of
 tensors is filled on a stream of its own, and the two sets change places.
 
-Packed linear weights are made at staging or, with ``pack_later``, from the first decode step after
-the commit by a thread of low priority; until then the same kernels take the plain weights, a little
-slower. Sums may then be rounded otherwise, so deterministic engines pack first.
+Packed linear weights are made at staging or, with ``pack_later``, by `ModelWeights.pack` between
+decode steps; until then the same kernels take the plain weights, a little slower. Sums may then be
+rounded otherwise, so deterministic engines pack first.
 
 Memory: at most twice the weights, and while a version is staged twice the packed linear weights.
 """
@@ -17,12 +17,9 @@ Memory: at most twice the weights, and while a version is staged twice the packe
 from __future__ import annotations
 
 import math
-import os
-import threading
+from collections import deque
 from collections.abc import Iterable, Mapping
-from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +27,6 @@ from torch import Tensor
 
 from raygrpo.engines.linear import PackedLinear, can_pack, use_packed_linears
 from raygrpo.errors import InfraError
-from raygrpo.threads import in_new_thread
 from raygrpo.types import ByteArray, TensorSpec, Version, WeightsManifest
 from raygrpo.weights.buckets import unpack
 
@@ -67,9 +63,7 @@ class ModelWeights:
     ) -> None:
         self.version = version
         self._pack_later = pack_later
-        self._packing: Future[None] | None = None
-        self._unpacked: _Staged | None = None
-        self._swap = threading.Lock()
+        self._unpacked: deque[PackedLinear] = deque()
         self._device, self._num_rows = device, num_rows
         self._linears: list[PackedLinear] = []
         if can_pack(device, model.dtype):
@@ -115,30 +109,26 @@ class ModelWeights:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
             self._spare = {name: target.data for name, target in self.targets.items()}
-        with self._swap:
-            for name, tensor in staged.tensors.items():
-                self.targets[name].data = tensor
-            for place, linear in enumerate(self._linears):
-                linear.packed = None if self._pack_later else staged.packed[place]
-            self.version = staged.version
+        for name, tensor in staged.tensors.items():
+            self.targets[name].data = tensor
+        for place, linear in enumerate(self._linears):
+            linear.packed = None if self._pack_later else staged.packed[place]
         if self._pack_later:
-            self._unpacked = staged
+            self._unpacked = deque(self._linears)
+        self.version = staged.version
         return staged.version
 
-    def begin_packing(self) -> None:
-        """Has a thread pack the version in use, if that has not begun: once decoding gains by it,
-        so that the packing and the probe of an idle engine do not share the cores."""
-        if self._packing is not None and self._packing.done():
-            self._packing.result()  # raises what it raised
-        if self._unpacked is not None:
-            pack = partial(self._pack_all, self._unpacked)
-            self._packing, self._unpacked = in_new_thread(pack, "pack", _lower_priority), None
-
-    def wait_packed(self) -> None:
-        """Returns once all linear weights of the version in use are packed."""
-        self.begin_packing()
-        if self._packing is not None:
-            self._packing.result()
+    @torch.no_grad()
+    def pack(self, share: float = 1.0) -> None:
+        """Packs linear weights of the version in use that are not packed yet, about ``share`` of
+        the bytes of all; on the thread that computes with them, whose cores a thread of its own
+        would take at the wrong moments."""
+        room = share * sum(linear.weight.nbytes for linear in self._linears)
+        while self._unpacked and room > 0:
+            linear = self._unpacked[0]
+            linear.packed = self._pack(linear.weight)
+            room -= linear.weight.nbytes
+            self._unpacked.popleft()
 
     def move(self, device: torch.device) -> None:
         """Moves the weights in use, and frees the room for the next version until it comes."""
@@ -148,16 +138,6 @@ class ModelWeights:
 
     def _pack(self, weight: Tensor) -> Tensor:
         return PackedLinear.pack(weight, self._num_rows)
-
-    @torch.no_grad()
-    def _pack_all(self, used: _Staged) -> None:
-        """Packs what has been put into use, as long as nothing newer is."""
-        for linear, name in zip(self._linears, self._packed_names, strict=True):
-            packed = self._pack(used.tensors[name])
-            with self._swap:
-                if self.version != used.version:
-                    return
-                linear.packed = packed
 
     def _on_device(self, views: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         if self._device.type != "cuda":
@@ -171,10 +151,6 @@ class ModelWeights:
                 self._spare[name].copy_(view, non_blocking=True)
         stream.synchronize()
         return self._spare
-
-
-def _lower_priority() -> None:
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
 def weight_targets(model: Any) -> dict[str, Tensor]:

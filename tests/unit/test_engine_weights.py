@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from raygrpo.config import ModelSection
 from raygrpo.engines.transformers_engine import TransformersEngine
@@ -184,27 +185,38 @@ def test_versions_never_move_backwards(paths: dict[str, Path]) -> None:
     assert weights.version == Version(1, 5)
 
 
-def test_packing_that_is_overtaken_packs_nothing(paths: dict[str, Path]) -> None:
-    """Of two versions before, whose memory the version in use has: only its name tells."""
+def test_linear_weights_are_packed_a_share_at_a_time(paths: dict[str, Path]) -> None:
     model = model_of(paths["llama"])
     weights = ModelWeights(model, CPU, num_rows=8, version=None, pack_later=True)
-    assert weights._linears
-    first = publish(model, 1, 2.0)
-    weights.stage(*first)
+    total = sum(linear.weight.nbytes for linear in weights._linears)
+    most = max(linear.weight.nbytes for linear in weights._linears)
+    plain = nn.functional.linear
+
+    def check_packed() -> int:
+        """The bytes that are packed, each of the weights in use."""
+        num_bytes = 0
+        for linear in weights._linears:
+            x = torch.randn(8, linear.in_features)
+            torch.testing.assert_close(linear(x), plain(x, linear.weight, linear.bias))
+            num_bytes += linear.weight.nbytes if linear.packed is not None else 0
+        return num_bytes
+
+    weights.stage(*publish(model, 1, 2.0))
     weights.commit()
-    late = weights._unpacked
-    assert late is not None
-    weights.stage(*publish(model, 2, 2.0))
-    weights.commit()
-    third, data = publish(model, 3, 3.0)
-    for old, new in zip(first[1], data, strict=True):
-        old[:] = new
-    weights.stage(third, first[1])
-    weights.commit()
-    weights._pack_all(late)
-    assert all(linear.packed is None for linear in weights._linears)
-    weights.wait_packed()
-    assert all(linear.packed is not None for linear in weights._linears)
+    assert check_packed() == 0
+    packed = 0
+    while packed < total:
+        weights.pack(0.25)
+        more = check_packed() - packed
+        assert min(total / 4, total - packed) <= more < total / 4 + most
+        packed += more
+        if packed > total / 2:  # overtaken: what was packed is of the version before
+            weights.stage(*publish(model, 2, 3.0))
+            weights.commit()
+            assert check_packed() == 0
+            break
+    weights.pack()
+    assert check_packed() == total
 
 
 def test_packing_that_fails_is_not_silent(
@@ -217,13 +229,14 @@ def test_packing_that_fails_is_not_silent(
     def failing(*_: Any) -> None:
         raise RuntimeError("can't allocate memory")
 
-    monkeypatch.setattr(weights, "_pack", failing)
     weights.stage(*publish(model, 1, 2.0))
     weights.commit()
-    with pytest.raises(RuntimeError, match="allocate"):
-        weights.wait_packed()
-    with pytest.raises(RuntimeError, match="allocate"):  # where nobody waits for it: the next step
-        weights.begin_packing()
+    with monkeypatch.context() as broken:
+        broken.setattr(weights, "_pack", failing)
+        with pytest.raises(RuntimeError, match="allocate"):
+            weights.pack()
+    weights.pack()
+    assert all(linear.packed is not None for linear in weights._linears)
 
 
 def test_swapping_takes_a_small_part_of_a_load() -> None:
