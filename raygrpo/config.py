@@ -253,7 +253,7 @@ class TrackingSection(Section):
     """Where a run is recorded, files aside."""
 
     wandb: Literal["online", "offline", "disabled"] = key("disabled", "Weights & Biases mode.")
-    tensorboard: bool = key(False, "Write TensorBoard files (extra: raygrpo[tensorboard]).")
+    tensorboard: bool = key(False, "Write TensorBoard files (extra: tensorboard).")
     completions: CompletionsStore = key(CompletionsStore(), "What completions/ keeps.")
 
 

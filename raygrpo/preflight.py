@@ -24,7 +24,7 @@ from raygrpo.learner.sequence_parallel import check_attention, sequence_ranks
 from raygrpo.memory import FullUpdate
 from raygrpo.run_dir import RunDir
 from raygrpo.session import Session
-from raygrpo.start_events import dtype_problem
+from raygrpo.start_events import dtype_problem, eval_problem
 from raygrpo.types import (
     Group,
     GroupRequest,
@@ -153,13 +153,14 @@ def _run_facts(checked: Checked, config: RunConfig, architecture: Any) -> Facts:
     run_dir = RunDir.at(config)
     steps = [path.name for path in run_dir.checkpoints.glob("step-*")]
     origin = "random weights" if config.model.random_init else "its weights"
-    slow = dtype_problem(config)
+    slow, same_rows = dtype_problem(config), eval_problem(config)
     return {
         "recipe": config.recipe,
         "directory": f"{config.run_dir} ({f'resumes {max(steps)}' if steps else 'new'})",
         "model": f"{config.model.path}, {architecture.model_type}, {origin}, {config.model.dtype}",
         "positions": f"{getattr(architecture, 'max_position_embeddings', 'no limit')} tokens",
         **({"slow dtype": slow} if slow else {}),
+        **({"evaluation": same_rows} if same_rows else {}),
         **{f"revision of {role}": what for role, what in checked.revisions.items()},
     }
 

@@ -44,6 +44,8 @@ def start_events(
             yield "long_prompts", {"stream": stream, **counts}
     if slow := dtype_problem(config):
         yield "slow_dtype", {"reason": slow}
+    if same := eval_problem(config):
+        yield "eval_on_training_rows", {"reason": same}
 
 
 def dtype_problem(config: RunConfig) -> str | None:
@@ -57,6 +59,21 @@ def dtype_problem(config: RunConfig) -> str | None:
     if ratio < _SLOW:
         return None
     return f"bfloat16 takes {ratio:.0f} times as long as float32 here: set model.dtype: float32"
+
+
+def eval_problem(config: RunConfig) -> str | None:
+    """Why evaluations say little of what was learnt; None where they read rows of their own, or
+    where that is not known (a mixture, a data set given in Python)."""
+    from raygrpo.data.sources import eval_section, split_of
+
+    data = config.data
+    if not config.eval.eval_steps or data.mixture or data.source == "python":
+        return None
+    read = eval_section(data, config.eval, seed=config.seed)
+    where = [(d.source, {**d.params, "split": split_of(d)}) for d in (data, read)]
+    if where[0] != where[1]:
+        return None
+    return f"evaluations read the rows of {data.source} that are trained on: set eval.data"
 
 
 def bfloat16_cost() -> float:

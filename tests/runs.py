@@ -90,10 +90,15 @@ def start(config: Path, *overrides: str, command: str = "train") -> subprocess.P
         )
 
 
-def finish(process: subprocess.Popen[str], config: Path, expected: int = 0) -> str:
+def finish(
+    process: subprocess.Popen[str],
+    config: Path,
+    expected: int = 0,
+    deadline_s: float = DEADLINE_S,
+) -> str:
     """Waits for a run's end; returns its output, which is shown when the exit code is wrong."""
     try:
-        code = process.wait(timeout=DEADLINE_S)
+        code = process.wait(timeout=deadline_s)
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGKILL)
         raise
@@ -102,9 +107,9 @@ def finish(process: subprocess.Popen[str], config: Path, expected: int = 0) -> s
     return output
 
 
-def run(config: Path, *overrides: str, expected: int = 0) -> str:
+def run(config: Path, *overrides: str, expected: int = 0, deadline_s: float = DEADLINE_S) -> str:
     """Runs to the end; returns the output."""
-    return finish(start(config, *overrides), config, expected)
+    return finish(start(config, *overrides), config, expected, deadline_s)
 
 
 def wait_for(process: subprocess.Popen[str], condition: Callable[[], bool], what: str) -> None:

@@ -155,8 +155,7 @@ def make_engine(config: RunConfig, *, threads: int, version: Version | None) -> 
         if problem := vllm_problem(device):
             raise ConfigError(
                 f"generators.engine is vllm, but {problem}",
-                "install raygrpo[vllm] (on CPU: docs/engines.md), or set "
-                "generators.engine: transformers",
+                "install the extra vllm (docs/engines.md), or set generators.engine: transformers",
             )
         module = importlib.import_module("raygrpo.engines.vllm_engine")
         colocated = section.placement == "colocate" and device != "cpu"

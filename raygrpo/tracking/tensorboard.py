@@ -26,7 +26,7 @@ def check_tensorboard(config: RunConfig) -> None:
     except ImportError as error:
         raise ConfigError(
             f"tracking.tensorboard needs the package tensorboard ({error})",
-            "pip install raygrpo[tensorboard], or set tracking.tensorboard: false",
+            "install the extra tensorboard, or set tracking.tensorboard: false",
         ) from None
 
 

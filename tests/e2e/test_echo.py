@@ -16,6 +16,9 @@ from raygrpo.model_card import quick_start_snippet
 from tests import runs
 
 ROOT = Path(__file__).parents[2]
+# Sixty steps take three minutes where both cores are busy with other tests too.
+DEADLINE_S = 600.0
+pytestmark = pytest.mark.timeout(DEADLINE_S)
 
 
 def python(*arguments: str, cwd: Path) -> str:
@@ -40,7 +43,7 @@ def echo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shipped = yaml.safe_load((ROOT / "examples" / "echo" / "config.yaml").read_text())
     config = directory / "echo.yaml"
     config.write_text(yaml.safe_dump({**shipped, "run_dir": str(directory / "run")}))
-    output = runs.run(config)
+    output = runs.run(config, deadline_s=DEADLINE_S - 20)
     assert "curve.png" in output
     return config
 

@@ -65,6 +65,29 @@ def test_a_slow_dtype_is_told(
     assert events == ([("slow_dtype", {"reason": expected})] if told else [])
 
 
+@pytest.mark.parametrize(
+    ("data", "evaluation", "told"),
+    [
+        ({"source": "rows.jsonl"}, {}, True),
+        ({"source": "rows.jsonl"}, {"num_prompts": 7}, True),
+        ({"source": "rows.jsonl"}, {"eval_steps": 0}, False),
+        ({"source": "rows.jsonl"}, {"data": {"source": "others.jsonl"}}, False),
+        ({"source": "some/set"}, {}, False),  # split test
+        ({"source": "some/set"}, {"data": {"params": {"split": "train"}}}, True),
+        ({"source": "some/set", "params": {"split": "test"}}, {}, True),
+        ({"source": "reasoning_gym:chain_sum"}, {}, False),  # another seed
+        ({"source": "python"}, {}, False),
+    ],
+)
+def test_evaluations_on_training_rows_are_told(
+    data: dict[str, Any], evaluation: dict[str, Any], told: bool
+) -> None:
+    run = config(data=data, eval={"eval_steps": 5, **evaluation})
+    events = list(start_events.start_events(run, refused=(), changed=(), revisions=(), sources={}))
+    assert [kind for kind, _ in events] == (["eval_on_training_rows"] if told else [])
+    assert not told or data["source"] in events[0][1]["reason"]
+
+
 def test_the_cost_is_measured() -> None:
     """Units or none, a product takes some time: between a twentieth and fifty times the other."""
     assert 0.05 < start_events.bfloat16_cost() < 50

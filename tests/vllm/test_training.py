@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -17,11 +16,6 @@ from tests.vllm.engines import ECHO, ROOT, SMOLLM2
 DEADLINE_S = 900.0
 STEPS = 10
 pytestmark = pytest.mark.timeout(DEADLINE_S)
-
-
-def finish(process: Any, config: Path) -> None:
-    process.wait(timeout=DEADLINE_S)
-    runs.finish(process, config)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +52,7 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for child in psutil.Process(started["pids"]["generator-0"]).children(recursive=True):
         if child.name().startswith("VLLM::"):
             child.kill()
-    finish(process, path)
+    runs.finish(process, path, deadline_s=DEADLINE_S - 20)
     return path
 
 
@@ -102,7 +96,7 @@ def test_adapters_travel_alone_and_take_effect(tmp_path: Path) -> None:
     config["eval"] = {"eval_steps": 0}
     path = tmp_path / "lora.yaml"
     path.write_text(yaml.safe_dump(config))
-    finish(runs.start(path), path)
+    runs.run(path, deadline_s=DEADLINE_S - 20)
     steps = runs.metrics(path)
     adapter = load_file(
         runs.run_dir(path) / "checkpoints" / "step-00000004" / "adapter/adapter_model.safetensors"
