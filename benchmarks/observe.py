@@ -14,10 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-POLL_S, MEMORY_EVERY_S = 0.05, 1.0
-# Reading the memory walks every page of a process. Run more often than this, it slows a side that
-# has all cores at work by a fifth, and one of many processes more than one of few.
-MEMORY_SHARE = 0.01
+# Reading the memory walks every page of a process, a tenth of a second of a core for one of several
+# GB: more often, it would slow a side that has all cores at work, the more the more processes.
+POLL_S, MEMORY_EVERY_S = 0.05, 10.0
 MARK = "VS_TRL_RUN"
 
 
@@ -176,7 +175,7 @@ class _Watch:
     start: float
     mark: str
     known: dict[int, bool] = field(default_factory=dict)
-    next_sample: float = 0.0
+    sampled: float = -MEMORY_EVERY_S
 
     def look(self, events: Path) -> None:
         """Takes the rows that have come, and now and then the memory."""
@@ -190,10 +189,9 @@ class _Watch:
                 self.run.ready_s = now
         if not self.run.ready_s and events.is_file() and '"started"' in events.read_text():
             self.run.ready_s = now
-        if now >= self.next_sample:
+        if now - self.sampled > MEMORY_EVERY_S:
+            self.sampled = now
             self.run.peak_bytes = max(self.run.peak_bytes, memory_bytes(self.mark, self.known))
-            taken = time.monotonic() - self.start - now
-            self.next_sample = now + max(MEMORY_EVERY_S, taken / MEMORY_SHARE)
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

@@ -28,8 +28,7 @@ forward pass), the same for both sides. Who shares prompts computes less than th
 
 A step's seconds are taken by this program, from the arrival of the rows that both sides write when
 a step has ended. The first step (warming up) is left out, for both. Memory is the peak over time of
-the sum over a run's processes of their proportional set size, taken once a second or, where that
-would cost more than 1 % of a core, less often.
+the sum over a run's processes of their proportional set size, taken every ten seconds.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from raygrpo.actors.placement import (
 )
 from raygrpo.config import RunConfig
 from raygrpo.errors import ConfigError, InfraError
+from raygrpo.heap import children_keep_heaps
 
 _PLACES_FIX = (
     "start nodes that have them (ray start --labels=..., labels of the worker group), or change "
@@ -69,13 +70,14 @@ def _start_local(demand: Demand) -> None:
     # so setting it here would make this process a stranger to its own cluster.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-            num_cpus=max(os.cpu_count() or 1, demand.num_processes),
-        )
+        with contextlib.nullcontext() if demand.num_gpus else children_keep_heaps():
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+                num_cpus=max(os.cpu_count() or 1, demand.num_processes),
+            )
     except Exception as error:
         # A node that is slow to start is an Exception of no type of its own.
         if type(error) is not Exception and not isinstance(error, (RuntimeError, OSError)):

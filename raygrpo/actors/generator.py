@@ -8,7 +8,8 @@ import queue
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -113,7 +114,8 @@ class GeneratorActor:
     async def start(self, log: str | None) -> int:
         """Loads the engine (not in the constructor, whose errors lose their type); the pid."""
         log_to(log)
-        keep_heap()
+        if not self._config.ray.gpus.generator:
+            keep_heap()
         version = Version(0, 0) if self._store is None else None
         self._loop = asyncio.get_running_loop()
         made: asyncio.Future[None] = self._loop.create_future()
@@ -177,20 +179,15 @@ class GeneratorActor:
         """
         if normal_gap is not None:
             self._probe.normal_gap = normal_gap
-        try:
+        with _of_infrastructure("a version did not load"):
             return await self._load()
-        except (RayGrpoError, ray.exceptions.RayError):
-            raise
-        except Exception as error:  # of memory, torch or vLLM: the next process may do better
-            traceback.print_exc()
-            raise InfraError(f"a version did not load: {_described(error)}") from error
 
     async def _load(self) -> LoadReport:
         started = time.monotonic()
         async with self._loading:
-            if self._asleep:
-                await self._on_engine(self._engine.wake)
             links = await pull(self._store, self._replica.version)
+            if self._asleep:  # only now: where there is nothing to pull, the learner needs the room
+                await self._on_engine(self._engine.wake)
             stall_s = probe_s = 0.0
             if links:
                 stage = partial(self._stage, links)
@@ -201,6 +198,7 @@ class GeneratorActor:
                 in_new_thread(old.clear, "release")  # unmapping takes longer than the commit
                 probe_s = await self._prove(staged.manifest)
             elif self._asleep and self._engine.version is None:  # it gave its weights up
+                self._unproven = []
                 stall_s = await self._on_engine(self._load_again)
                 probe_s = await self._prove(self._replica.current.manifest)
             self._asleep = False  # only now: a load that fails before leaves it to the next one
@@ -219,9 +217,14 @@ class GeneratorActor:
         )
 
     async def sleep(self) -> None:
-        """Has the engine free its device until the next `load`."""
+        """Has the engine free its device until the next `load`.
+
+        Raises:
+            InfraError: anything that went wrong.
+        """
         async with self._loading:
-            await self._on_engine(self._engine.sleep)
+            with _of_infrastructure("the engine did not free its device"):
+                await self._on_engine(self._engine.sleep)
             self._asleep = True
 
     def _stage(self, links: Sequence[Link]) -> Staged:
@@ -346,6 +349,18 @@ class GeneratorActor:
     def _fail_all(self, error: BaseException) -> None:
         for future in self._waiting.values():
             _fail(future, error)
+
+
+@contextmanager
+def _of_infrastructure(what: str) -> Iterator[None]:
+    """Makes any error of memory, torch or vLLM an InfraError: the next process may do better."""
+    try:
+        yield
+    except (RayGrpoError, ray.exceptions.RayError):
+        raise
+    except Exception as error:
+        traceback.print_exc()
+        raise InfraError(f"{what}: {_described(error)}") from error
 
 
 def _broken(error: Exception) -> Exception:

@@ -59,7 +59,8 @@ class LearnerActor:
     def start(self, host: str, port: int, local_rank: int, threads: int, log: str | None) -> int:
         """Builds the rank's model and optimizer, with all other ranks; returns its process id."""
         log_to(log)
-        keep_heap()
+        if not self._config.ray.gpus.learner:
+            keep_heap()
         os.environ["OMP_NUM_THREADS"] = str(threads)
         import torch
 

@@ -50,7 +50,8 @@ class RewardModelActor:
     async def start(self, log: str | None) -> int:
         """Loads the model; returns this process's id."""
         log_to(log)
-        keep_heap()
+        if not self._params.gpus:
+            keep_heap()
         import torch
 
         from raygrpo.rewards.reward_model import RewardModel

@@ -123,6 +123,8 @@ class ModelWeights:
         """Packs linear weights of the version in use that are not packed yet, about ``share`` of
         the bytes of all; on the thread that computes with them, whose cores a thread of its own
         would take at the wrong moments."""
+        if not self._unpacked:
+            return
         room = share * sum(linear.weight.nbytes for linear in self._linears)
         while self._unpacked and room > 0:
             linear = self._unpacked[0]
