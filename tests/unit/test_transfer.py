@@ -16,7 +16,7 @@ from raygrpo.actors.placement import check_transfer
 from raygrpo.actors.transfer import ActorReceiver, ReceivingGenerator, broken, receivers
 from raygrpo.actors.workers import Worker
 from raygrpo.config import RunConfig
-from raygrpo.errors import ConfigError, ProbeFailed
+from raygrpo.errors import ConfigError, InfraError, ProbeFailed
 from raygrpo.types import Probe, Version
 from raygrpo.weights.transport import NativeTransfer
 from tests.unit.test_transport import FakeReceiver, FakeSender, buckets, held, weights
@@ -214,3 +214,56 @@ def test_a_transfer_that_is_not_finished_leaves_nothing_that_serves(
     for handle in (good, bad):
         assert handle.engine.version is None
         assert handle.actor._loading.locked()  # no load, until it is replaced
+
+
+def test_nothing_is_answered_before_weights_that_are_loaded_again_are_proven(
+    store: list[Version | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine that slept its weights away writes a group as soon as it has them again."""
+    handle = Handle(store)
+    version = Version(1, 2)
+    answers: list[Any] = []
+    probe = Probe(token_ids=(1, 2), logprobs=(0.0, -1.0))
+    manifest = SimpleNamespace(version=version, kind="full", sent_bytes=0, num_bytes=8, probe=probe)
+
+    async def nothing_newer(*_: Any) -> list[Any]:
+        return []
+
+    def write_and_fail(self: Any, engine: Any, probe: Probe, version: Version) -> None:
+        handle.loop.call_soon_threadsafe(handle.actor._finish, ("train", 0, 0), ("written",))
+        raise ProbeFailed(version, 1.0, 0.1)
+
+    def load_weights(manifest: Any, buckets: Any) -> None:
+        handle.engine.version = manifest.version
+
+    async def wait_for_group() -> None:
+        future = handle.actor._waiting["train", 0, 0] = handle.loop.create_future()
+        future.add_done_callback(lambda done: answers.append(done.result()))
+
+    monkeypatch.setattr("raygrpo.actors.generator.pull", nothing_newer)
+    monkeypatch.setattr("raygrpo.weights.probe.ProbeCheck.check", write_and_fail)
+    engine: Any = handle.engine
+    engine.wake, engine.load_weights = lambda: None, load_weights
+    handle.actor._replica = SimpleNamespace(  # type: ignore[assignment]
+        version=version, current=SimpleNamespace(manifest=manifest, buckets=())
+    )
+    handle.actor._asleep = True
+    asyncio.run_coroutine_threadsafe(wait_for_group(), handle.loop).result(TIMEOUT_S)
+    with pytest.raises(ProbeFailed):
+        handle.load()
+    assert answers == []
+
+
+def test_an_engine_that_cannot_sleep_is_an_infrastructure_error(
+    store: list[Version | None],
+) -> None:
+    handle = Handle(store)
+
+    def sleep() -> None:
+        assert handle.engine.version, "memory usage increased after sleeping"
+
+    handle.engine.sleep = sleep  # type: ignore[attr-defined]
+    sleeping = asyncio.run_coroutine_threadsafe(handle.actor.sleep(), handle.loop)
+    with pytest.raises(InfraError, match="did not free its device: AssertionError: memory usage"):
+        sleeping.result(TIMEOUT_S)
+    assert not handle.actor._asleep
