@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-# Their tests start processes that keep a machine busy, and have deadlines: one at a time.
-BUSY = ("tests/e2e/", "tests/faults/test_sync.py", "tests/faults/test_pool.py", "tests/vllm/")
+# Whole runs, whose processes keep a machine busy: one at a time.
+RUNS = ("tests/e2e/", "tests/vllm/")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -25,10 +25,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 class ByFile(LoadScopeScheduling):
-    """A file's tests stay in one process, in order; so do all busy ones."""
+    """A file's tests stay in one process, in order; so do all whole runs."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return "busy" if nodeid.startswith(BUSY) else nodeid.split("::", 1)[0]
+        return "runs" if nodeid.startswith(RUNS) else nodeid.split("::", 1)[0]
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:

@@ -71,6 +71,7 @@ def test_records_of_a_whole_run(undisturbed: Path) -> None:
     assert end["finished"]
 
 
+@pytest.mark.slow
 def test_a_killed_generator_costs_nothing(directory: Path, undisturbed: Path) -> None:
     # Colocated too: generators that sleep while the learner trains make the same run.
     colocated = {"generators": {"placement": "colocate"}}
@@ -104,11 +105,15 @@ def test_a_killed_scorer_costs_nothing(directory: Path, undisturbed: Path) -> No
 
 @pytest.mark.parametrize("times", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_and_resumed_is_the_same_run(directory: Path, undisturbed: Path, times: int) -> None:
+    """Killed once, it loses its generator before."""
     config = runs.write_run(directory, f"driver_killed_{times}", **SAVES)
     checkpoints = runs.run_dir(config) / "checkpoints"
 
     def committed(step: int) -> bool:
         return (checkpoints / f"step-{step:08}").is_dir()
+
+    def replaced() -> bool:
+        return bool(runs.events(config, "worker_replaced"))
 
     def half_written() -> bool:
         return any(checkpoints.glob(".tmp-step-*/learner/*"))
@@ -119,6 +124,11 @@ def test_killed_and_resumed_is_the_same_run(directory: Path, undisturbed: Path, 
     ]
     for condition, what in points[:times]:
         process = runs.start(config)
+        if times == 1:
+            runs.wait_for(process, lambda: len(runs.metrics(config)) >= 1, "step 1")
+            (started,) = runs.events(config, "started")
+            os.kill(started["pids"]["generator-0"], signal.SIGKILL)
+            runs.wait_for(process, replaced, "a replacement")
         runs.wait_for(process, condition, what)
         process.send_signal(signal.SIGKILL)
         process.wait(timeout=60)
