@@ -22,7 +22,7 @@ KEPT = {
 }
 # From malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
-_MMAP_THRESHOLDS = (2**31 - 1, 2**25)  # the largest int; what glibc before 2.35 allows
+_MMAP_THRESHOLDS = (2**31 - 1, 2**25)  # the largest int; half a heap, the most of older ones
 _NEVER = -1
 
 

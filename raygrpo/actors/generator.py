@@ -186,7 +186,7 @@ class GeneratorActor:
         started = time.monotonic()
         async with self._loading:
             links = await pull(self._store, self._replica.version)
-            if self._asleep:  # only now: where there is nothing to pull, the learner needs the room
+            if self._asleep:  # only now: where the pull fails, the learner publishes again first
                 await self._on_engine(self._engine.wake)
             stall_s = probe_s = 0.0
             if links:

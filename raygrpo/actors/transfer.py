@@ -130,7 +130,7 @@ class ReceivingGenerator(GeneratorActor):
     async def _load(self) -> LoadReport:
         """Proves what the learner sent; pulls as any other where the store has a newer version."""
         started = time.monotonic()
-        if self._sent is not None and not self._asleep:
+        if self._sent is not None:
             async with self._loading:
                 sent = self._sent
                 await self._prove(sent)

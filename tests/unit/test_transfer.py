@@ -16,7 +16,7 @@ from raygrpo.actors.placement import check_transfer
 from raygrpo.actors.transfer import ActorReceiver, ReceivingGenerator, broken, receivers
 from raygrpo.actors.workers import Worker
 from raygrpo.config import RunConfig
-from raygrpo.errors import ConfigError, InfraError, ProbeFailed
+from raygrpo.errors import ConfigError, InfraError, ProbeFailed, WeightsLost
 from raygrpo.types import Probe, Version
 from raygrpo.weights.transport import NativeTransfer
 from tests.unit.test_transport import FakeReceiver, FakeSender, buckets, held, weights
@@ -252,6 +252,24 @@ def test_nothing_is_answered_before_weights_that_are_loaded_again_are_proven(
     with pytest.raises(ProbeFailed):
         handle.load()
     assert answers == []
+
+
+def test_an_engine_sleeps_on_where_the_weights_are_lost(
+    store: list[Version | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The learner publishes again, and may need the room on a device that they share."""
+    handle, woken = Handle(store), []
+
+    async def lost(*_: Any) -> list[Any]:
+        raise WeightsLost("the store was restarted")
+
+    monkeypatch.setattr("raygrpo.actors.generator.pull", lost)
+    handle.engine.wake = lambda: woken.append(True)  # type: ignore[attr-defined]
+    handle.actor._asleep = True
+    with pytest.raises(WeightsLost):
+        handle.load()
+    assert not woken
+    assert handle.actor._asleep
 
 
 def test_an_engine_that_cannot_sleep_is_an_infrastructure_error(
