@@ -31,10 +31,10 @@ VLLM_CACHE_BYTES = 2 * 2**30
 VLLM_GPU_SHARE = 0.9
 # A CUDA context with its kernels.
 _CONTEXT_BYTES = 2**29
-# Measured on CPUs: what malloc holds between the tensors of a training step, as a share of what a
-# forward pass saves without recomputation; in an update of one microbatch, of more. An adapter's
-# layers make and free more on the way.
-_HOLES = (0.6, 0.9)
+# Measured on CPUs, with a heap that is kept: what malloc holds between the tensors of a training
+# step, as a share of what a forward pass saves without recomputation; in an update of one
+# microbatch, of more. An adapter's layers make and free more on the way.
+_HOLES = (0.8, 1.0)
 _ADAPTER_HOLES = (0.9, 1.6)
 # Resident memory of a process of each role with its libraries, before it loads anything.
 BASES = {
@@ -211,8 +211,10 @@ def _training_parts(config: RunConfig, size: ModelSize, update: FullUpdate) -> P
     away = _offloaded(config)
     activations = _activation_bytes(config, size, tokens, update.copied)
     gradients = _gradients(stage, size, shard)
-    if update.microbatches == 1 and stage in (1, 2) and "gradients" not in away:
-        # Those of the only microbatch grow as its activations go.
+    alone = update.microbatches == 1 and num_ranks == 1
+    if alone and stage in (1, 2) and "gradients" not in away:
+        # Those of the only microbatch grow as its activations go; among ranks they are summed in
+        # flat copies, which the holes that activations leave are too small for.
         gradients = max(0, gradients - activations)
     parts = {
         "parameters": held if stage < 3 else held // num_ranks,
@@ -292,15 +294,17 @@ def _offloaded(config: RunConfig) -> frozenset[str]:
 def _bucket_bytes(config: RunConfig, size: ModelSize) -> int:
     """What is on its way between ranks, in float32 but for weights.
 
-    Stage 3 copies a bucket of gradients to scatter it and gets its share, and gathers weights in
-    one tensor before it cuts them apart.
+    Among ranks, a bucket of gradients is copied to be summed; stage 3 gets its share beside it, and
+    gathers weights in one tensor before it cuts them apart.
     """
     stage, ranks, zero = config.learner.zero_stage, config.learner.num_ranks, _zero(config)
     if not stage:
         return 0
     elements = min(int(zero.get("reduce_bucket_size", BUCKET_ELEMENTS)), size.trained)
-    if stage < 3 or ranks == 1:
+    if ranks == 1:
         return 4 * elements
+    if stage < 3:
+        return 4 * 2 * elements
     prefetched = min(int(zero.get("stage3_prefetch_bucket_size", BUCKET_ELEMENTS)), size.parameters)
     return 4 * (2 * elements + elements // ranks) + prefetched * size.dtype_bytes
 
