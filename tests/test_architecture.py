@@ -206,7 +206,7 @@ LIMITS = {
             "raygrpo.actors.engine_probe",
         ),
     ),
-    "learner": (3600, ("raygrpo.learner.", "raygrpo.algorithm.", "raygrpo.memory")),
+    "learner": (3650, ("raygrpo.learner.", "raygrpo.algorithm.", "raygrpo.memory")),
     "core": (4500, ()),
 }
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raygrpo.learner import flat_attention
+from raygrpo.learner import cpu_attention, flat_attention
 from raygrpo.learner.flat_attention import (
     Attention,
     FlatRow,
@@ -365,6 +365,8 @@ def _attend(
     """Attention of [n, L, heads, D], with as many or fewer key heads."""
     repeats = query.shape[2] // key.shape[2]
     query, key, value = (t.transpose(1, 2) for t in (query, key, value))
+    if query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
+        return cpu_attention.attend(query, key, value, mask, scaling).transpose(1, 2)
     if repeats > 1:
         key, value = (
             t[:, :, None].expand(-1, -1, repeats, -1, -1).flatten(1, 2) for t in (key, value)

@@ -198,7 +198,9 @@ def check_against_reference(
         for name in ("grad_norm", "loss", "learning_rate", "kl", "entropy", "ratio", *_LESS_COMMON):
             if name in theirs:
                 assert ours[name].count == theirs[name].count
-                assert ours[name].sum == pytest.approx(theirs[name].sum, rel=1e-5, abs=1e-6)
+                # A term of the divergence is near x^2 / 2: it is off by twice what x is, and more.
+                rel = 3e-5 if name == "kl" else 1e-5
+                assert ours[name].sum == pytest.approx(theirs[name].sum, rel=rel, abs=1e-6)
 
 
 @pytest.mark.parametrize("case", [*(f"train-{s}" for s in STAGES), "recompute-3", "sharded-3"])
