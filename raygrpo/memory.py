@@ -35,7 +35,7 @@ _CONTEXT_BYTES = 2**29
 # step, as a share of what a forward pass saves without recomputation; in an update of one
 # microbatch, of more. An adapter's layers make and free more on the way.
 _HOLES = (0.8, 1.0)
-_ADAPTER_HOLES = (0.9, 1.6)
+_ADAPTER_HOLES = (1.1, 1.9)
 # Resident memory of a process of each role with its libraries, before it loads anything.
 BASES = {
     "learner rank": 430 * 2**20,
@@ -177,8 +177,6 @@ def _counted_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **_: Any
 ) -> tuple[Tensor, None]:
     """Attention that saves what fused kernels do: inputs, output and a number a row and head."""
-    repeats = query.shape[1] // key.shape[1]
-    key, value = (t.repeat_interleave(repeats, 1) for t in (key, value))
     output = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)[0]
     return output.transpose(1, 2).contiguous(), None
 
@@ -209,7 +207,7 @@ def _training_parts(config: RunConfig, size: ModelSize, update: FullUpdate) -> P
     held = size.parameters * size.dtype_bytes
     tokens = update.tokens // sequence_ranks(config)
     away = _offloaded(config)
-    activations = _activation_bytes(config, size, tokens, update.copied)
+    activations = _activation_bytes(config, size, tokens, update)
     gradients = _gradients(stage, size, shard)
     alone = update.microbatches == 1 and num_ranks == 1
     if alone and stage in (1, 2) and "gradients" not in away:
@@ -231,7 +229,7 @@ def _training_parts(config: RunConfig, size: ModelSize, update: FullUpdate) -> P
     if not config.ray.gpus.learner:
         holes = _ADAPTER_HOLES if section.lora else _HOLES
         share = holes[update.microbatches > 1]
-        parts["allocator"] = round(share * _saved_bytes(size, tokens, update.copied))
+        parts["allocator"] = round(share * _saved_bytes(config, size, tokens, update))
     if "optimizer" in away:
         # Beside float32 gradients, stages 1 and 2 keep the weights' next values and what earlier
         # microbatches gave, in the model's dtype; stage 3 keeps a sum of its own.
@@ -315,13 +313,16 @@ def _gathered(config: RunConfig, size: ModelSize) -> int:
     return min(live, size.parameters) * size.dtype_bytes
 
 
-def _saved_bytes(size: ModelSize, tokens: int, copied: int) -> int:
-    """What a forward pass keeps without recomputation."""
-    return tokens * size.activations + copied * size.expanded
+def _saved_bytes(config: RunConfig, size: ModelSize, tokens: int, update: FullUpdate) -> int:
+    """What a forward pass keeps without recomputation; on a GPU keys and values for each head."""
+    if not config.ray.gpus.learner:
+        return tokens * size.activations + update.copied * size.cached
+    repeated = size.expanded - size.cached
+    return tokens * (size.activations + repeated) + update.copied * size.expanded
 
 
-def _activation_bytes(config: RunConfig, size: ModelSize, tokens: int, copied: int) -> int:
-    total = _saved_bytes(size, tokens, copied)
+def _activation_bytes(config: RunConfig, size: ModelSize, tokens: int, update: FullUpdate) -> int:
+    total = _saved_bytes(config, size, tokens, update)
     if not config.learner.gradient_checkpointing:
         return total
     return tokens * size.layers * size.hidden + total // size.layers

@@ -8,7 +8,7 @@ import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 # Whole runs, whose processes keep a machine busy: one at a time.
-RUNS = ("tests/e2e/", "tests/vllm/")
+RUNS = ("tests/e2e/",)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -136,17 +136,27 @@ def test_each_remedy_lowers_its_part(models: dict[str, Path]) -> None:
     assert plain["reference"] == 0 < parts(loss={"beta": 0.1})["reference"]
 
 
-def test_shared_prompts_are_copied_for_each_completion(models: dict[str, Path]) -> None:
-    """Two layers of four heads of 8 numbers, keys and values, for 100 copied tokens."""
-    config = make(models["llama"])
-    size = model_size(config.model)
+@pytest.mark.parametrize(("where", "heads"), [("host", 2), ("gpu", 4)])
+def test_shared_prompts_are_copied_for_each_completion(
+    where: str, heads: int, models: dict[str, Path]
+) -> None:
+    """Two layers of heads of 8 numbers, keys and values, for 100 copied tokens: on a CPU those of
+    the model, on a GPU one for each of its queries' heads."""
+    ray = {"gpus": {"learner": float(where == "gpu")}}
     more = replace(FULL, copied=100)
-    plain = learner_memory(config, size, FULL).host["activations"]
-    assert learner_memory(config, size, more).host["activations"] - plain == 100 * 2 * 2 * 4 * 8 * 4
+
+    def added(**learner: Any) -> int:
+        config = make(models["llama"], ray=ray, learner=learner)
+        size = model_size(config.model)
+        with_copies, plain = (
+            getattr(learner_memory(config, size, update), where)["activations"]
+            for update in (more, FULL)
+        )
+        return int(with_copies - plain)
+
+    assert added() == 100 * 2 * 2 * heads * 8 * 4
     # Recomputed one layer at a time.
-    config = make(models["llama"], learner={"gradient_checkpointing": True})
-    plain = learner_memory(config, size, FULL).host["activations"]
-    assert learner_memory(config, size, more).host["activations"] - plain == 100 * 2 * 4 * 8 * 4
+    assert added(gradient_checkpointing=True) == 100 * 2 * heads * 8 * 4
 
 
 def test_a_float32_head_is_counted_in_float32(models: dict[str, Path]) -> None:
