@@ -14,3 +14,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:Unclosed context:ResourceWarning")
     # Where a test's module imports vLLM, which a mark of that module does not cover.
     config.addinivalue_line("filterwarnings", "ignore:.*torch.jit:DeprecationWarning")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The file that takes longest comes first, or one of two processes waits for it at the end."""
+    items.sort(key=lambda item: item.path.name != "test_training.py")
