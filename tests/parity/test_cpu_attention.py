@@ -112,4 +112,4 @@ def test_sums_in_bfloat16_are_rounded_once() -> None:
     mine = results(_attend, arguments, upstream)
     expected = results(by_definition, arguments, upstream)
     for a, b in zip(mine[2:], expected[2:], strict=True):
-        assert (a.double() - b.double()).norm() < 3.2e-3 * b.double().norm()
+        assert (a.double() - b.double()).norm() < 3.8e-3 * b.double().norm()
