@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -202,3 +202,14 @@ def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
     allowed = allowed | ~allowed.any(-1, keepdim=True)
     mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
     return mask.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
+
+
+def refuse_unknown(options: Mapping[str, Any], where: str) -> None:
+    """Refuses options of a layer that change its attention and are not known in ``where``.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    for name in ("softcap", "s_aux", "position_bias"):
+        if options.get(name) is not None:
+            raise ValueError(f"attention with {name} is not known by {where}")

@@ -140,7 +140,7 @@ class SlotCache(Cache):  # type: ignore[misc]
     def move(self, sources: list[int], targets: list[int], length: int) -> None:
         """Copies the first positions of rows over other rows."""
         for layer in self.layers:
-            for cache in (layer.keys, layer.values):
+            for cache in (layer.keys, layer.values) if layer.is_initialized else ():
                 cache[targets, :, :length] = cache[sources, :, :length]
 
     def clear(self, rows: list[int]) -> None:

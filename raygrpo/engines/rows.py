@@ -18,7 +18,8 @@ class RowTable:
     """Columns [rows] and token histories [rows, positions] of the running completions.
 
     A history holds the prompt and then the completion; past its end it repeats an id of the
-    prompt, so that a whole history may be read as a set of seen ids.
+    prompt, so that a whole history may be read as a set of seen ids. Of a row in a ``slot`` (-1:
+    none) the keys and values before ``base`` lie in that slot, with those of its group.
     """
 
     def __init__(self) -> None:
@@ -31,25 +32,16 @@ class RowTable:
         self.length = np.zeros(0, np.int64)
         self.min_length = np.zeros(0, np.int64)
         self.max_length = np.zeros(0, np.int64)
+        self.slot = np.zeros(0, np.int64)
+        self.base = np.zeros(0, np.int64)
         self.tokens = np.zeros((0, 0), np.int64)
         self.logprobs = np.zeros((0, 0), np.float32)
         self.versions = np.zeros((0, 0), np.int32)
 
     _COLUMNS = (
         "group", "completion", "setting", "keys", "prompt_length", "length", "min_length",
-        "max_length", "tokens", "logprobs", "versions",
+        "max_length", "slot", "base", "tokens", "logprobs", "versions",
     )  # fmt: skip
-
-    @property
-    def longest(self) -> int:
-        """The longest history in use."""
-        return int(self.length[: self.num_rows].max(initial=0))
-
-    @property
-    def generated(self) -> Indices:
-        """Completion lengths so far, [R]."""
-        rows = slice(self.num_rows)
-        return self.length[rows] - self.prompt_length[rows]
 
     def add(self, request: GroupRequest, group: int, setting: int, keys: KeyArray) -> int:
         """Takes in a row for each completion to be written, after the prompt and what is written
@@ -67,6 +59,7 @@ class RowTable:
         self.prompt_length[rows] = self.length[rows] = prompt.size
         self.min_length[rows] = prompt.size + sampling.min_tokens
         self.max_length[rows] = prompt.size + sampling.max_tokens
+        self.slot[rows], self.base[rows] = -1, 0
         self.tokens[rows] = prompt[0]
         self.tokens[rows, : prompt.size] = prompt
         for row, index in enumerate(unfinished if request.partials else [], start=first):
@@ -75,6 +68,13 @@ class RowTable:
             span = slice(prompt.size, int(self.length[row]))
             self.tokens[row, span], self.logprobs[row, span] = written.token_ids, written.logprobs
         return first
+
+    def take_slot(self, rows: slice) -> int:
+        """Gives rows of one prompt the first slot that no row has, and returns it."""
+        used = set(self.slot[: self.num_rows].tolist())
+        slot = next(number for number in range(len(used) + 1) if number not in used)
+        self.slot[rows], self.base[rows] = slot, self.prompt_length[rows]
+        return slot
 
     def _reserve(self, rows: int, length: int) -> None:
         have_rows, have_length = self.tokens.shape

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from raygrpo.types import Sampling
 
+BLOCK = 512
+
 
 def sample(
     logits: Tensor,  # [R, V] float32
@@ -72,14 +74,36 @@ def draw(scores: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """Draws one id a row from softmax(scores) by inverting its cumulative distribution.
 
     Returns ids [R] and logprobs [R]. The id is the first whose cumulative mass exceeds
-    ``uniform * total``, so that its own mass is never zero; the target is kept below the total,
-    which rounding could otherwise reach.
+    ``uniform * total``, so that its own mass is never zero. It is looked for among the sums of
+    blocks of ids and then in one block: running sums over a whole vocabulary take much longer.
     """
     top = scores.amax(-1, keepdim=True)
-    cumulative = (scores - top).exp_().cumsum(-1)
+    mass = (scores - top).exp_()
+    cumulative = _block_sums(mass).cumsum(-1)
     total = cumulative[:, -1:]
-    target = (uniforms[:, None] * total).to(total.dtype)
-    target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
-    ids = torch.searchsorted(cumulative, target, right=True)
+    block, rest = _first_above(cumulative, (uniforms[:, None] * total).to(total.dtype))
+    within = block * BLOCK + torch.arange(BLOCK, device=scores.device)
+    inside = within < scores.shape[-1]
+    part = mass.gather(-1, within.clamp(max=scores.shape[-1] - 1)).masked_fill_(~inside, 0)
+    place, _ = _first_above(part.cumsum(-1), rest)
+    ids = block * BLOCK + place
     logprobs = scores.gather(-1, ids) - top - total.log()
     return ids[:, 0], logprobs[:, 0]
+
+
+def _block_sums(mass: Tensor) -> Tensor:
+    whole = mass.shape[-1] // BLOCK
+    sums = mass[:, : whole * BLOCK].reshape(len(mass), whole, BLOCK).sum(-1)
+    rest = mass[:, whole * BLOCK :]
+    return torch.cat([sums, rest.sum(-1, keepdim=True)], -1) if rest.shape[-1] else sums
+
+
+def _first_above(cumulative: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The first place [R, 1] whose sum exceeds ``target`` [R, 1], and what the target exceeds the
+    sum before it by. The target is kept below the last sum, which rounding could otherwise
+    reach."""
+    last = cumulative[:, -1:]
+    target = torch.minimum(target, torch.nextafter(last, torch.zeros_like(last)))
+    place = torch.searchsorted(cumulative, target, right=True)
+    before = torch.nn.functional.pad(cumulative, (1, 0)).gather(-1, place)
+    return place, target - before

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Iterable, Sequence
 
@@ -12,22 +11,16 @@ import torch
 from torch import Tensor
 
 from raygrpo.config import ModelSection
-from raygrpo.engines.cache import SlotCache
+from raygrpo.engines.forward import Forward
 from raygrpo.engines.randomness import row_keys, uniforms
 from raygrpo.engines.requests import Key, Running, check_request
 from raygrpo.engines.rows import RowTable
 from raygrpo.engines.sampling import sample
+from raygrpo.engines.shared_prompts import share_prompts, sharing_pays
 from raygrpo.engines.stops import StopStrings
 from raygrpo.engines.weights import ModelWeights
 from raygrpo.errors import InfraError, NumericError
-from raygrpo.models import (
-    DTYPES,
-    attention_masks,
-    load_model,
-    load_tokenizer,
-    logit_transform,
-    stop_token_ids,
-)
+from raygrpo.models import DTYPES, load_model, load_tokenizer, stop_token_ids
 from raygrpo.types import (
     ByteArray,
     Completion,
@@ -41,8 +34,6 @@ from raygrpo.types import (
     WeightsManifest,
 )
 
-PREFILL_CHUNK = 1024
-SCORE_CHUNK = 128
 FIRST_ROOM = 256
 # The share of new weights that is packed in a step that others wait for.
 PACKED_A_STEP = 1 / 16
@@ -52,10 +43,12 @@ class TransformersEngine:
     """Decodes groups with a transformers model; implements `raygrpo.engines.base.Engine`.
 
     Groups join whole, in order of submission, as rows become free; a group of more than
-    ``max_rows`` completions runs alone. The prompt is computed once and its keys and values are
-    copied to the group's rows. A step decodes one token of each row by one forward pass and
-    removes the rows that ended. ``deterministic`` runs one group at a time in memory of its own,
-    so that its tokens depend on weights, request and thread count only.
+    ``max_rows`` completions runs alone. The prompt is computed once. Its keys and values stay in a
+    slot that the group's rows share (`shared_prompts`), or are copied to the rows: where sharing
+    does not pay, for completions begun elsewhere, and for models that cannot share. A step decodes
+    one token of each row by one forward pass and removes the rows that ended. ``deterministic``
+    runs one group at a time in memory of its own, so that its tokens depend on weights, request
+    and thread count only.
     """
 
     def __init__(
@@ -81,17 +74,9 @@ class TransformersEngine:
             pack_later=not deterministic,
         )
         self._tokenizer = load_tokenizer(model)
-        self._config = self._model.config
-        self._text_config = self._config.get_text_config()
-        self._decoder = self._model.get_decoder()
-        # transformers 5.24 renamed the argument.
-        renamed = "cache" in inspect.signature(self._decoder.forward).parameters
-        self._cache_argument = "cache" if renamed else "past_key_values"
-        self._head = self._model.get_output_embeddings()
-        self._transform = logit_transform(self._config)
-        self._fp32_head = model.fp32_head and self._model.dtype != torch.float32
-        self._wide_head: tuple[Tensor, Tensor | None] | None = None
-        self._is_stop = np.zeros(self._head.weight.shape[0], np.bool_)
+        self._text_config = self._model.config.get_text_config()
+        self._forward = Forward(self._model, self._device, fp32_head=model.fp32_head)
+        self._is_stop = np.zeros(self._forward.vocab_size, np.bool_)
         stop_ids = stop_token_ids(self._model, self._tokenizer)
         self._is_stop[[token for token in stop_ids if token < self._is_stop.size]] = True
         self._stop_ids = torch.from_numpy(np.flatnonzero(self._is_stop)).to(self._device)
@@ -102,11 +87,11 @@ class TransformersEngine:
         self._running: dict[int, Running] = {}
         self._finished: list[Group] = []
         self._num_started = 0
-        self._rows = RowTable()
-        self._cache = self._new_cache()
+        self._empty_rows()
 
-    def _new_cache(self) -> SlotCache:
-        return SlotCache(self._text_config.num_hidden_layers)
+    def _empty_rows(self) -> None:
+        self._rows = RowTable()
+        self._cache, self._prompts = self._forward.new_cache(), self._forward.new_cache()
 
     @property
     def version(self) -> Version | None:
@@ -183,62 +168,47 @@ class TransformersEngine:
         first = self._rows.add(request, serial, self._settings.index(sampling), keys)
         rows = slice(first, self._rows.num_rows)
         if self._deterministic:
-            self._cache = self._new_cache()
-        room = length + min(sampling.max_tokens, FIRST_ROOM)
-        self._cache.reserve(rows.stop, max(room, self._rows.longest))
-        logits = self._prefill(first, 0, length)
-        self._cache.share(first, rows.stop - first - 1, length)
-        ends = self._rows.length[rows].tolist()
-        parts = [self._prefill(row, length, end, logits) for row, end in enumerate(ends, first)]
+            self._cache, self._prompts = self._forward.new_cache(), self._forward.new_cache()
+        share = (
+            self._forward.shares_prompts
+            and not request.partials
+            and sharing_pays(length, rows.stop - first)
+        )
+        parts = (self._share_prompt if share else self._copy_prompt)(rows, request)
         self._append(rows, torch.cat(parts))
 
-    def _prefill(self, row: int, begin: int, end: int, last: Tensor | None = None) -> Tensor:
-        """Computes positions [begin, end) of a row into the cache; returns the logits [1, V] after
-        them, which are ``last`` if there are none."""
-        ids = torch.from_numpy(self._rows.tokens[row, begin:end]).to(self._device)[None]
-        for start in range(begin, end, PREFILL_CHUNK):
-            stop = min(start + PREFILL_CHUNK, end)
-            self._cache.plan_prefill(row, start, stop)
-            positions = torch.arange(start, stop, device=self._device)[None]
-            hidden = self._forward(ids[:, start - begin : stop - begin], positions, stop)
-            last = self._logits(hidden[:, -1])
-        assert last is not None
-        return last
+    def _share_prompt(self, rows: slice, request: GroupRequest) -> list[Tensor]:
+        """Computes a prompt into a free slot; returns the logits [1, V] after it for each row."""
+        slot = self._rows.take_slot(rows)
+        self._prompts.reserve(slot + 1, request.prompt.token_ids.size)
+        self._cache.reserve(rows.stop, min(request.sampling.max_tokens, FIRST_ROOM))
+        prompt = request.prompt.token_ids.astype(np.int64)
+        return [self._forward.prefill(self._prompts, slot, prompt, 0)] * (rows.stop - rows.start)
+
+    def _copy_prompt(self, rows: slice, request: GroupRequest) -> list[Tensor]:
+        """Computes a prompt into each row, and what is written behind it."""
+        table, first, length = self._rows, rows.start, request.prompt.token_ids.size
+        room = length + min(request.sampling.max_tokens, FIRST_ROOM)
+        self._cache.reserve(rows.stop, max(room, int(table.length[rows].max())))
+        logits = self._forward.prefill(self._cache, first, table.tokens[first, :length], 0)
+        self._cache.share(first, rows.stop - first - 1, length)
+        parts = []
+        for row in range(first, rows.stop):
+            history = table.tokens[row, : table.length[row]]
+            written = history.size > length
+            parts.append(
+                self._forward.prefill(self._cache, row, history, length) if written else logits
+            )
+        return parts
 
     def _decode(self) -> None:
         table = self._rows
-        rows, longest = slice(0, table.num_rows), table.longest
-        self._cache.reserve(table.num_rows, longest)
-        positions = torch.from_numpy(table.length[rows] - 1).to(self._device)
+        rows = slice(0, table.num_rows)
+        positions, bases = table.length[rows] - 1, table.base[rows]
+        self._cache.reserve(table.num_rows, int((positions - bases).max()) + 1)
         ids = torch.from_numpy(table.last(rows)).to(self._device)
-        self._cache.plan_decode(positions, longest)
-        hidden = self._forward(ids[:, None], positions[:, None], longest)
-        self._append(rows, self._logits(hidden[:, 0]))
-
-    def _forward(self, ids: Tensor, positions: Tensor, num_keys: int) -> Tensor:
-        """Hidden states [R, Q, H] of ids [R, Q] that see the first keys up to their position."""
-        keys = torch.arange(num_keys, device=self._device)[None]
-        allowed = keys[:, None, :] <= positions[:, :, None]
-        masks = attention_masks(
-            self._config, allowed, positions, keys.expand(len(ids), -1), self._model.dtype
-        )
-        output = self._decoder(
-            input_ids=ids,
-            attention_mask=masks,
-            position_ids=positions,
-            use_cache=True,
-            **{self._cache_argument: self._cache},
-        )
-        hidden: Tensor = output.last_hidden_state
-        return hidden
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        if not self._fp32_head:
-            return self._transform(self._head(hidden).float())
-        if self._wide_head is None:
-            bias = self._head.bias
-            self._wide_head = self._head.weight.float(), None if bias is None else bias.float()
-        return self._transform(torch.nn.functional.linear(hidden.float(), *self._wide_head))
+        prompts = share_prompts(self._prompts.layers, table.slot[rows], bases, self._device)
+        self._append(rows, self._forward.decode(self._cache, ids, positions, bases, prompts))
 
     def _append(self, rows: slice, logits: Tensor) -> None:
         """Samples each row's next token, and takes out the rows that end with it."""
@@ -309,7 +279,9 @@ class TransformersEngine:
     def _remove_rows(self, rows: list[int]) -> None:
         sources, targets = self._rows.remove(rows)
         if sources:
-            self._cache.move(sources, targets, int(self._rows.length[targets].max()))
+            table = self._rows
+            longest = int((table.length[targets] - table.base[targets]).max())
+            self._cache.move(sources, targets, longest)
 
     def _fail(self, rows: npt.NDArray[np.int64]) -> None:
         serials = np.unique(self._rows.group[rows])
@@ -326,6 +298,7 @@ class TransformersEngine:
         rows = np.flatnonzero(table.group[: table.num_rows] == serial).tolist()
         if clear:
             self._cache.clear(rows)
+            self._prompts.clear([slot for slot in table.slot[rows].tolist() if slot >= 0])
         self._remove_rows(rows)
         del self._running[serial]
 
@@ -336,7 +309,7 @@ class TransformersEngine:
     def commit_weights(self) -> None:
         """Puts the staged version into use; completions keep the keys and values they have."""
         version = self._weights.commit()
-        self._wide_head = None
+        self._forward.forget()
         if self._versions[-1:] != [version]:
             self._versions.append(version)
 
@@ -363,19 +336,12 @@ class TransformersEngine:
     @torch.inference_mode()
     def score(self, token_ids: Sequence[int], temperature: float = 1.0) -> FloatArray:
         """Logprobs [T] of each token given those before it, in nats, by one full forward pass."""
-        ids = torch.tensor(list(token_ids), dtype=torch.int64, device=self._device)
-        hidden = self._decoder(input_ids=ids[None], use_cache=False).last_hidden_state[0]
-        scores = np.zeros(len(ids), np.float32)
-        for start in range(0, len(ids) - 1, SCORE_CHUNK):
-            predicted = ids[start + 1 : start + 1 + SCORE_CHUNK]
-            logits = self._logits(hidden[start : start + len(predicted)]) / temperature
-            logprobs = logits.log_softmax(-1).gather(-1, predicted[:, None])[:, 0]
-            scores[start + 1 : start + 1 + len(predicted)] = logprobs.cpu().numpy()
-        return scores
+        return self._forward.score(token_ids, temperature)
 
     def sleep(self) -> None:
         """Frees the cache, and on a GPU what the weights take there."""
-        self._rows, self._cache, self._wide_head = RowTable(), self._new_cache(), None
+        self._empty_rows()
+        self._forward.forget()
         self._weights.move(torch.device("cpu"))
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
@@ -387,5 +353,5 @@ class TransformersEngine:
     def close(self) -> None:
         """Drops all groups and frees model and cache; the engine cannot be used afterwards."""
         self._waiting, self._running, self._finished = {}, {}, []
-        self._rows, self._cache = RowTable(), self._new_cache()
-        del self._model, self._decoder, self._head, self._weights
+        self._empty_rows()
+        del self._model, self._forward, self._weights

@@ -11,7 +11,7 @@ where it can (`flat_attention`).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -29,7 +29,7 @@ from raygrpo.learner.flat_attention import (
     served,
     settle,
 )
-from raygrpo.models import attention_windows
+from raygrpo.models import attention_windows, refuse_unknown
 from raygrpo.types import IntArray
 
 NAME = "raygrpo_segments"
@@ -340,17 +340,6 @@ def _attend_in_batches(
         outputs.append(_attend(q, k, v, mask, scaling).flatten(0, 1))
     together = segments.gather.back(torch.cat(outputs))
     return together.view(query.shape[0], query.shape[2], *together.shape[1:])
-
-
-def refuse_unknown(options: Mapping[str, Any], where: str) -> None:
-    """Refuses options of a layer that change its attention and are not known in ``where``.
-
-    Raises:
-        ValueError: naming the option.
-    """
-    for name in ("softcap", "s_aux", "position_bias"):
-        if options.get(name) is not None:
-            raise ValueError(f"attention with {name} is not known by {where}")
 
 
 def _prompts(tokens: Tensor, prefix: Prefix) -> Tensor:

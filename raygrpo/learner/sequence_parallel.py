@@ -17,8 +17,7 @@ from torch import Tensor
 from raygrpo.algorithm.logprobs import TokenGradient
 from raygrpo.config import RunConfig
 from raygrpo.errors import ConfigError
-from raygrpo.learner.segments import refuse_unknown
-from raygrpo.models import attention_masks
+from raygrpo.models import attention_masks, refuse_unknown
 
 if TYPE_CHECKING:
     from raygrpo.learner.policy import PolicyInputs, PolicyModel

@@ -10,13 +10,13 @@ import torch
 
 from raygrpo.errors import ConfigError
 from raygrpo.learner.deepspeed_config import deepspeed_config
-from raygrpo.learner.segments import refuse_unknown
 from raygrpo.learner.sequence_parallel import (
     SequenceShard,
     _UlyssesAttention,
     check_attention,
     sequence_ranks,
 )
+from raygrpo.models import refuse_unknown
 from raygrpo.types import merge_stats
 from tests.parity.learner_cases import make_config
 from tests.parity.test_deepspeed import make_case, reference_run, relative, run_ranks

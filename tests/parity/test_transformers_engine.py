@@ -67,6 +67,12 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return path
 
 
+@pytest.fixture(autouse=True, params=[0, 10**9], ids=["shared", "copied"])
+def sharing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test once with each prompt in a slot, and once with each in its rows."""
+    monkeypatch.setattr("raygrpo.engines.shared_prompts.SHARING_PAYS", request.param)
+
+
 def make_engine(
     path: Path, *, max_rows: int = 10, deterministic: bool = False, load: bool = True
 ) -> TransformersEngine:
@@ -216,7 +222,7 @@ def test_greedy_equals_generate(paths: Callable[..., Path], kind: Kind) -> None:
 def test_long_prompts_are_computed_in_chunks(
     paths: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("raygrpo.engines.transformers_engine.PREFILL_CHUNK", 7)
+    monkeypatch.setattr("raygrpo.engines.forward.PREFILL_CHUNK", 7)
     for kind in KINDS:
         engine = make_engine(paths(kind))
         for group in run(engine, request(0, length=38), request(1, length=14)).values():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -24,6 +26,14 @@ from raygrpo.types import Sampling
 
 ROWS, VOCABULARY, PROMPT, WRITTEN = 6, 40, 5, 3
 STOP_IDS = torch.tensor([1, 7])
+
+
+@pytest.fixture(autouse=True, scope="module", params=[7, 512])
+def block(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test with ids in one block, and in several of which the last is shorter."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("raygrpo.engines.sampling.BLOCK", request.param)
+        yield
 
 
 def reference(logits: Tensor, history: Tensor, sampling: Sampling) -> Tensor:

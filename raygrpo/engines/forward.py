@@ -1,0 +1,185 @@
+"""A model's forward passes for decoding: over caches of slots, to the logits of the next token."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from raygrpo.engines.cache import SlotCache
+from raygrpo.engines.shared_prompts import SharedPrompts, share_prompts, use_shared_prompts
+from raygrpo.models import attention_masks, logit_transform
+from raygrpo.types import FloatArray
+
+log = logging.getLogger(__name__)
+
+PREFILL_CHUNK = 1024
+SCORE_CHUNK = 128
+Indices = npt.NDArray[np.int64]
+# By how much logits may differ, of their own norm, when prompts are shared. A layer that does not
+# know of them sees no prompt at all, which changes most of what it gives.
+_SHARING_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+
+
+class Forward:
+    """What a model computes in decoding, in inference mode.
+
+    Attributes:
+        shares_prompts: whether `decode` reads prompts from slots of a cache of their own.
+    """
+
+    def __init__(self, model: Any, device: torch.device, *, fp32_head: bool) -> None:
+        self._model, self._device = model, device
+        self._config = model.config
+        self._decoder = model.get_decoder()
+        # transformers 5.24 renamed the argument.
+        renamed = "cache" in inspect.signature(self._decoder.forward).parameters
+        self._cache_argument = "cache" if renamed else "past_key_values"
+        self._head = model.get_output_embeddings()
+        self._transform = logit_transform(self._config)
+        self._fp32_head = fp32_head and model.dtype != torch.float32
+        self._wide_head: tuple[Tensor, Tensor | None] | None = None
+        self.shares_prompts = device.type == "cpu" and self._find_sharing()
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of logits."""
+        size: int = self._head.weight.shape[0]
+        return size
+
+    def new_cache(self) -> SlotCache:
+        """An empty cache for all layers."""
+        return SlotCache(self._config.get_text_config().num_hidden_layers)
+
+    def forget(self) -> None:
+        """Drops what was derived from the weights."""
+        self._wide_head = None
+
+    def prefill(self, cache: SlotCache, row: int, tokens: Indices, begin: int) -> Tensor:
+        """Computes positions [begin, len(tokens)) of a row of the cache from the ids from its
+        first position on; returns the logits [1, V] after them."""
+        ids = torch.from_numpy(tokens).to(self._device)[None]
+        for start in range(begin, tokens.size, PREFILL_CHUNK):
+            stop = min(start + PREFILL_CHUNK, tokens.size)
+            cache.plan_prefill(row, start, stop)
+            positions = torch.arange(start, stop, device=self._device)[None]
+            keys = torch.arange(stop, device=self._device)[None]
+            hidden = self._hidden(
+                cache, ids[:, start:stop], positions, keys[:, None] <= positions[..., None], keys
+            )
+        return self._logits(hidden[:, -1])
+
+    def decode(
+        self,
+        cache: SlotCache,
+        ids: Tensor,
+        positions: Indices,
+        bases: Indices,
+        prompts: SharedPrompts | None = None,
+    ) -> Tensor:
+        """The logits [R, V] after one more token of each of the first rows of the cache.
+
+        ``ids`` [R] stand at ``positions`` [R]. Those before ``bases`` [R] are in ``prompts``, and
+        the row's own part of the cache begins with that of ``bases``.
+        """
+        own = torch.from_numpy(positions - bases).to(self._device)
+        stop = int((positions - bases).max()) + 1
+        cache.plan_decode(own, stop)
+        where, base = (torch.from_numpy(a).to(self._device)[:, None] for a in (positions, bases))
+        keys = base + torch.arange(stop, device=self._device)
+        allowed = keys <= where
+        if prompts is not None:
+            before = torch.arange(prompts.length, device=self._device).expand(len(ids), -1)
+            keys, allowed = torch.cat([before, keys], 1), torch.cat([before < base, allowed], 1)
+        options = {} if prompts is None else {"prompts": prompts}
+        hidden = self._hidden(cache, ids[:, None], where, allowed[:, None], keys, **options)
+        return self._logits(hidden[:, 0])
+
+    def score(self, token_ids: Sequence[int], temperature: float) -> FloatArray:
+        """Logprobs [T] of each token given those before it, by one pass without a cache."""
+        ids = torch.tensor(list(token_ids), dtype=torch.int64, device=self._device)
+        hidden = self._decoder(input_ids=ids[None], use_cache=False).last_hidden_state[0]
+        scores = np.zeros(len(ids), np.float32)
+        for start in range(0, len(ids) - 1, SCORE_CHUNK):
+            predicted = ids[start + 1 : start + 1 + SCORE_CHUNK]
+            logits = self._logits(hidden[start : start + len(predicted)]) / temperature
+            logprobs = logits.log_softmax(-1).gather(-1, predicted[:, None])[:, 0]
+            scores[start + 1 : start + 1 + len(predicted)] = logprobs.cpu().numpy()
+        return scores
+
+    def _hidden(
+        self,
+        cache: SlotCache,
+        ids: Tensor,
+        positions: Tensor,
+        allowed: Tensor,
+        keys: Tensor,
+        **options: Any,
+    ) -> Tensor:
+        """Hidden states [R, Q, H] of ids [R, Q]; ``keys`` [R, K] are the positions of what they
+        may see where ``allowed`` [R, Q, K]."""
+        masks = attention_masks(self._config, allowed, positions, keys, self._model.dtype)
+        output = self._decoder(
+            input_ids=ids,
+            attention_mask=masks,
+            position_ids=positions,
+            use_cache=True,
+            **{self._cache_argument: cache},
+            **options,
+        )
+        hidden: Tensor = output.last_hidden_state
+        return hidden
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        if not self._fp32_head:
+            return self._transform(self._head(hidden).float())
+        if self._wide_head is None:
+            bias = self._head.bias
+            self._wide_head = self._head.weight.float(), None if bias is None else bias.float()
+        return self._transform(torch.nn.functional.linear(hidden.float(), *self._wide_head))
+
+    @torch.inference_mode()
+    def _find_sharing(self) -> bool:
+        """Makes the model decode with shared prompts, and leaves it so if it does that right."""
+        own = self._config._attn_implementation
+        reason: str | None = f"their attention is {own}"
+        if own == "sdpa":
+            use_shared_prompts(self._model)
+            reason = self._sharing_problem()
+        if reason is not None:
+            kind = self._config.model_type
+            log.warning(
+                "each row of a group keeps its prompt, for models of type %r: %s", kind, reason
+            )
+            self._model.set_attn_implementation(own)
+        return reason is None
+
+    def _sharing_problem(self) -> str | None:
+        """Two rows of two tokens behind a prompt, against rows of their own."""
+        tokens = torch.arange(1, 10) * 7919 % self.vocab_size
+        prompt, first, second = tokens[:5], tokens[5:7], tokens[7:]
+        rows = torch.stack([torch.cat([prompt, first]), torch.cat([prompt, second])])
+        hidden = self._decoder(input_ids=rows, use_cache=False).last_hidden_state
+        expected = self._logits(hidden[:, -1])
+        cache, slots = self.new_cache(), self.new_cache()
+        slots.reserve(1, prompt.size(0))
+        cache.reserve(2, 2)
+        base = np.full(2, prompt.size(0))
+        try:
+            self.prefill(slots, 0, prompt.numpy(), 0)
+            for place in range(2):
+                prompts = share_prompts(slots.layers, np.zeros(2, np.int64), base, self._device)
+                ids = torch.stack([first[place], second[place]])
+                found = self.decode(cache, ids, base + place, base, prompts)
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            # Which layers take what this needs only shows when it is given.
+            return f"{type(error).__name__}: {error}"
+        off = float((found - expected).norm() / expected.norm())
+        most = _SHARING_TOLERANCE[self._model.dtype]
+        return None if off <= most else f"their logits are {off:.2g} off, more than {most}"
