@@ -195,7 +195,7 @@ LIMITS = {
     "data": (850, ("raygrpo.data.",)),
     "commands": (2300, ()),
     "fast rollouts": (
-        3450,
+        3700,
         (
             "raygrpo.engines.",
             "raygrpo.weights.",

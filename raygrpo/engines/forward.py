@@ -174,7 +174,7 @@ class Forward:
         try:
             self.prefill(slots, 0, prompt.numpy(), 0)
             for place in range(2):
-                prompts = share_prompts(slots.layers, np.zeros(2, np.int64), base, self._device)
+                prompts = share_prompts(slots.layers, np.zeros(2, np.int64), base)
                 ids = torch.stack([first[place], second[place]])
                 found = self.decode(cache, ids, base + place, base, prompts)
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:

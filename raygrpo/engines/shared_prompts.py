@@ -1,4 +1,4 @@
-"""Decoding a group behind one copy of its prompt: keys and values read once for all of its rows.
+"""Decoding a group on a CPU behind one copy of its prompt, read once for all of its rows.
 
 Attention over a prompt and over what a row has written of its completion are two calls of torch's
 flash kernel. In the first the rows of a group are queries of one problem. The kernel also returns
@@ -102,7 +102,7 @@ def cached_positions(
 
 
 def share_prompts(
-    layers: Sequence[SlotLayer], slots: Indices, bases: Indices, device: torch.device
+    layers: Sequence[SlotLayer], slots: Indices, bases: Indices
 ) -> SharedPrompts | None:
     """For rows whose first ``bases`` [R] positions lie in ``slots`` [R], -1 for none; None when
     that holds of all."""
@@ -119,18 +119,14 @@ def share_prompts(
     members = np.full(num_slots * width, rows[0])
     members[places[rows]] = rows
     as_they_are = np.array_equal(members, np.arange(slots.size))
-    order = None if as_they_are else (_on(device, members), _on(device, places))
+    order = None if as_they_are else (torch.from_numpy(members), torch.from_numpy(places))
     return SharedPrompts(
         layers=layers,
         num_slots=num_slots,
         length=int(bases.max()),
         order=order,
-        alone=None if shared.all() else _on(device, ~shared),
+        alone=None if shared.all() else torch.from_numpy(~shared),
     )
-
-
-def _on(device: torch.device, array: npt.NDArray[Any]) -> Tensor:
-    return torch.from_numpy(array).to(device)
 
 
 def shared_prompt_attention(

@@ -207,7 +207,7 @@ class TransformersEngine:
         positions, bases = table.length[rows] - 1, table.base[rows]
         self._cache.reserve(table.num_rows, int((positions - bases).max()) + 1)
         ids = torch.from_numpy(table.last(rows)).to(self._device)
-        prompts = share_prompts(self._prompts.layers, table.slot[rows], bases, self._device)
+        prompts = share_prompts(self._prompts.layers, table.slot[rows], bases)
         self._append(rows, self._forward.decode(self._cache, ids, positions, bases, prompts))
 
     def _append(self, rows: slice, logits: Tensor) -> None:

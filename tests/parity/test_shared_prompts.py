@@ -75,7 +75,7 @@ def test_attention_equals_the_definition(
     query = draw(slots.size, key_heads * repeats, 1, width)
     key, value = (draw(slots.size, key_heads, stop, width) for _ in range(2))
     now = bases + written - 1
-    prompts = share_prompts(cache.layers, slots, bases, torch.device("cpu"))
+    prompts = share_prompts(cache.layers, slots, bases)
     assert prompts is not None
     assert prompts.length == longest
     ago = now[:, None] - np.concatenate(
