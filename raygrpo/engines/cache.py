@@ -20,13 +20,14 @@ GROWTH = 64
 class Plan:
     """Where the next forward pass writes and what it sees; shared by all layers.
 
-    A prefill writes positions [start, stop) of row ``row``. A decode (``row`` None) writes one
-    position of each of the first rows, ``positions`` [R], and sees the first ``stop`` positions.
+    A prefill writes positions [start, stop) of the rows ``prefilled``: one, or several from their
+    first position on. A decode (``prefilled`` empty) writes one position of each of the first rows,
+    ``positions`` [R], and sees the first ``stop`` positions.
     """
 
     rows: int = 0
     length: int = 0
-    row: int | None = None
+    prefilled: list[int] = field(default_factory=list)
     start: int = 0
     stop: int = 0
     positions: Tensor | None = None
@@ -81,9 +82,10 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def _write(self, cache: Tensor, states: Tensor) -> Tensor:
         plan = self.plan
-        if plan.row is not None:
-            cache[plan.row, :, plan.start : plan.stop] = states[0]
-            return cache[plan.row : plan.row + 1, :, : plan.stop]
+        if plan.prefilled:
+            cache[plan.prefilled, :, plan.start : plan.stop] = states
+            row = plan.prefilled[0]
+            return states if plan.start == 0 else cache[row : row + 1, :, : plan.stop]
         batch, heads, _, width = states.shape
         cache.view(-1, width).index_copy_(0, plan.target(heads), states.reshape(-1, width))
         return cache[:batch, :, : plan.stop]
@@ -121,14 +123,15 @@ class SlotCache(Cache):  # type: ignore[misc]
         for layer in self.layers:
             layer.grow()
 
-    def plan_prefill(self, row: int, start: int, stop: int) -> None:
-        """The next forward pass computes positions [start, stop) of one row."""
-        self.plan.row, self.plan.start, self.plan.stop = row, start, stop
+    def plan_prefill(self, rows: list[int], start: int, stop: int) -> None:
+        """The next forward pass computes positions [start, stop) of rows; of one if not from 0."""
+        assert start == 0 or len(rows) == 1
+        self.plan.prefilled, self.plan.start, self.plan.stop = rows, start, stop
 
     def plan_decode(self, positions: Tensor, stop: int) -> None:
         """The next forward pass computes one position of each of the first rows."""
         plan = self.plan
-        plan.row, plan.start, plan.stop, plan.positions = None, stop - 1, stop, positions
+        plan.prefilled, plan.start, plan.stop, plan.positions = [], stop - 1, stop, positions
         plan.targets = {}
 
     def share(self, row: int, count: int, length: int) -> None:

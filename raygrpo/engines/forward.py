@@ -20,6 +20,8 @@ from raygrpo.types import FloatArray
 log = logging.getLogger(__name__)
 
 PREFILL_CHUNK = 1024
+# A prompt shorter than this share of a batch's longest goes to the next batch.
+_ALIKE = 0.75
 SCORE_CHUNK = 128
 Indices = npt.NDArray[np.int64]
 # By how much logits may differ, of their own norm, when prompts are shared. A layer that does not
@@ -67,13 +69,35 @@ class Forward:
         ids = torch.from_numpy(tokens).to(self._device)[None]
         for start in range(begin, tokens.size, PREFILL_CHUNK):
             stop = min(start + PREFILL_CHUNK, tokens.size)
-            cache.plan_prefill(row, start, stop)
-            positions = torch.arange(start, stop, device=self._device)[None]
-            keys = torch.arange(stop, device=self._device)[None]
-            hidden = self._hidden(
-                cache, ids[:, start:stop], positions, keys[:, None] <= positions[..., None], keys
-            )
+            cache.plan_prefill([row], start, stop)
+            hidden = self._causal(cache, ids[:, start:stop], start)
         return self._logits(hidden[:, -1])
+
+    def prefill_prompts(
+        self, cache: SlotCache, rows: Sequence[int], prompts: Sequence[Indices]
+    ) -> list[Tensor]:
+        """Computes prompts into rows of the cache, those of like length together; returns the
+        logits [V] after each."""
+        after: dict[int, Tensor] = {}
+        for batch in _batches([prompt.size for prompt in prompts]):
+            if len(batch) == 1:
+                after[batch[0]] = self.prefill(cache, rows[batch[0]], prompts[batch[0]], 0)[0]
+                continue
+            ends = torch.tensor([prompts[i].size - 1 for i in batch], device=self._device)
+            width = int(ends[0]) + 1
+            ids = np.stack([np.pad(prompts[i], (0, width - prompts[i].size)) for i in batch])
+            cache.plan_prefill([rows[i] for i in batch], 0, width)
+            hidden = self._causal(cache, torch.from_numpy(ids).to(self._device), 0)
+            logits = self._logits(hidden[torch.arange(len(batch), device=self._device), ends])
+            after.update(zip(batch, logits, strict=True))
+        return [after[i] for i in range(len(prompts))]
+
+    def _causal(self, cache: SlotCache, ids: Tensor, start: int) -> Tensor:
+        """Hidden states of ids [R, Q] at positions from ``start`` on."""
+        stop = start + ids.shape[1]
+        positions = torch.arange(start, stop, device=self._device)[None]
+        keys = torch.arange(stop, device=self._device)[None]
+        return self._hidden(cache, ids, positions, keys[:, None] <= positions[..., None], keys)
 
     def decode(
         self,
@@ -183,3 +207,17 @@ class Forward:
         off = float((found - expected).norm() / expected.norm())
         most = _SHARING_TOLERANCE[self._model.dtype]
         return None if off <= most else f"their logits are {off:.2g} off, more than {most}"
+
+
+def _batches(lengths: Sequence[int]) -> list[list[int]]:
+    """Indices by falling length: of like length, and at most `PREFILL_CHUNK` tokens with padding,
+    if there is more than one."""
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        longest = lengths[batches[-1][0]] if batches else 0
+        fits = batches and (len(batches[-1]) + 1) * longest <= PREFILL_CHUNK
+        if fits and lengths[index] >= _ALIKE * longest:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches

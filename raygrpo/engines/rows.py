@@ -69,6 +69,10 @@ class RowTable:
             self.tokens[row, span], self.logprobs[row, span] = written.token_ids, written.logprobs
         return first
 
+    def prompt(self, row: int) -> Indices:
+        """The ids of a row's prompt."""
+        return self.tokens[row, : self.prompt_length[row]]
+
     def take_slot(self, rows: slice) -> int:
         """Gives rows of one prompt the first slot that no row has, and returns it."""
         used = set(self.slot[: self.num_rows].tolist())

@@ -130,7 +130,7 @@ class TransformersEngine:
 
         Raises:
             NumericError: logits were not finite; the groups concerned are dropped, and the others
-                go on at the next step.
+                go on.
             InfraError: no version is loaded.
         """
         version = self._weights.version
@@ -144,62 +144,74 @@ class TransformersEngine:
         return finished
 
     def _start_waiting(self, version: Version) -> None:
+        groups = []
         for key, request in list(self._waiting.items()):
             if request.min_version > version:
                 continue
             if not self._fits(len(request.unfinished)):
-                return
+                break
             del self._waiting[key]
-            self._start(request)
+            groups.append(self._admit(request))
+        if groups:
+            self._append(slice(groups[0].start, groups[-1].stop), self._prefill(groups))
 
     def _fits(self, count: int) -> bool:
         if not self._running:
             return True
         return not self._deterministic and self._rows.num_rows + count <= self._max_rows
 
-    def _start(self, request: GroupRequest) -> None:
+    def _admit(self, request: GroupRequest) -> slice:
+        """Gives a group its rows, and a slot for its prompt if they share it."""
         serial, self._num_started = self._num_started, self._num_started + 1
         ended = {i: c for i, c in enumerate(request.partials) if c.finish != "abort"}
         self._running[serial] = Running(request, time.monotonic(), ended)
         if request.sampling not in self._settings:
             self._settings.append(request.sampling)
-        sampling, length = request.sampling, request.prompt.token_ids.size
+        sampling = request.sampling
         keys = row_keys(request.seed, request.stream, request.group_id, sampling.num_completions)
         first = self._rows.add(request, serial, self._settings.index(sampling), keys)
         rows = slice(first, self._rows.num_rows)
         if self._deterministic:
             self._cache, self._prompts = self._forward.new_cache(), self._forward.new_cache()
-        share = (
-            self._forward.shares_prompts
-            and not request.partials
-            and sharing_pays(length, rows.stop - first)
-        )
-        parts = (self._share_prompt if share else self._copy_prompt)(rows, request)
-        self._append(rows, torch.cat(parts))
+        pays = sharing_pays(request.prompt.token_ids.size, rows.stop - first)
+        if self._forward.shares_prompts and pays and not request.partials:
+            self._rows.take_slot(rows)
+        return rows
 
-    def _share_prompt(self, rows: slice, request: GroupRequest) -> list[Tensor]:
-        """Computes a prompt into a free slot; returns the logits [1, V] after it for each row."""
-        slot = self._rows.take_slot(rows)
-        self._prompts.reserve(slot + 1, request.prompt.token_ids.size)
-        self._cache.reserve(rows.stop, min(request.sampling.max_tokens, FIRST_ROOM))
-        prompt = request.prompt.token_ids.astype(np.int64)
-        return [self._forward.prefill(self._prompts, slot, prompt, 0)] * (rows.stop - rows.start)
-
-    def _copy_prompt(self, rows: slice, request: GroupRequest) -> list[Tensor]:
-        """Computes a prompt into each row, and what is written behind it."""
-        table, first, length = self._rows, rows.start, request.prompt.token_ids.size
-        room = length + min(request.sampling.max_tokens, FIRST_ROOM)
-        self._cache.reserve(rows.stop, max(room, int(table.length[rows].max())))
-        logits = self._forward.prefill(self._cache, first, table.tokens[first, :length], 0)
-        self._cache.share(first, rows.stop - first - 1, length)
-        parts = []
-        for row in range(first, rows.stop):
-            history = table.tokens[row, : table.length[row]]
-            written = history.size > length
-            parts.append(
-                self._forward.prefill(self._cache, row, history, length) if written else logits
+    def _prefill(self, groups: list[slice]) -> Tensor:
+        """Computes new groups' prompts, into slots or rows, and what is written behind them;
+        returns the logits [R, V] after each of the rows."""
+        table, after = self._rows, dict[int, Tensor]()
+        new = slice(groups[0].start, groups[-1].stop)
+        room = np.minimum(table.max_length[new] - table.length[new], FIRST_ROOM)
+        self._cache.reserve(new.stop, int((table.length[new] - table.base[new] + room).max()))
+        firsts = [rows.start for rows in groups]
+        shared = [row for row in firsts if table.slot[row] >= 0]
+        copied = [row for row in firsts if table.slot[row] < 0]
+        if shared:
+            slots, longest = table.slot[shared], int(table.prompt_length[shared].max())
+            self._prompts.reserve(int(slots.max()) + 1, longest)
+            logits = self._forward.prefill_prompts(
+                self._prompts, slots.tolist(), [table.prompt(row) for row in shared]
             )
-        return parts
+            after.update(zip(shared, logits, strict=True))
+        if copied:
+            logits = self._forward.prefill_prompts(
+                self._cache, copied, [table.prompt(row) for row in copied]
+            )
+            after.update(zip(copied, logits, strict=True))
+        parts = []
+        for rows in groups:
+            length = int(table.prompt_length[rows.start])
+            if rows.start in copied:
+                self._cache.share(rows.start, rows.stop - rows.start - 1, length)
+            for row in range(rows.start, rows.stop):
+                history = table.tokens[row, : table.length[row]]
+                if history.size > length:
+                    parts.append(self._forward.prefill(self._cache, row, history, length))
+                else:
+                    parts.append(after[rows.start][None])
+        return torch.cat(parts)
 
     def _decode(self) -> None:
         table = self._rows
@@ -212,12 +224,20 @@ class TransformersEngine:
 
     def _append(self, rows: slice, logits: Tensor) -> None:
         """Samples each row's next token, and takes out the rows that end with it."""
-        finite = logits.sum(-1).isfinite().cpu().numpy()
-        if not finite.all():
-            self._fail(np.flatnonzero(~finite) + rows.start)
+        finite = logits.sum(-1).isfinite()
+        broken = np.flatnonzero(~finite.cpu().numpy()) + rows.start
+        if broken.size:
+            logits = logits.masked_fill(~finite[:, None], 0)
         tokens, logprobs = self._sample(rows, logits)
         self._rows.append(rows, tokens, logprobs, len(self._versions) - 1)
-        self._collect(rows)
+        names = self._drop_broken(broken)
+        self._collect(slice(rows.start, self._rows.num_rows))
+        if names:
+            raise NumericError(
+                f"group {', '.join(names)}: logits are not finite under version "
+                f"{self._weights.version}",
+                "look at the gradient norms of the steps before; lower the learning rate",
+            )
 
     def _sample(
         self, rows: slice, logits: Tensor
@@ -283,15 +303,13 @@ class TransformersEngine:
             longest = int((table.length[targets] - table.base[targets]).max())
             self._cache.move(sources, targets, longest)
 
-    def _fail(self, rows: npt.NDArray[np.int64]) -> None:
-        serials = np.unique(self._rows.group[rows])
-        names = ", ".join("{}/{}".format(*self._running[int(serial)].key) for serial in serials)
+    def _drop_broken(self, rows: npt.NDArray[np.int64]) -> list[str]:
+        """Drops the groups of rows whose logits were not finite; returns their names."""
+        serials = np.unique(self._rows.group[rows]).tolist()
+        names = ["{}/{}".format(*self._running[serial].key) for serial in serials]
         for serial in serials:
-            self._drop(int(serial), clear=True)
-        raise NumericError(
-            f"group {names}: logits are not finite under version {self._weights.version}",
-            "look at the gradient norms of the steps before; lower the learning rate",
-        )
+            self._drop(serial, clear=True)
+        return names
 
     def _drop(self, serial: int, *, clear: bool = False) -> None:
         table = self._rows
