@@ -195,7 +195,7 @@ LIMITS = {
     "data": (850, ("raygrpo.data.",)),
     "commands": (2300, ()),
     "fast rollouts": (
-        3700,
+        3750,
         (
             "raygrpo.engines.",
             "raygrpo.weights.",

@@ -62,9 +62,9 @@ def test_an_engine_trace_is_bounded_and_changes_nothing(
             for a, b in zip(mine.completions, other.completions, strict=True):
                 assert a.token_ids.tolist() == b.token_ids.tolist()
                 assert a.logprobs.tolist() == b.logprobs.tolist()
-    # Two layers: three prompts in the first step, then a token of every row in each step.
-    assert attention_calls(whole) == 2 * (3 + TOKENS - 1)
-    assert attention_calls(cut) == 2 * (3 + 5 - 1)
+    # Two layers: three prompts in the first step, together, then a token of every row in each step.
+    assert attention_calls(whole) == 2 * TOKENS
+    assert attention_calls(cut) == 2 * 5
 
 
 def test_only_the_asked_step_is_traced(tmp_path: Path) -> None:
