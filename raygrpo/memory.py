@@ -18,7 +18,6 @@ from raygrpo.algorithm.logprobs import chunk_tokens_for
 from raygrpo.algorithm.packing import RowLayout
 from raygrpo.config import ModelSection, RunConfig
 from raygrpo.engines.choose import planned_engine
-from raygrpo.engines.shared_prompts import cached_positions
 from raygrpo.learner.deepspeed_config import BUCKET_ELEMENTS
 from raygrpo.learner.model_probe import expected_layout
 from raygrpo.learner.sequence_parallel import sequence_ranks
@@ -350,15 +349,11 @@ def generator_memory(config: RunConfig, size: ModelSize) -> Memory:
     if planned_engine(config).startswith("vllm"):
         return _vllm_memory(config, size)
     weights = size.parameters * size.dtype_bytes
+    length = config.data.max_prompt_length + config.sampling.max_tokens
     rows = max(config.generators.max_rows, config.sampling.num_completions)
-    lengths = config.data.max_prompt_length, config.sampling.max_tokens
-    positions = rows * sum(lengths)
-    if not config.ray.gpus.generator:
-        alone = config.eval.eval_steps > 0
-        positions = cached_positions(*lengths, config.sampling.num_completions, rows, alone=alone)
     versions = {"weights": 2 * weights, "adapter's base": weights if config.learner.lora else 0}
     decoding = {
-        "KV cache": positions * size.cached,
+        "KV cache": rows * length * size.cached,
         "logits": 4 * rows * size.vocabulary * 4,
     }
     if config.model.fp32_head and size.dtype_bytes < 4:

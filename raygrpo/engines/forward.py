@@ -24,8 +24,8 @@ PREFILL_CHUNK = 1024
 _ALIKE = 0.75
 SCORE_CHUNK = 128
 Indices = npt.NDArray[np.int64]
-# By how much logits may differ, of their own norm, when prompts are shared. A layer that does not
-# know of them sees no prompt at all, which changes most of what it gives.
+# By how much logits may differ, of their own norm, when prompts are shared: a layer that sees them
+# wrongly changes far more.
 _SHARING_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
@@ -64,8 +64,8 @@ class Forward:
         self._wide_head = None
 
     def prefill(self, cache: SlotCache, row: int, tokens: Indices, begin: int) -> Tensor:
-        """Computes positions [begin, len(tokens)) of a row of the cache from the ids from its
-        first position on; returns the logits [1, V] after them."""
+        """Computes positions [begin, len(tokens)) of a row of the cache, whose ids from position 0
+        on are ``tokens``; returns the logits [1, V] after them."""
         ids = torch.from_numpy(tokens).to(self._device)[None]
         for start in range(begin, tokens.size, PREFILL_CHUNK):
             stop = min(start + PREFILL_CHUNK, tokens.size)
@@ -85,7 +85,10 @@ class Forward:
                 continue
             ends = torch.tensor([prompts[i].size - 1 for i in batch], device=self._device)
             width = int(ends[0]) + 1
-            ids = np.stack([np.pad(prompts[i], (0, width - prompts[i].size)) for i in batch])
+            # With their own last id, so that no other token's weights can spoil a prompt.
+            ids = np.stack(
+                [np.pad(prompts[i], (0, width - prompts[i].size), mode="edge") for i in batch]
+            )
             cache.plan_prefill([rows[i] for i in batch], 0, width)
             hidden = self._causal(cache, torch.from_numpy(ids).to(self._device), 0)
             logits = self._logits(hidden[torch.arange(len(batch), device=self._device), ends])
@@ -172,10 +175,7 @@ class Forward:
     def _find_sharing(self) -> bool:
         """Makes the model decode with shared prompts, and leaves it so if it does that right."""
         own = self._config._attn_implementation
-        reason: str | None = f"their attention is {own}"
-        if own == "sdpa":
-            use_shared_prompts(self._model)
-            reason = self._sharing_problem()
+        reason = self._sharing_problem() if own == "sdpa" else f"their attention is {own}"
         if reason is not None:
             kind = self._config.model_type
             log.warning(
@@ -185,28 +185,32 @@ class Forward:
         return reason is None
 
     def _sharing_problem(self) -> str | None:
-        """Two rows of two tokens behind a prompt, against rows of their own."""
-        tokens = torch.arange(1, 10) * 7919 % self.vocab_size
-        prompt, first, second = tokens[:5], tokens[5:7], tokens[7:]
-        rows = torch.stack([torch.cat([prompt, first]), torch.cat([prompt, second])])
-        hidden = self._decoder(input_ids=rows, use_cache=False).last_hidden_state
-        expected = self._logits(hidden[:, -1])
-        cache, slots = self.new_cache(), self.new_cache()
-        slots.reserve(1, prompt.size(0))
-        cache.reserve(2, 2)
-        base = np.full(2, prompt.size(0))
+        """Two tokens of rows behind prompts of 5 and 3 tokens in slots, and of one with its own."""
+        lengths, bases, slots = np.array([5, 3, 2]), np.array([5, 3, 0]), np.array([1, 0, -1])
+        tokens = np.arange(1, 17) * 7919 % self.vocab_size
+        rows = np.split(tokens, np.cumsum(lengths + 2)[:-1])
         try:
-            self.prefill(slots, 0, prompt.numpy(), 0)
+            expected = [self._last_logits(row) for row in rows]
+            use_shared_prompts(self._model)
+            cache, prompts = self.new_cache(), self.new_cache()
+            cache.reserve(3, 4)
+            prompts.reserve(2, 5)
+            self.prefill_prompts(prompts, slots[:2].tolist(), [rows[0][:5], rows[1][:3]])
+            self.prefill(cache, 2, rows[2][:2], 0)
             for place in range(2):
-                prompts = share_prompts(slots.layers, np.zeros(2, np.int64), base)
-                ids = torch.stack([first[place], second[place]])
-                found = self.decode(cache, ids, base + place, base, prompts)
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+                ids = np.array([row[n + place] for row, n in zip(rows, lengths, strict=True)])
+                shared = share_prompts(prompts.layers, slots, bases)
+                found = self.decode(cache, torch.from_numpy(ids), lengths + place, bases, shared)
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             # Which layers take what this needs only shows when it is given.
             return f"{type(error).__name__}: {error}"
-        off = float((found - expected).norm() / expected.norm())
+        off = float((found - torch.cat(expected)).norm() / torch.cat(expected).norm())
         most = _SHARING_TOLERANCE[self._model.dtype]
         return None if off <= most else f"their logits are {off:.2g} off, more than {most}"
+
+    def _last_logits(self, tokens: Indices) -> Tensor:
+        ids = torch.from_numpy(tokens)[None]
+        return self._logits(self._decoder(input_ids=ids, use_cache=False).last_hidden_state[:, -1])
 
 
 def _batches(lengths: Sequence[int]) -> list[list[int]]:

@@ -74,11 +74,19 @@ class RowTable:
         return self.tokens[row, : self.prompt_length[row]]
 
     def take_slot(self, rows: slice) -> int:
-        """Gives rows of one prompt the first slot that no row has, and returns it."""
-        used = set(self.slot[: self.num_rows].tolist())
-        slot = next(number for number in range(len(used) + 1) if number not in used)
+        """Gives rows of one prompt the next slot, and returns it."""
+        slot = int(self.slot[: self.num_rows].max()) + 1
         self.slot[rows], self.base[rows] = slot, self.prompt_length[rows]
         return slot
+
+    def close_slots(self) -> tuple[list[int], list[int]]:
+        """Makes the slots in use the first ones; returns (sources, targets) of those that moved."""
+        slots = self.slot[: self.num_rows]
+        used = np.unique(slots[slots >= 0])
+        sources, targets = used[used >= used.size], np.setdiff1d(np.arange(used.size), used)
+        for source, target in zip(sources, targets, strict=True):
+            slots[slots == source] = target
+        return sources.tolist(), targets.tolist()
 
     def _reserve(self, rows: int, length: int) -> None:
         have_rows, have_length = self.tokens.shape

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 NAME = "raygrpo_shared_prompts"
 _flash_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 Indices = npt.NDArray[np.int64]
-# Measured: for fewer positions that a group need not read, adding up two outputs costs more.
+# For fewer positions that a group need not read, adding up two outputs costs more (measured on two
+# cores). A single row has as much to read, but would make all others look past a long prompt.
 SHARING_PAYS = 512
 
 
@@ -39,14 +40,14 @@ class SharedPrompts:
 
     Attributes:
         layers: the cache of the slots.
-        num_slots: slots in use are among the first ones.
+        num_slots: those in use, the first ones.
         length: of the longest prompt in them.
         order: ``members`` [slots * most rows of a slot], the rows of each slot, filled up with any,
             and ``places`` [rows], where each row is among them; None where the members are the rows
             as they are.
         alone: [rows], those whose prompt is in no slot; None if there are none.
-        masks: of a kind of layers, by the address of the whole mask: for the slots, None where all
-            is visible, and for the rows.
+        masks: of a kind of layers, by the address of the whole mask and the heads of a key: that
+            mask, the slots' (None where all is visible) and the rows'.
     """
 
     layers: Sequence[SlotLayer]
@@ -54,17 +55,18 @@ class SharedPrompts:
     length: int
     order: tuple[Tensor, Tensor] | None
     alone: Tensor | None
-    masks: dict[int, tuple[Tensor | None, Tensor]] = field(default_factory=dict)
+    masks: dict[tuple[int, int], tuple[Tensor, Tensor | None, Tensor]] = field(default_factory=dict)
 
     def split(self, mask: Tensor, repeats: int) -> tuple[Tensor | None, Tensor]:
         """The masks of a kind of layers of which each key serves ``repeats`` heads."""
-        if mask.data_ptr() not in self.masks:
+        known = (mask.data_ptr(), repeats)
+        if known not in self.masks:
             of_slots, own = mask[..., : self.length], mask[..., self.length :].contiguous()
             taken: Tensor | None = None
             if not self._sees_all(of_slots):
                 taken = self.by_slot(of_slots.expand(-1, 1, repeats, -1))
-            self.masks[mask.data_ptr()] = taken, own
-        return self.masks[mask.data_ptr()]
+            self.masks[known] = mask, taken, own
+        return self.masks[known][1:]
 
     def by_slot(self, rows: Tensor) -> Tensor:
         """[R, heads, n, ...] to [slots, heads, members * n, ...]."""
@@ -86,19 +88,8 @@ class SharedPrompts:
 
 
 def sharing_pays(prompt_length: int, num_rows: int) -> bool:
-    """Whether a group's rows decode faster behind one copy of their prompt."""
-    return prompt_length * (num_rows - 1) >= SHARING_PAYS
-
-
-def cached_positions(
-    prompt_length: int, max_tokens: int, group_size: int, num_rows: int, *, alone: bool
-) -> int:
-    """What the caches hold when ``num_rows`` have all their tokens; ``alone``: some of them are in
-    no slot, which gives every row the room for a prompt."""
-    if not sharing_pays(prompt_length, group_size):
-        return num_rows * (prompt_length + max_tokens)
-    own = max_tokens + (prompt_length if alone else 0)
-    return num_rows * own + -(-num_rows // group_size) * prompt_length
+    """Whether a group's rows should decode behind one copy of their prompt."""
+    return prompt_length * max(num_rows - 1, 1) >= SHARING_PAYS
 
 
 def share_prompts(
@@ -166,7 +157,9 @@ def shared_prompt_attention(
     shared, sums = _attend(prompts.by_slot(query), keys, values, mask, scaling)
     shared, sums = prompts.by_row(shared, repeats), prompts.by_row(sums, repeats)
     if prompts.alone is not None:
+        # What these rows found is another's, and may be NaN.
         sums = sums.masked_fill(prompts.alone[:, None, None], -torch.inf)
+        shared = shared.masked_fill(prompts.alone[:, None, None, None], 0)
     weight = (sums - own_sums).sigmoid_()[..., None]
     output = torch.lerp(own.float(), shared.float(), weight).to(query.dtype)
     return output.view(rows, 1, heads, width), None

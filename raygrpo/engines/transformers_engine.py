@@ -129,8 +129,8 @@ class TransformersEngine:
         """Decodes one token of every running completion, then starts the groups that fit.
 
         Raises:
-            NumericError: logits were not finite; the groups concerned are dropped, and the others
-                go on.
+            NumericError: logits were not finite; the groups concerned are dropped, and the engine
+                could go on with the others.
             InfraError: no version is loaded.
         """
         version = self._weights.version
@@ -302,6 +302,9 @@ class TransformersEngine:
             table = self._rows
             longest = int((table.length[targets] - table.base[targets]).max())
             self._cache.move(sources, targets, longest)
+        sources, targets = self._rows.close_slots()
+        if sources:
+            self._prompts.move(sources, targets, int(self._rows.base.max()))
 
     def _drop_broken(self, rows: npt.NDArray[np.int64]) -> list[str]:
         """Drops the groups of rows whose logits were not finite; returns their names."""

@@ -20,10 +20,11 @@ from tests.parity.test_transformers_engine import (
     publish,
     request,
     run,
+    sharing,
 )
 from tests.tiny import Kind
 
-__all__ = ["paths"]  # the fixture
+__all__ = ["paths", "sharing"]  # the fixtures
 
 # A continuation computes its tokens' keys and values at once, decoding did it one by one: float32
 # sums in other orders. The largest difference seen is 2e-6; a wrong position or a lost token moves

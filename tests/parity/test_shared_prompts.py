@@ -16,8 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from raygrpo.engines import shared_prompts
 from raygrpo.engines.cache import SlotCache
 from raygrpo.engines.shared_prompts import share_prompts, shared_prompt_attention
+from raygrpo.errors import NumericError
 from tests.parity.test_transformers_engine import (
     KINDS,
     assert_logprobs_match,
@@ -32,7 +34,7 @@ from tests.tiny import Kind
 
 # Of float32: roundings of sums of up to a hundred numbers. Of bfloat16: both outputs and their sum
 # are rounded, by 2^-9 of their size, which is below 4.
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 3e-2}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
 
 @given(
@@ -113,34 +115,74 @@ def test_a_prompt_is_kept_once(paths: Callable[..., Path], kind: Kind) -> None: 
         assert_logprobs_match(plain_model(paths(kind)), group)
     slots, _, prompt_room, _ = engine._prompts.layers[0].keys.shape
     rows, _, row_room, _ = engine._cache.layers[0].keys.shape
-    assert (prompt_room >= 206, slots <= 4) == (True, True)
+    assert (prompt_room >= 206, slots <= 6) == (True, True)
     assert (row_room <= 128, rows >= 12) == (True, True)
 
 
-def test_a_slot_is_used_again(
+def test_slots_in_use_are_the_first_ones(
     paths: Callable[..., Path],  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """The first group ends first, and the last one's prompt takes its place."""
     monkeypatch.setattr("raygrpo.engines.shared_prompts.SHARING_PAYS", 0)
-    engine = make_engine(paths(), max_rows=6)
-    for number in range(5):
-        engine.submit(request(number, length=5 + number, max_tokens=4 + 5 * number))
-    groups = list(drain(engine))
-    assert engine._prompts.layers[0].keys.shape[0] == 2
+    engine = make_engine(paths(), max_rows=9)
+    model = plain_model(paths())
+    for number, tokens in enumerate((3, 30, 20)):
+        engine.submit(request(number, length=30 - 9 * number, max_tokens=tokens))
+    groups = []
+    while not groups:
+        groups += engine.step()
+    assert groups[0].request.group_id == 0
+    rows = slice(engine._rows.num_rows)
+    assert set(engine._rows.slot[rows][engine._rows.base[rows] == 12].tolist()) == {0}
+    engine.submit(request(3, length=4, max_tokens=9))
+    groups += list(drain(engine))
+    assert len(groups) == 4
+    assert engine._prompts.layers[0].keys.shape[0] == 3
     for group in groups:
-        assert_logprobs_match(plain_model(paths()), group)
+        assert_logprobs_match(model, group)
 
 
-@pytest.mark.parametrize("breakage", ["unaware", "refusing"])
+@pytest.mark.parametrize("broken", [0, 1])
+def test_a_broken_group_spoils_no_row_beside_it(
+    paths: Callable[..., Path],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    broken: int,
+) -> None:
+    """Neither one that shares another prompt, nor one in no slot, nor a prompt that comes later."""
+    monkeypatch.setattr("raygrpo.engines.shared_prompts.SHARING_PAYS", 60)
+    engine = make_engine(paths(), max_rows=12)
+    model = plain_model(paths())
+    for number, length in enumerate((35, 40, 6)):
+        engine.submit(request(number, length=length))
+    engine.step()
+    assert engine._rows.slot[:9].tolist() == [0] * 3 + [1] * 3 + [-1] * 3
+    with torch.inference_mode():
+        engine._prompts.layers[0].keys[broken] = torch.nan
+    with pytest.raises(NumericError, match=f"group train/{broken}: "):
+        engine.step()
+    engine.submit(request(3, length=31))
+    groups = list(drain(engine))
+    assert sorted(group.request.group_id for group in groups) == [1 - broken, 2, 3]
+    for group in groups:
+        assert_logprobs_match(model, group)
+
+
+@pytest.mark.parametrize("breakage", ["unaware", "refusing", "wrong"])
 def test_models_that_cannot_share_keep_prompts_by_row(
     paths: Callable[..., Path],  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     breakage: str,
 ) -> None:
-    """Layers that ignore the shared prompts, or want what attention here does not know."""
+    """Layers that ignore shared prompts, want what is not known there, or get it wrong."""
     if breakage == "unaware":
         monkeypatch.setattr("raygrpo.engines.forward.use_shared_prompts", lambda model: None)
+    elif breakage == "wrong":
+        attend = shared_prompts._attend
+        monkeypatch.setattr(
+            shared_prompts, "_attend", lambda *a: (attend(*a)[0], 0.5 * attend(*a)[1])
+        )
     else:
 
         def refuse(*args: Any) -> None:
@@ -149,9 +191,13 @@ def test_models_that_cannot_share_keep_prompts_by_row(
         monkeypatch.setattr("raygrpo.engines.shared_prompts.refuse_unknown", refuse)
     with caplog.at_level(logging.WARNING):
         engine = make_engine(paths())
-    reason = {"unaware": "broadcast shape", "refusing": "softcap is not known"}[breakage]
+    reasons = {
+        "unaware": "must match the size",
+        "refusing": "softcap is not known",
+        "wrong": r"logits are 0\.\d+ off",
+    }
     assert not engine._forward.shares_prompts
     assert engine._model.config._attn_implementation == "sdpa"
-    assert re.search(f"keeps its prompt.*'llama': .*{reason}", caplog.text)
+    assert re.search(f"keeps its prompt.*'llama': .*{reasons[breakage]}", caplog.text)
     for group in run(engine, request(0, length=20), request(1)).values():
         assert_logprobs_match(plain_model(paths()), group)

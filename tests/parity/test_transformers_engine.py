@@ -506,8 +506,8 @@ def test_a_request_that_cannot_fit_is_refused(paths: Callable[..., Path]) -> Non
 def test_logits_that_are_not_finite_name_the_group(paths: Callable[..., Path]) -> None:
     """The embedding of one token is poisoned: only the group whose prompt has it fails.
 
-    The third group takes the second one's rows with a shorter prompt, so that what the second one
-    left there lies among the keys that its mask hides.
+    A third group is moved to the second one's rows, and a fourth takes up what else that one had,
+    each with a shorter prompt: what the second one left would lie among the keys that masks hide.
     """
     engine = make_engine(paths("llama"), max_rows=9)
     model = plain_model(paths("llama"))
@@ -521,8 +521,9 @@ def test_logits_that_are_not_finite_name_the_group(paths: Callable[..., Path]) -
     engine.submit(request(6, length=2))
     with pytest.raises(NumericError, match="group train/5"):
         engine.step()
+    engine.submit(request(7, length=5))
     groups = finish(engine)
-    assert sorted(groups) == [("train", 4), ("train", 6)]
+    assert sorted(groups) == [("train", 4), ("train", 6), ("train", 7)]
     for group in groups.values():
         assert_logprobs_match(plain_model(paths("llama")), group)
 
