@@ -2,7 +2,7 @@
 
 Attention over a prompt and over what a row has written of its completion are two calls of torch's
 flash kernel. In the first the rows of a group are queries of one problem. The kernel also returns
-the logarithm of each query's sum of exponentials, of which the weights of the two outputs follow
+the logarithm of each query's sum of exponentials, which gives the weights of the two outputs
 (FlashAttention's rule for blocks of keys, Dao et al. 2022, arXiv:2205.14135, section 3.1; for
 shared prefixes Juravsky et al. 2024, arXiv:2402.05099). The time of a step then grows with the
 tokens of the prompts, not with those times the rows, and so does the memory of the cache.
@@ -42,9 +42,9 @@ class SharedPrompts:
         layers: the cache of the slots.
         num_slots: those in use, the first ones.
         length: of the longest prompt in them.
-        order: ``members`` [slots * most rows of a slot], the rows of each slot, filled up with any,
-            and ``places`` [rows], where each row is among them; None where the members are the rows
-            as they are.
+        order: ``members`` [slots * most rows of a slot], the rows of each slot, filled up with
+            some, and ``places`` [rows], where each row is among them; None where the members are
+            the rows as they are.
         alone: [rows], those whose prompt is in no slot; None if there are none.
         masks: of a kind of layers, by the address of the whole mask and the heads of a key: that
             mask, the slots' (None where all is visible) and the rows'.
