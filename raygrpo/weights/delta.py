@@ -34,7 +34,7 @@ MAGIC = b"rgD1"
 # 1 Gbit/s takes them as soon as they are coded, sent and decoded (benchmarks/delta_bytes.py).
 DENSE_FRAC = 0.25
 WORD = 8
-CHUNK_BYTES = 4 * 2**20
+CHUNK_BYTES = 16 * 2**20
 SAMPLE_BYTES, SAMPLE_STEP = 2**13, 2**19
 BLOCK_GAPS = 2**20
 SKIP = 2**16 - 1
