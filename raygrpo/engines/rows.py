@@ -73,11 +73,10 @@ class RowTable:
         """The ids of a row's prompt."""
         return self.tokens[row, : self.prompt_length[row]]
 
-    def take_slot(self, rows: slice) -> int:
-        """Gives rows of one prompt the next slot, and returns it."""
-        slot = int(self.slot[: self.num_rows].max()) + 1
-        self.slot[rows], self.base[rows] = slot, self.prompt_length[rows]
-        return slot
+    def take_slot(self, rows: slice) -> None:
+        """Gives rows of one prompt the next slot."""
+        self.slot[rows] = self.slot[: self.num_rows].max() + 1
+        self.base[rows] = self.prompt_length[rows]
 
     def close_slots(self) -> tuple[list[int], list[int]]:
         """Makes the slots in use the first ones; returns (sources, targets) of those that moved."""

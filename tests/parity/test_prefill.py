@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from raygrpo.engines.forward import _ALIKE, PREFILL_CHUNK, Forward, _batches
+from raygrpo.types import Version
 from tests.parity.test_transformers_engine import (
     KINDS,
     assert_logprobs_match,
     make_engine,
     paths,  # noqa: F401
     plain_model,
+    publish,
     request,
     run,
     sharing,  # noqa: F401
@@ -61,3 +64,16 @@ def test_groups_that_start_together_are_computed_together(
     assert sorted(passes) == [(1, 2), (1, 9), (3, 24)]
     for group in groups.values():
         assert_logprobs_match(plain_model(paths(kind)), group)
+
+
+def test_padding_brings_no_other_token_into_a_prompt(
+    paths: Callable[..., Path],  # noqa: F811
+) -> None:
+    """Padding with an id whose embedding is not finite would spoil prompts that do not have it."""
+    engine, model = make_engine(paths()), plain_model(paths())
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:3] = torch.nan
+    engine.load_weights(*publish(model, Version(0, 1)))
+    groups = run(engine, request(0, length=20, max_tokens=1), request(1, length=16, max_tokens=1))
+    for group in groups.values():
+        assert_logprobs_match(plain_model(paths()), group)
