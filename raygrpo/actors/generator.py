@@ -42,6 +42,9 @@ GroupKey = tuple[Stream, int, int]
 
 T = TypeVar("T")
 
+# How far apart groups that are asked for at once come in; far less than a prefill of its own takes.
+_TOGETHER_S = 0.01
+
 # torch's, by name: this module does without torch.
 _DEVICE_ERRORS = ("OutOfMemoryError", "AcceleratorError")
 
@@ -100,6 +103,7 @@ class GeneratorActor:
         self._store = store
         self._profile = profile
         self._make_engine = make_engine
+        # For the engine's thread: it runs the call, and its outcome resolves the future.
         self._commands: queue.SimpleQueue[tuple[Callable[[], Any], asyncio.Future[Any]]]
         self._commands = queue.SimpleQueue()
         self._waiting: dict[tuple[Stream, int, int], asyncio.Future[Group | Partials]] = {}
@@ -160,7 +164,7 @@ class GeneratorActor:
     def _leave(self) -> asyncio.Future[None]:
         self._leaving = True
         done: asyncio.Future[None] = self._loop.create_future()
-        self._enqueue(self._abort_all, done)
+        self._commands.put((self._abort_all, done))
         return done
 
     def _abort_all(self) -> None:
@@ -283,12 +287,8 @@ class GeneratorActor:
     async def _on_engine(self, call: Callable[[], T]) -> T:
         """Runs ``call`` on the engine's thread, between two steps."""
         done: asyncio.Future[T] = self._loop.create_future()
-        self._enqueue(call, done)
-        return await done
-
-    def _enqueue(self, call: Callable[[], Any], done: asyncio.Future[Any]) -> None:
-        """Has the engine's thread run ``call`` and resolve ``done`` with its outcome."""
         self._commands.put((call, done))
+        return await done
 
     def _run(self, version: Version | None, made: asyncio.Future[None]) -> None:
         """The engine's thread, which makes it and serves until the process ends.
@@ -328,11 +328,21 @@ class GeneratorActor:
             self._loop.call_soon_threadsafe(_fail, done, error)
 
     def _run_commands(self) -> None:
-        while not self._engine.can_step or not self._commands.empty():
-            if not self._engine.can_step:
+        """Runs what has come; at rest, waits for work, and a moment more for what comes with it:
+        groups that are asked for together start together."""
+        together_until = 0.0
+        while True:
+            at_rest = not self._engine.can_step
+            if at_rest:
                 self._idle.mark(busy=False)
-            call, done = self._commands.get()
+            wait_s = max(0.0, together_until - time.monotonic())
+            try:
+                call, done = self._commands.get(timeout=None if at_rest else wait_s)
+            except queue.Empty:
+                return
             self._idle.mark(busy=True)
+            if at_rest:
+                together_until = time.monotonic() + _TOGETHER_S
             try:
                 outcome = call()
             except Exception as error:

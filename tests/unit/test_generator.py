@@ -1,0 +1,95 @@
+"""The generator's loop between asynchronous calls and its engine's thread, without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from raygrpo.actors import generator
+from raygrpo.actors.generator import GeneratorActor
+from raygrpo.config import RunConfig
+from raygrpo.types import Completion, Group, GroupRequest, Prompt, Sampling, Version
+
+TIMEOUT_S = 30.0
+
+
+def request(group_id: int) -> GroupRequest:
+    return GroupRequest(
+        stream="train",
+        group_id=group_id,
+        attempt=0,
+        prompt=Prompt(id="p", text="", token_ids=np.array([1], dtype=np.int32)),
+        seed=0,
+        sampling=Sampling(num_completions=1, max_tokens=1),
+        min_version=Version(0, 0),
+    )
+
+
+class OneStepEngine:
+    """Finishes in a step what was submitted before it, and keeps how many groups that were."""
+
+    version = Version(0, 0)
+
+    def __init__(self, on_submit: Callable[[], object]) -> None:
+        self.waiting: list[GroupRequest] = []
+        self.step_sizes: list[int] = []
+        self._on_submit = on_submit
+
+    @property
+    def can_step(self) -> bool:
+        return bool(self.waiting)
+
+    def submit(self, request: GroupRequest) -> None:
+        self.waiting.append(request)
+        self._on_submit()
+
+    def step(self) -> list[Group]:
+        self.step_sizes.append(len(self.waiting))
+        done, self.waiting = self.waiting, []
+        return [Group(request=r, completions=(completion(),)) for r in done]
+
+
+def completion() -> Completion:
+    return Completion(
+        token_ids=np.array([1], dtype=np.int32),
+        logprobs=np.zeros(1, dtype=np.float32),
+        loss_mask=np.ones(1, dtype=bool),
+        text="",
+        finish="length",
+        version_runs=((Version(0, 0), 1),),
+    )
+
+
+async def asked_while_the_first_is_submitted(num_groups: int) -> list[int]:
+    """The sizes of the steps, where all calls but one come after the engine took the first."""
+    loop = asyncio.get_running_loop()
+    taken = asyncio.Event()
+    engine = OneStepEngine(lambda: loop.call_soon_threadsafe(taken.set))
+    config = RunConfig.model_validate({"model": {"path": "m"}, "data": {"source": "none.jsonl"}})
+
+    def make_engine(*_: Any, **__: Any) -> Any:
+        return engine
+
+    actor = GeneratorActor(config, None, 1, make_engine=make_engine)
+    await actor.start(None)
+    answers = [asyncio.ensure_future(actor.generate(request(0)))]
+    await asyncio.wait_for(taken.wait(), TIMEOUT_S)
+    answers += [asyncio.ensure_future(actor.generate(request(i))) for i in range(1, num_groups)]
+    for report, group in await asyncio.wait_for(asyncio.gather(*answers), TIMEOUT_S):
+        assert isinstance(group, Group)
+        assert report.group_id == group.request.group_id
+    return engine.step_sizes
+
+
+def test_groups_that_are_asked_for_together_start_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(generator, "on_sigterm", lambda _: None)
+    monkeypatch.setattr(generator, "keep_heap", lambda: None)
+    # A second, so that a busy machine's event loop still comes in time.
+    monkeypatch.setattr(generator, "_TOGETHER_S", 1.0)
+    assert asyncio.run(asked_while_the_first_is_submitted(4)) == [4]
