@@ -20,6 +20,7 @@ from raygrpo.engines.stops import StopStrings
 from raygrpo.engines.vllm_weights import BACKEND, WorkerExtension
 from raygrpo.errors import ConfigError
 from raygrpo.types import Completion, FloatArray, Sampling, Version
+from raygrpo.weights.probe import PROBE_LENGTH
 
 Run = tuple[Version, int]
 
@@ -75,7 +76,8 @@ def engine_arguments(
         "trust_remote_code": model.trust_remote_code,
         "dtype": model.dtype,
         "seed": seed % 2**31,
-        "max_num_seqs": max_rows,
+        # A probe's requests never wait for a completion to end: its answer proves what they write.
+        "max_num_seqs": max_rows + PROBE_LENGTH - 1,
         "load_format": "dummy" if model.random_init else "auto",
         "generation_config": "vllm",  # stops come with each request
         "logprobs_mode": "processed_logprobs",
