@@ -214,6 +214,8 @@ def _training_parts(config: RunConfig, size: ModelSize, update: FullUpdate) -> P
         # Those of the only microbatch grow as its activations go; among ranks they are summed in
         # flat copies, which the holes that activations leave are too small for.
         gradients = max(0, gradients - activations)
+    # A reference that moves is averaged in float32.
+    average = 4 * size.parameters if section.ref_sync and size.dtype_bytes < 4 else 0
     parts = {
         "parameters": held if stage < 3 else held // num_ranks,
         "gathered": _gathered(config, size) if stage == 3 else 0,
@@ -224,7 +226,7 @@ def _training_parts(config: RunConfig, size: ModelSize, update: FullUpdate) -> P
         "activations": activations,
         "attention masks": update.mask * size.dtype_bytes,
         "language head": _head_bytes(config, size, tokens),
-        "reference": held if config.loss.beta and not section.lora else 0,
+        "reference": held + average if config.loss.beta and not section.lora else 0,
     }
     if not config.ray.gpus.learner:
         holes = _ADAPTER_HOLES if section.lora else _HOLES

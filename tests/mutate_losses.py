@@ -299,7 +299,7 @@ MUTANTS = [
         ("no old logprobs", "old_logprobs=held.old_logprobs,", "old_logprobs=None,"),
         ("no mask of top entropies", "policy_mask=held.policy_mask,", "policy_mask=None,"),
         ("the reference is the policy", "ref_logprobs, _ = self._reference(inputs)", "ref_logprobs, _ = self._policy(inputs)"),
-        ("the reference moves each step", 'or step % int(sync["steps"])', ""),
+        ("the reference moves each step", 'and step % int(sync["steps"]) == 0', ""),
         ("the reference's steps are updates", "self.num_updates // self._updates_per_step", "self.num_updates"),
         ("the reference moves by 1 - alpha", 'sync["alpha"])', '1 - sync["alpha"])'),
         ("the reference moves before the step", "        self._sync_reference()\n", "", (

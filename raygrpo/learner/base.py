@@ -21,6 +21,7 @@ from raygrpo.config import RunConfig
 from raygrpo.errors import ConfigError, NumericError, RayGrpoError, StorageError
 from raygrpo.learner.first_pass import Held, first_pass
 from raygrpo.learner.lora import adapter_off, adapter_parameters, base_parameters
+from raygrpo.learner.moving_reference import MovingReference
 from raygrpo.learner.policy import PolicyInputs, PolicyModel, policy_inputs
 from raygrpo.learner.schedule import learning_rate
 from raygrpo.learner.sequence_parallel import sequence_ranks
@@ -79,6 +80,9 @@ class Learner(ABC):
         self._watch: MovementWatch | None = None
         self._policy = policy
         self._reference = reference
+        self._moving: MovingReference | None = None
+        if reference is not None and config.learner.ref_sync:
+            self._moving = MovingReference(reference.model)
         self._layout = layout
         self._sequence_ranks = sequence_ranks(config)
         if not config.learner.lora:
@@ -302,30 +306,24 @@ class Learner(ABC):
             self._entropy = self._entropy.after(self._sum_over_ranks(entropy.sum) / count)
 
     def _sync_reference(self) -> None:
-        """Moves the reference towards the policy, every so many steps (TR-DPO, 2404.09656)."""
+        """Moves the reference towards the policy, every so many steps."""
         sync, step = self.config.learner.ref_sync, self.num_updates // self._updates_per_step
-        if self._reference is None or not sync or step % int(sync["steps"]):
-            return
-        frozen = dict(self._reference.model.named_parameters())
-        for name, weight in self.named_weights():
-            if name in frozen:
-                frozen[name].data.lerp_(weight.to(frozen[name]), sync["alpha"])
+        if self._moving is not None and step % int(sync["steps"]) == 0:
+            self._moving.move(self.named_weights(), sync["alpha"])
 
     def _extra_state(self) -> dict[str, Any]:
         """What the loss remembers: the entropy's coefficient, and a reference that moves."""
         state: dict[str, Any] = {"entropy": (self._entropy.coef, self._entropy.entropy)}
-        if self._reference is not None and self.config.learner.ref_sync:
-            named = self._reference.model.named_parameters()
-            state["reference"] = {name: value.detach().cpu() for name, value in named}
+        if self._moving is not None:
+            state["reference"] = self._moving.state()
         return state
 
     def _load_extra_state(self, state: dict[str, Any]) -> None:
         if self._entropy.target is not None and "entropy" in state:
             coef, entropy = state["entropy"]
             self._entropy = replace(self._entropy, coef=coef, entropy=entropy)
-        if self._reference is not None and "reference" in state:
-            for name, value in self._reference.model.named_parameters():
-                value.data.copy_(state["reference"][name])
+        if self._moving is not None and "reference" in state:
+            self._moving.load(state["reference"])
 
     def _finish(self, loss: float, lr: float, stats: list[dict[str, Stat]]) -> bool:
         """Applies the gradient and adds the update's global statistics; False: it was skipped."""

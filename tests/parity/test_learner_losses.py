@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from raygrpo.learner.first_pass import first_pass
+from raygrpo.learner.moving_reference import MovingReference
 from raygrpo.learner.policy import policy_inputs
 from raygrpo.learner.reference_learner import ReferenceLearner
 from raygrpo.types import Microbatch
@@ -196,6 +198,24 @@ def test_the_reference_moves_every_few_steps(model: Path) -> None:
     moved = learner.update(make_steps(5, 1, 1)[4][0])
     assert moved["kl"].mean < still.update(make_steps(5, 1, 1)[4][0])["kl"].mean
     assert stats[0]["kl"].mean >= 0
+
+
+def test_a_reference_in_bfloat16_moves_by_less_than_its_rounding() -> None:
+    """A tenth of bfloat16's spacing at 1 a step: averaged in bfloat16 it would stay at 1."""
+    model = torch.nn.Linear(3, 2, bias=False, dtype=torch.bfloat16)
+    model.weight.data.fill_(1)
+    policy = torch.full((2, 3), 1 + 2**-7, dtype=torch.bfloat16)
+    moving, expected, seen = MovingReference(model), 1.0, []
+    for step in range(20):
+        moving.move([("weight", policy), ("of_the_policy_alone", policy)], 0.1)
+        expected = 0.1 * float(policy[0, 0]) + 0.9 * expected
+        assert torch.equal(model.weight.data, torch.full_like(policy, expected))
+        seen.append(float(model.weight.data[0, 0]))
+        if step == 9:
+            state, model = moving.state(), copy.deepcopy(model)
+            moving = MovingReference(model)
+            moving.load(state)
+    assert (seen[0], seen[-1]) == (1, 1 + 2**-7)
 
 
 def test_what_the_loss_remembers_is_in_the_checkpoint(model: Path, tmp_path: Path) -> None:
