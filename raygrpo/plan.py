@@ -71,12 +71,9 @@ def make_plan(config: RunConfig) -> Plan:
             ``learner.deepspeed`` cannot work.
     """
     from raygrpo.actors.placement import generator_threads, learner_threads
-    from raygrpo.learner.deepspeed_config import deepspeed_config
-    from raygrpo.learner.lora import lora_config
+    from raygrpo.learner.deepspeed_config import check_learner
 
-    deepspeed_config(config)
-    if config.learner.lora:
-        lora_config(config)
+    check_learner(config)
     size = _model_size(config)
     prompt, gpus = config.data.max_prompt_length, config.ray.gpus
     update = fullest_step(config, prompt, hidden_size=size.hidden_size, layout=size.layout)

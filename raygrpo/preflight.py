@@ -17,7 +17,6 @@ from raygrpo.config import RewardSection, RunConfig
 from raygrpo.engines.choose import planned_engine
 from raygrpo.errors import ConfigError, RewardError
 from raygrpo.eval_setup import written
-from raygrpo.learner.deepspeed_config import deepspeed_config
 from raygrpo.learner.model_probe import expected_layout
 from raygrpo.learner.schedule import learning_rate
 from raygrpo.learner.sequence_parallel import check_attention, sequence_ranks
@@ -93,7 +92,6 @@ def dry_run(config: RunConfig) -> dict[str, Facts]:
     """
     with _Preflight(config) as session:
         checked = session.checked()
-    deepspeed_config(config)
     prompts = checked.prompts.take(MAX_ROWS)
     lengths = np.array([prompt.token_ids.size for prompt in prompts])
     longest = int(lengths.max())

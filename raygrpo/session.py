@@ -134,16 +134,16 @@ class Session:
         """What can be found wrong without a run directory or an actor; loads the prompts."""
         from raygrpo.actors.placement import check_run_dir, check_transfer
         from raygrpo.engines.choose import check_engine
+        from raygrpo.learner.deepspeed_config import check_learner
         from raygrpo.models import anchored_model, check_model_path, load_tokenizer
         from raygrpo.revisions import pin
         from raygrpo.rewards.loading import anchor_reward, check_reward
         from raygrpo.tracking.tensorboard import check_tensorboard
 
         config = self.config
-        check_run_dir(config)
-        check_transfer(config)
-        check_engine(config)
-        check_tensorboard(config)
+        checks = (check_run_dir, check_transfer, check_engine, check_learner, check_tensorboard)
+        for check in checks:
+            check(config)
         if not config.rewards:
             raise ConfigError("no rewards", "set rewards, or pass reward_funcs")
         for reward in config.rewards:

@@ -7,7 +7,7 @@ from typing import Any
 
 from raygrpo.config import RunConfig
 from raygrpo.config_file import merged_sections
-from raygrpo.errors import ConfigError
+from raygrpo.errors import ConfigError, nearest
 from raygrpo.learner.sequence_parallel import KEY, sequence_ranks
 
 # Elements of a communication bucket; DeepSpeed's own 5e8 would hold 2 GB of fp32 for one.
@@ -30,6 +30,14 @@ _REFUSED = {
     "zero_optimization.stage": "learner.zero_stage",
     "zero_optimization.compute_grad_norm": "optimizer.max_grad_norm",
 }
+# Where the state lies, how it travels, and what is logged; DeepSpeed itself says nothing of a
+# top-level key that it does not know.
+_SUPPORTED = {
+    "aio", "checkpoint", "comms_logger", "dump_state", "flops_profiler", "memory_breakdown",
+    "steps_per_print", "wall_clock_breakdown", "zero_optimization",
+}  # fmt: skip
+# These round weights or gradients on their way.
+_QUANTIZED = "zero_quantized_"
 
 
 def deepspeed_config(config: RunConfig) -> dict[str, Any]:
@@ -41,7 +49,8 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     learner.
 
     Raises:
-        ConfigError: a key in ``learner.deepspeed`` that would change what an update is.
+        ConfigError: a key in ``learner.deepspeed`` that would change what an update is, or that is
+            not supported.
     """
     sequence_ranks(config)
     user = {name: value for name, value in config.learner.deepspeed.items() if name != KEY}
@@ -68,6 +77,19 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     return merged_sections(ours, user)
 
 
+def check_learner(config: RunConfig) -> None:
+    """Refuses what the learner's own libraries are told and cannot do, without making one.
+
+    Raises:
+        ConfigError: in ``learner.deepspeed`` or ``learner.lora``.
+    """
+    deepspeed_config(config)
+    if config.learner.lora:
+        from raygrpo.learner.lora import lora_config
+
+        lora_config(config)
+
+
 def clips_itself(config: RunConfig) -> bool:
     """Whether the learner, not DeepSpeed, takes the norm and clips."""
     return config.learner.zero_stage == 0 and config.model.dtype == "float32"
@@ -83,6 +105,12 @@ def _refuse(user: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"learner.deepspeed.{name} cannot be set there", f"set {_REFUSED[name]}"
             )
+        if "." not in name and name not in _SUPPORTED:
+            fix = nearest(name, _SUPPORTED)
+            raise ConfigError(f"learner.deepspeed.{name} is not supported", fix)
+        if name.partition(".")[2].startswith(_QUANTIZED):
+            problem = f"learner.deepspeed.{name} would round what is trained"
+            raise ConfigError(problem, "leave it out")
     for part in ("offload_optimizer", "offload_param"):
         section = zero.get(part) or {}
         if isinstance(section, Mapping) and section.get("device") == "nvme":

@@ -155,7 +155,9 @@ def one_rank(models: dict[str, Path], saved: Path, tmp_path_factory: pytest.Temp
     gemma3 = models["gemma3"]
     cases = {}
     for stage in STAGES:
-        cases[f"train-{stage}"] = make_case(gemma3, stage, "train", deterministic=True)
+        cases[f"train-{stage}"] = make_case(
+            gemma3, stage, "train", **MANY_UPDATES, deterministic=True
+        )
         cases[f"gradient-{stage}"] = make_case(gemma3, stage, "infinite_gradient")
     cases["forks-3"] = make_case(gemma3, 3, "train", **FORKS)
     cases["refused"] = make_case(models["qwen2"], 2, "refused_load")
@@ -214,7 +216,7 @@ def test_two_ranks_equal_the_reference_learner(
 def test_one_rank_equals_the_reference_learner(
     stage: int, one_rank: Any, models: dict[str, Path]
 ) -> None:
-    check_against_reference(one_rank, f"train-{stage}", models["gemma3"])
+    check_against_reference(one_rank, f"train-{stage}", models["gemma3"], **MANY_UPDATES)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -433,6 +435,9 @@ def test_another_rank_count_is_refused(one_rank: Any) -> None:
         ("optimizer", "optimizer.lr"),
         ("scheduler", "optimizer.schedule"),
         ("bf16", "model.dtype"),
+        ("communication_data_type", "known: aio, checkpoint"),
+        ("data_types", "did you mean"),
+        ("compression_training", "is not supported"),
     ],
 )
 def test_deepspeed_keys_that_change_the_update_are_refused(key: str, instead: str) -> None:
@@ -440,6 +445,13 @@ def test_deepspeed_keys_that_change_the_update_are_refused(key: str, instead: st
     with pytest.raises(ConfigError, match=f"learner.deepspeed.{key}") as raised:
         deepspeed_config(config)
     assert instead in str(raised.value)
+
+
+@pytest.mark.parametrize("what", ["weights", "gradients", "nontrainable_weights"])
+def test_what_is_trained_is_not_quantized(what: str) -> None:
+    quantized = {"zero_optimization": {f"zero_quantized_{what}": True}}
+    with pytest.raises(ConfigError, match=f"zero_quantized_{what} would round what is trained"):
+        deepspeed_config(make_config("model", learner={"deepspeed": quantized}))
 
 
 def test_the_users_deepspeed_section_is_merged() -> None:
