@@ -9,6 +9,8 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from raygrpo.config import RunConfig
+
 # Steps that a judgement looks at: one step's mean says little where a step has few groups.
 WINDOW = 5
 SPIKE_WINDOW = 20
@@ -88,7 +90,7 @@ RULES = (
     ),
     _Rule(
         "no_signal",
-        "frac_reward_zero_std",
+        "frac_no_signal",
         _above(0.9),
         "the prompts are too easy or too hard, or the reward hardly differs: see completions/",
     ),
@@ -108,7 +110,7 @@ RULES = (
         "low_ess",
         "ess",
         _at_once(ESS_LIMIT, below=True),
-        "lower train.max_staleness, or set loss.correction: tis",
+        "lower train.max_staleness, or set loss.correction: tis unless the ratio is to the sampler",
     ),
     _Rule(
         "logprob_gap",
@@ -125,18 +127,26 @@ RULES = (
 )
 
 
+def _rules_for(config: RunConfig) -> list[_Rule]:
+    """All rules; without those on the sampler's ratios where a filter renormalises its logprobs,
+    which then differ from the policy's by the mass that was cut off."""
+    of_ratios = ("low_ess", "logprob_gap") if config.changes_distribution else ()
+    return [rule for rule in RULES if rule.name not in of_ratios]
+
+
 class Alarms:
     """Watches the metrics of a run, step by step. What it has seen is not kept over a restart."""
 
-    def __init__(self) -> None:
-        self._first: dict[str, list[float]] = {rule.name: [] for rule in RULES}
-        self._newest = {rule.name: deque[float](maxlen=SPIKE_WINDOW + 1) for rule in RULES}
+    def __init__(self, config: RunConfig) -> None:
+        self._rules = _rules_for(config)
+        self._first: dict[str, list[float]] = {rule.name: [] for rule in self._rules}
+        self._newest = {rule.name: deque[float](maxlen=SPIKE_WINDOW + 1) for rule in self._rules}
         self._ringing: set[str] = set()
 
     def check(self, metrics: Mapping[str, float]) -> list[Alarm]:
         """The alarms that begin with this step; a step without a metric leaves its alarm as is."""
         begun = []
-        for rule in RULES:
+        for rule in self._rules:
             if rule.metric not in metrics:
                 continue
             first, newest = self._first[rule.name], self._newest[rule.name]

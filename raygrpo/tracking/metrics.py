@@ -26,13 +26,15 @@ class StepFacts:
     """What a step was made of.
 
     ``finished``: every group that came back since the last step was taken; ``trained``: those that
-    the step trained on. ``num_tokens``: prompt and completion tokens of the whole run so far.
-    ``step_s``: from the last step's end to this one's; ``update_s``: the learner's part of it.
+    the step trained on. ``num_teaching`` of the finished ones have signal. ``num_tokens``: prompt
+    and completion tokens of the whole run so far. ``step_s``: from the last step's end to this
+    one's; ``update_s``: the learner's part of it.
     """
 
     step: int
     finished: Sequence[GroupSummary]
     trained: Sequence[GroupSummary]
+    num_teaching: int
     stats: Mapping[str, Stat]
     epoch: float
     num_tokens: int
@@ -58,6 +60,8 @@ def step_metrics(facts: StepFacts) -> dict[str, float]:
         "step_time": facts.step_s,
         "timing/update_s": facts.update_s,
     }
+    if finished:
+        metrics["frac_no_signal"] = 1 - facts.num_teaching / len(finished)
     for name in ("generate_s", "score_s"):
         times = [getattr(group, name) for group in finished]
         metrics |= _mean(f"timing/{name}", times)

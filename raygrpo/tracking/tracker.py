@@ -57,7 +57,7 @@ class Tracker:
                 root / "tensorboard", resume_step=resume_step, on_event=self._record_event
             )
         self._wandb = WandbLogger(self._run_dir, config)
-        self._alarms = Alarms()
+        self._alarms = Alarms(config)
 
     def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Records a step; it is on disk on return."""

@@ -160,6 +160,7 @@ def metrics_of(groups: list[GroupSummary]) -> dict[str, float]:
             step=0,
             finished=groups,
             trained=groups,
+            num_teaching=len(groups),
             stats={},
             epoch=1.0,
             num_tokens=tokens,

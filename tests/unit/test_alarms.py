@@ -5,16 +5,22 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from raygrpo.config import RunConfig
 from raygrpo.config_file import load_config
 from raygrpo.tracking.alarms import WINDOW, Alarms
 from raygrpo.tracking.tracker import Tracker
 
 
-def ring(metric: str, values: list[float]) -> list[tuple[int, str]]:
-    alarms = Alarms()
+def run_config(**sections: Any) -> RunConfig:
+    return load_config({"model": {"path": "m"}, "data": {"source": "d"}, **sections})
+
+
+def ring(metric: str, values: list[float], **sections: Any) -> list[tuple[int, str]]:
+    alarms = Alarms(run_config(**sections))
     return [
         (step, alarm.name)
         for step, value in enumerate(values)
@@ -25,7 +31,7 @@ def ring(metric: str, values: list[float]) -> list[tuple[int, str]]:
 @pytest.mark.parametrize(
     ("metric", "calm", "bad", "name"),
     [
-        ("frac_reward_zero_std", 0.5, 1.0, "no_signal"),
+        ("frac_no_signal", 0.5, 1.0, "no_signal"),
         ("completions/clipped_ratio", 0.2, 0.9, "truncation"),
     ],
 )
@@ -63,7 +69,7 @@ def test_a_skipped_update_rings_at_once() -> None:
 
 
 def test_a_step_without_the_metric_changes_nothing() -> None:
-    alarms = Alarms()
+    alarms = Alarms(run_config())
     for _ in range(WINDOW):
         alarms.check({"grad_norm": 1.0})
         assert alarms.check({"loss": 1e9}) == []
@@ -71,9 +77,7 @@ def test_a_step_without_the_metric_changes_nothing() -> None:
 
 
 def test_the_tracker_records_alarms(tmp_path: Path) -> None:
-    config = load_config(
-        {"run_dir": str(tmp_path), "model": {"path": "m"}, "data": {"source": "d"}}
-    )
+    config = run_config(run_dir=str(tmp_path))
     tracker = Tracker(tmp_path, config, file=io.StringIO())
     for step in range(1, WINDOW + 1):
         tracker.log_step(step, {"completions/clipped_ratio": 1.0})
@@ -87,3 +91,12 @@ def test_the_tracker_records_alarms(tmp_path: Path) -> None:
 def test_an_unlike_sampler_rings_at_once_and_once() -> None:
     assert ring("ess", [1.0, 0.81, 0.79, 0.5, 0.9, 0.3]) == [(2, "low_ess"), (5, "low_ess")]
     assert ring("sampling/logprob_gap_mean", [0.02, 0.09, 0.2, 0.3]) == [(2, "logprob_gap")]
+
+
+@pytest.mark.parametrize("filters", [{"top_p": 0.8}, {"min_p": 0.1}])
+def test_ratios_to_a_renormalised_sampler_ring_nothing(filters: dict[str, float]) -> None:
+    """They hold the mass that the filter cut off, however alike the two policies are."""
+    sampling = {"filters": filters}
+    assert ring("ess", [0.3], sampling=sampling) == []
+    assert ring("sampling/logprob_gap_mean", [0.2], sampling=sampling) == []
+    assert ring("skipped_updates_frac", [1.0], sampling=sampling) == [(0, "skipped_updates")]

@@ -113,6 +113,7 @@ def logged() -> frozenset[str]:
             step=1,
             finished=groups,
             trained=groups,
+            num_teaching=1,
             stats=learner_stats(),
             epoch=0.5,
             num_tokens=10,

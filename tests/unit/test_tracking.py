@@ -78,6 +78,7 @@ def group(
 def facts(finished: list[GroupSummary], trained: list[GroupSummary], **keys: Any) -> StepFacts:
     defaults: dict[str, Any] = {
         "step": 3, "stats": {}, "epoch": 0.5, "num_tokens": 100, "step_s": 2.0, "update_s": 0.5,
+        "num_teaching": 0,
     }  # fmt: skip
     return StepFacts(finished=finished, trained=trained, **{**defaults, **keys})
 
@@ -105,12 +106,13 @@ def events_of(root: Path) -> list[dict[str, Any]]:
 def test_rewards_are_trls_over_all_finished_groups() -> None:
     mixed, alike, other = [1.0, 0.0, 0.0, 1.0], [1.0] * 4, [0.0, 0.0, 0.0, 2.0]
     groups = [group(mixed), group(alike, group_id=1), group(other, group_id=2)]
-    metrics = step_metrics(facts(groups, [groups[0], groups[2]]))
+    metrics = step_metrics(facts(groups, [groups[0], groups[2]], num_teaching=2))
     everything = np.array([mixed, alike, other])
     assert metrics["reward"] == pytest.approx(everything.mean())
     assert metrics["reward_std"] == pytest.approx(everything.std(ddof=1))
     assert metrics["group_reward_std"] == pytest.approx(everything.std(axis=1, ddof=1).mean())
     assert metrics["frac_reward_zero_std"] == pytest.approx(1 / 3)
+    assert metrics["frac_no_signal"] == pytest.approx(1 / 3)
     assert metrics["rewards/exact/mean"] == pytest.approx(everything.mean())
     assert metrics["rewards/exact/std"] == pytest.approx(everything.std(ddof=1))
     trained = everything[[0, 2]]
