@@ -203,7 +203,8 @@ class SimulatedLearnerActor:
         ray.get(list(batch.payloads.values()))
         time.sleep(max(0.0, self._update_s - (time.monotonic() - started)))
         version = Version(incarnation, batch.step + 1)
-        return StepResult(version=version, stats={"loss": Stat.of(0.0)})
+        seconds = time.monotonic() - started
+        return StepResult(version=version, stats={"loss": Stat.of(0.0)}, seconds=seconds)
 
     def publish(self, version: Version, store: Any) -> PublishReport:
         """Gives the store a whole version, a small one."""

@@ -103,7 +103,8 @@ def replay(
         for step, path in enumerate(paths, start=1):
             batch = read_step(path)
             pending = learner.update(replace(batch, payloads=put_groups(batch.payloads)), 1)
-            metrics = stat_metrics(pending.wait().stats) | {"timing/update_s": pending.seconds}
+            result = pending.wait()
+            metrics = stat_metrics(result.stats) | {"timing/update_s": result.seconds}
             log.log(step, metrics)
             on_step(step, metrics)
         learner.save(directory).wait()

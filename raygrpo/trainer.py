@@ -67,6 +67,7 @@ class Trainer:
         self._num_tokens = restored.num_tokens if restored else 0
         self._update: Pending[StepResult] | None = None
         self._publish: Pending[Any] | None = None
+        self._weights_lost = False
         self._training: tuple[StepBatch, list[FinishedGroup]] | None = None
         self._sync: dict[str, float] = {}
         self._learner_idle, self._learner_share = IdleClock(), IdleShare()
@@ -100,12 +101,17 @@ class Trainer:
             self._boundary.start_save(updating=self._update is not None)
             self._admit()
             self._start_update()
-            ours = self._update, self._publish, self._boundary.save
-            self._learner_idle.mark(busy=any(ours))
+            self._learner_idle.mark(busy=self._learner_is_busy)
             self._take(self._pool.wait(self._pendings(), _TICK_S))
             blocked = self._pool.waited_s - waited
             self._driver_s += time.monotonic() - started - blocked
         return self._boundary.complete and not self._boundary.has_deferred
+
+    @property
+    def _learner_is_busy(self) -> bool:
+        # A save that is written may still wait for its step's record.
+        save = self._boundary.save
+        return bool(self._update or self._publish or (save and save.open_refs))
 
     def _finished(self) -> bool:
         return self._boundary.ended and not (self._update or self._publish)
@@ -133,8 +139,10 @@ class Trainer:
             self._pool.submit(self._window.admit(request))
 
     def _start_update(self) -> None:
-        # An evaluation is of one version, so the next one waits for it; so do record and save.
-        if self._update or not self._boundary.closed or self._boundary.is_last:
+        # An evaluation is of one version, so the next one waits for it; so do record and save. And
+        # a version that is published again wakes generators, which may share the learner's GPUs.
+        busy = self._update or self._publish or self._weights_lost
+        if busy or not self._boundary.closed or self._boundary.is_last:
             return
         if not (self._window.step_ready() and self._rollouts.has_room):
             return
@@ -151,6 +159,7 @@ class Trainer:
 
     def _start_publish(self) -> None:
         version = Version(self._incarnation, self.step)
+        self._weights_lost = False
         self._publish = self._learner.publish(version, self._pool.receivers())
 
     def _state(self) -> RunState:
@@ -187,8 +196,9 @@ class Trainer:
                 self._take_publish()
             else:
                 self._rollouts.confirm(pending)
+        self._weights_lost |= done.weights_lost and not published
         # While an update runs, the learner has no weights of this version to give.
-        if done.weights_lost and not (published or self._update or self._publish):
+        if self._weights_lost and not self._learner_is_busy:
             self._start_publish()
 
     def _take_group(self, group: FinishedGroup, report: ScoreReport) -> None:
@@ -262,7 +272,7 @@ class Trainer:
         assert self._publish is not None
         report, publish_s = self._publish.value, self._publish.seconds
         self._sync = publish_metrics(report, publish_s)
-        self._publish = None
+        self._publish, self._weights_lost = None, False
         self._pool.replace_broken(report.broken)
         self._pool.load()
 
@@ -270,17 +280,18 @@ class Trainer:
         assert self._update is not None
         assert self._training is not None
         result, (batch, groups) = self._update.value, self._training
-        update_s, self._update, self._training = self._update.seconds, None, None
+        self._update, self._training = None, None
         span, self._span = self._span, Span()
         facts = StepFacts(
             step=batch.step,
             finished=tuple(span.finished),
             trained=tuple(group.summary for group in groups),
+            num_teaching=sum(teaches(summary, self._config) for summary in span.finished),
             stats=result.stats,
             epoch=self._prompts.epoch,
             num_tokens=self._num_tokens,
             step_s=time.monotonic() - span.started,
-            update_s=update_s,
+            update_s=result.seconds,
         )
         self.step += 1
         buffered = buffered_tokens(self._window.buffered)

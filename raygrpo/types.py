@@ -375,7 +375,8 @@ class WeightsManifest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """What the learner reports of one step."""
+    """What the learner reports of one step, which took ``seconds``."""
 
     version: Version
     stats: Mapping[str, Stat]
+    seconds: float

@@ -63,14 +63,14 @@ class Dispatcher:
         flight.kept_tokens, flight.payload = kept_tokens, None
         self._enqueue(key, again=True)
 
-    def fetch(self, timeout_s: float) -> None:
-        """Copies what is written here: a drained node goes as soon as nobody works on it, and what
-        only it holds goes with it. What does not come in time may be lost, as with any node."""
+    def copied(self, timeout_s: float) -> bool:
+        """Copies what is written here, and says whether all of it is: a drained node goes as soon
+        as nobody works on it, and what only it holds goes with it."""
         flights = self.flights.values()
         refs = [flight.payload for flight in flights if flight.report is not None]
         refs += [flight.partials for flight in flights if flight.kept_tokens]
-        if refs:
-            ray.wait(refs, num_returns=len(refs), timeout=timeout_s, fetch_local=True)
+        waiting = ray.wait(refs, num_returns=len(refs), timeout=timeout_s)[1] if refs else []
+        return not waiting
 
     def drop(self, key: GroupKey) -> Flight:
         """Forgets a group."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -88,11 +89,16 @@ class LearnerActor:
             return self._update(batch, incarnation)
 
     def _update(self, batch: StepBatch, incarnation: int) -> StepResult:
+        started = time.monotonic()
         if batch.has_signal or not self._may_skip:
             stats = self._learner.update(self._microbatches(batch))
         else:
             stats = self._learner.update((), skip=True)
-        return StepResult(version=Version(incarnation, batch.step + 1), stats=stats)
+        return StepResult(
+            version=Version(incarnation, batch.step + 1),
+            stats=stats,
+            seconds=time.monotonic() - started,
+        )
 
     def publish(
         self, version: Version, store: Any, local: bool, generators: Mapping[str, Any]
@@ -236,7 +242,8 @@ class LearnerGroup:
             actor.publish.remote(version, self._store, self._local, generators)
             for actor in self._actors
         ]
-        return self._pending("learner (publish)", refs, lambda reports: reports[0])
+        timeout = self._config.ray.timeouts_s.sync
+        return Pending("learner (publish)", refs, timeout, lambda reports: reports[0])
 
     def save(self, directory: Path) -> Pending[None]:
         """Saves learner state and model into a directory that all ranks see."""
@@ -266,5 +273,7 @@ def _free_port() -> int:
 
 def _merge_results(results: list[StepResult]) -> StepResult:
     return StepResult(
-        version=results[0].version, stats=merge_stats([result.stats for result in results])
+        version=results[0].version,
+        stats=merge_stats([result.stats for result in results]),
+        seconds=max(result.seconds for result in results),
     )

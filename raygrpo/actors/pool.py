@@ -31,7 +31,7 @@ from raygrpo.failures import MAX_DEATHS, Action
 from raygrpo.types import Group, GroupRequest
 
 _ABORT_S = 15.0  # how long a generator that leaves has to answer with what it wrote
-_DRAIN_CHECK_S = 2.0
+_DRAIN_CHECK_S, _COPY_S = 2.0, 1.0
 
 
 class RolloutPool:
@@ -146,9 +146,9 @@ class RolloutPool:
         for key, flight in list(self._flights.items()):
             if flight.ref is not None and flight.ref in ready:
                 self._collect_flight(key, flight)
+        self._replace_left()  # before its deadline counts as a loss
         self._check_deadlines()
         self._check_drains()
-        self._replace_left()
         self._dispatch()
         done = Done(
             groups=tuple(self._groups),
@@ -365,10 +365,10 @@ class RolloutPool:
 
     def _replace_left(self) -> None:
         left = [worker for worker in self._generators if worker.leaving and not worker.groups]
-        if left:
-            self._dispatcher.fetch(_ABORT_S)
+        copied = not left or self._dispatcher.copied(_COPY_S)
         for worker in left:
-            self._replace(worker, worker.leaving)
+            if copied or time.monotonic() > worker.deadline:
+                self._replace(worker, worker.leaving)
 
     def _check_drains(self) -> None:
         now = time.monotonic()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from raygrpo.errors import NumericError
 from raygrpo.learner.base import Learner
 from raygrpo.types import Microbatch, Probe
 from raygrpo.weights.probe import probe_tokens
@@ -13,11 +14,19 @@ def score_probe(learner: Learner) -> Probe:
     """Scores the run's probe under the learner's weights; collective, so every rank takes part.
 
     A forward pass without gradients: nothing of the learner's state changes, nor any random one.
+
+    Raises:
+        NumericError: the weights give logprobs that are not finite; no generator need try them.
     """
     text = learner.hf_model.config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None)
     tokens = probe_tokens(text.vocab_size, learner.config.seed, limit)
     logprobs = learner.score(_microbatch(tokens))[0]
+    if not np.isfinite(logprobs).all():
+        raise NumericError(
+            "the learner's weights give logprobs that are not finite",
+            "lower optimizer.lr, and resume from the last checkpoint",
+        )
     return Probe(token_ids=tokens, logprobs=tuple(logprobs.tolist()))
 
 

@@ -101,6 +101,9 @@ def test_reward_that_fails_stops_the_run_with_its_traceback(directory: Path) -> 
     assert "the judge is out to lunch" in output
     assert "fails.py" in output
     assert runs.events(config, "reward_error")
+    (failed,) = runs.events(config, "run_failed")
+    assert failed["type"] == "RewardError"
+    assert "the judge is out to lunch" in failed["error"]
 
 
 def test_config_command_lists_and_resolves(directory: Path) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import ray
 
+from raygrpo.actors import factory, learner
 from raygrpo.actors.colocation import Colocation, bundles_of
-from raygrpo.actors.placement import actor_options
 from raygrpo.actors.spawn import spawn
 from raygrpo.config import RunConfig
 from raygrpo.config_file import load_config
@@ -32,7 +32,10 @@ def config(count: int = 2, ranks: int = 2, **sections: Any) -> RunConfig:
 
 
 class Where:
-    """Says which devices its process was given."""
+    """Stands where a learner rank or a generator would, and says which devices it was given."""
+
+    def start(self, *_: Any) -> int:
+        return os.getpid()
 
     def look(self) -> tuple[list[int], int]:
         return ray.get_gpu_ids(), os.getpid()
@@ -45,15 +48,24 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-def test_a_rank_and_its_generator_share_a_gpu(cluster: None) -> None:
+def stand_in(_: type, *arguments: Any, **options: Any) -> Any:
+    """What `spawn` does, for `Where` in place of the actor that was asked for."""
+    options.pop("max_concurrency", None)
+    return spawn(Where, **options)
+
+
+def test_a_rank_and_its_generator_share_a_gpu(
+    cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = config()
     places = Colocation(run, local=True)
+    monkeypatch.setattr(learner, "spawn", stand_in)
+    monkeypatch.setattr(factory, "spawn", stand_in)
+    ranks = learner.LearnerGroup(run, None, local=True, places=places)._actors
+    generators = factory.WorkerFactory(run, None, (), {}, local=True, places=places)
     actors = {
-        (role, index): spawn(
-            Where, **actor_options(local=True, threads=1, gpus=gpus) | places.options(index)
-        )
-        for role, gpus in (("learner", 0.6), ("generator", 0.4))
-        for index in range(2)
+        **{("learner", rank): actor for rank, actor in enumerate(ranks)},
+        **{("generator", i): worker.actor for i, worker in enumerate(generators.all("generator"))},
     }
     seen = {key: ray.get(actor.look.remote(), timeout=60) for key, actor in actors.items()}
     devices = {key: gpus for key, (gpus, _) in seen.items()}

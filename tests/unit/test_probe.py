@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from raygrpo.config_file import load_config
 from raygrpo.engines.transformers_engine import TransformersEngine
-from raygrpo.errors import InfraError, ProbeFailed
+from raygrpo.errors import InfraError, NumericError, ProbeFailed
 from raygrpo.learner.probe import score_probe
 from raygrpo.learner.reference_learner import ReferenceLearner
 from raygrpo.models import load_model
@@ -124,3 +124,12 @@ def test_learner_and_engine_agree_until_a_weight_differs(tmp_path: Path) -> None
     engine._weights.targets["model.layers.1.input_layernorm.weight"].mul_(1.01)
     with pytest.raises(ProbeFailed):
         check.check(engine, probe, VERSION)
+
+
+def test_weights_that_compute_no_numbers_are_not_published(tmp_path: Path) -> None:
+    """Every generator would be replaced for them, one after the other."""
+    learner = ReferenceLearner(load_config(runs.write_run(tmp_path, "run")))
+    with torch.no_grad():
+        next(learner.hf_model.parameters()).fill_(torch.inf)
+    with pytest.raises(NumericError, match="logprobs that are not finite"):
+        score_probe(learner)
