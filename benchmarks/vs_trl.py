@@ -74,7 +74,7 @@ class Workload:
     new_tokens: int
     bars: Mapping[str, float]
     steps: int = 4
-    pairs: int = 3
+    pairs: int = 5
 
 
 SMOLLM2, GEMMA = "weights/smollm2-135m", "weights/gemma-3-270m"

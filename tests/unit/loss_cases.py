@@ -93,6 +93,8 @@ def make_sequences(seed: int, count: int = 6) -> list[Sequence_]:
     sequences = []
     for index in range(count):
         length = rng.randint(1, LMAX)
+        # One of three has no trained token at all, but for the first, so that something is trained.
+        trained = index == 0 or rng.random() < 2 / 3
         new = [-rng.expovariate(0.7) for _ in range(length)]
         sequences.append(
             Sequence_(
@@ -101,7 +103,7 @@ def make_sequences(seed: int, count: int = 6) -> list[Sequence_]:
                 sampler=[v + rng.gauss(0, 0.5) for v in new],
                 ref=[v + rng.gauss(0, 0.6) for v in new],
                 entropy=[rng.expovariate(1) for _ in range(length)],
-                mask=[t == 0 or rng.random() < 0.8 for t in range(length)],
+                mask=[trained and (t == 0 or rng.random() < 0.8) for t in range(length)],
                 advantage=rng.gauss(0, 1),
                 group=index // 2,
             )

@@ -79,7 +79,7 @@ def test_the_bars_are_those_of_workload_and_engine() -> None:
     assert bar("--workload", "gemma") == 1.8
     assert bar("--workload", "gemma", "--engine", "vllm") is None
     options = parse_arguments([])
-    assert (options.prompts, options.completions, options.pairs) == (4, 8, 3)
+    assert (options.prompts, options.completions, options.pairs) == (4, 8, 5)
     assert (options.prompt_tokens, options.new_tokens) == (105, 64)
     long = parse_arguments(["--workload", "long_prompt"])
     assert (long.prompts, long.completions, long.prompt_tokens, long.new_tokens) == (2, 16, 256, 32)

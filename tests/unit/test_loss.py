@@ -55,9 +55,9 @@ def test_value_and_gradient_equal_the_oracle(loss: str) -> None:
             sequences, weights_of(sequences, aggregation), order, LAYOUTS[number % 3]
         )
         value, _ = policy_loss(inputs, config_of(options))
-        # Weights are float32: 1e-7 relative each.
+        # Weights are float32: 1e-7 relative each, of terms about 1 that cancel.
         expected = oracle.loss(sequences, **options)
-        assert value.item() == pytest.approx(expected, rel=1e-6, abs=1e-8), (beside, aggregation)
+        assert value.item() == pytest.approx(expected, rel=1e-6, abs=1e-7), (beside, aggregation)
         value.backward()
         for got, sequence in zip(gradients_of(inputs, places, sequences), sequences, strict=True):
             wanted = numeric_gradient(sequence, sequences, options)
@@ -198,7 +198,8 @@ def test_a_correction_is_a_factor_without_gradient(loss: str, beside: str) -> No
             -one.advantage
             * weights[index].item()
             * oracle.correction_token(one, t, config.correction, config.correction_level, *bounds)
-            * trained
+            if trained
+            else 0.0
             for t, trained in enumerate(one.mask)
         ]
         assert gradient[0].tolist() == pytest.approx(expected, rel=1e-9, abs=1e-15)
@@ -429,6 +430,8 @@ def test_statistics_by_sequence_and_after_the_correction(correction: Any, level:
     masks, ratio, gap = by_hand(inputs)
     low, high, ratios = [], [], []
     for mine, advantage in zip(masks, inputs.advantages.tolist(), strict=True):
+        if not mine.any():  # a sequence without trained tokens is in no statistic
+            continue
         low.append(float(((ratio[mine] < 0.95) & (advantage < 0)).double().mean()))
         high.append(float(((ratio[mine] > 1.05) & (advantage > 0)).double().mean()))
         ratios += (
@@ -472,7 +475,7 @@ def test_the_gap_to_the_sampler_is_measured_before_any_correction(anchor: Any) -
 
 
 def test_shares_of_the_other_losses() -> None:
-    sequences = make_sequences(9)
+    sequences = make_sequences(15)
     inputs, _ = make_inputs(sequences, weights_of(sequences, "token"), list(range(6)), "packed")
     masks, ratio, _ = by_hand(inputs)
     advantages = inputs.advantages.tolist()
@@ -487,7 +490,7 @@ def test_shares_of_the_other_losses() -> None:
     assert stats["gspo"]["clip_ratio/low_mean"].sum == sum(low)
     assert stats["gspo"]["clip_ratio/high_mean"].sum == sum(high)
     assert sum(low) + sum(high) > 0
-    assert stats["gspo"]["clip_ratio/region_mean"].count == len(sequences)
+    assert stats["gspo"]["clip_ratio/region_mean"].count == sum(any(s.mask) for s in sequences)
     positive = [a > 0 for a in advantages]
     capped = sum(int((ratio[m] > 1.2).sum()) for m, p in zip(masks, positive, strict=True) if p)
     assert stats["cispo"]["cispo_clip_ratio"].sum == capped > 0

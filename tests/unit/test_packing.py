@@ -205,6 +205,23 @@ def test_plan_excludes_what_has_no_score_and_counts_what_is_filtered() -> None:
     assert [s.advantage for s in samples] == pytest.approx([1 / 3, -2 / 3])
 
 
+@pytest.mark.parametrize(
+    ("aggregation", "weight"),
+    [("token", 1 / 16), ("sequence", 1 / 16), ("constant", 1 / 40), ("prompt", 1 / 16)],
+)
+def test_a_kept_group_without_signal_counts_in_every_denominator(
+    aggregation: str, weight: float
+) -> None:
+    """Two groups of two completions of 4 tokens, at most 10."""
+    settings_ = config(
+        loss={"aggregation": aggregation}, sampling={"num_completions": 2, "max_tokens": 10}
+    )
+    groups = [finished(0, [1.0, 0.0]), finished(1, [1.0, 1.0])]
+    (samples,) = make_step_batch(0, groups, settings_).minibatches  # type: ignore[arg-type]
+    assert [s.advantage for s in samples[2:]] == [0, 0]
+    assert [s.loss_weight for s in samples] == pytest.approx([weight] * 4)
+
+
 def test_minibatches_have_denominators_of_their_own() -> None:
     settings_ = config(train={"groups_per_step": 2, "num_minibatches": 2})
     batch = make_step_batch(0, [finished(0, [1.0, 0.0]), finished(1, [1.0, 1.0])], settings_)  # type: ignore[arg-type]
