@@ -198,7 +198,9 @@ class LearnerSection(Section):
     lora: dict[str, Any] = key(
         {}, "Arguments of peft's LoraConfig (r, lora_alpha, target_modules, ...); empty trains all."
     )
-    deepspeed: dict[str, Any] = key({}, "Passed through into the DeepSpeed configuration.")
+    deepspeed: dict[str, Any] = key(
+        {}, "DeepSpeed's zero_optimization, checkpoint and logging; sequence_parallel_size."
+    )
 
     @model_validator(mode="after")
     def _ref_sync(self) -> LearnerSection:

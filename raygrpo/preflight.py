@@ -17,6 +17,7 @@ from raygrpo.config import RewardSection, RunConfig
 from raygrpo.engines.choose import planned_engine
 from raygrpo.errors import ConfigError, RewardError
 from raygrpo.eval_setup import written
+from raygrpo.learner.deepspeed_config import check_learner
 from raygrpo.learner.model_probe import expected_layout
 from raygrpo.learner.schedule import learning_rate
 from raygrpo.learner.sequence_parallel import check_attention, sequence_ranks
@@ -61,6 +62,7 @@ class Checked:
 
 class _Preflight(Session):
     def checked(self) -> Checked:
+        check_learner(self.config)
         self.check()
         return Checked(
             config=self._pinned.config,

@@ -119,6 +119,9 @@ class Session:
 
     def prepare(self) -> None:
         """Everything that can fail before the first step: checks first, then data, then actors."""
+        from raygrpo.learner.deepspeed_config import check_learner
+
+        check_learner(self.config)
         self.check()
         self.run_dir = RunDir.claim(self.config)
         self._closers.callback(self.run_dir.release)
@@ -134,15 +137,13 @@ class Session:
         """What can be found wrong without a run directory or an actor; loads the prompts."""
         from raygrpo.actors.placement import check_run_dir, check_transfer
         from raygrpo.engines.choose import check_engine
-        from raygrpo.learner.deepspeed_config import check_learner
         from raygrpo.models import anchored_model, check_model_path, load_tokenizer
         from raygrpo.revisions import pin
         from raygrpo.rewards.loading import anchor_reward, check_reward
         from raygrpo.tracking.tensorboard import check_tensorboard
 
         config = self.config
-        checks = (check_run_dir, check_transfer, check_engine, check_learner, check_tensorboard)
-        for check in checks:
+        for check in (check_run_dir, check_transfer, check_engine, check_tensorboard):
             check(config)
         if not config.rewards:
             raise ConfigError("no rewards", "set rewards, or pass reward_funcs")

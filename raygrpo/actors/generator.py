@@ -42,7 +42,7 @@ GroupKey = tuple[Stream, int, int]
 
 T = TypeVar("T")
 
-# How far apart groups that are asked for at once come in; far less than a prefill of its own takes.
+# How far apart groups that are asked for at once come in.
 _TOGETHER_S = 0.01
 
 # torch's, by name: this module does without torch.
@@ -341,7 +341,7 @@ class GeneratorActor:
             except queue.Empty:
                 return
             self._idle.mark(busy=True)
-            if at_rest:
+            if at_rest and not self._config.deterministic:  # else groups come one by one
                 together_until = time.monotonic() + _TOGETHER_S
             try:
                 outcome = call()

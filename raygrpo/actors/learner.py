@@ -242,8 +242,8 @@ class LearnerGroup:
             actor.publish.remote(version, self._store, self._local, generators)
             for actor in self._actors
         ]
-        timeout = self._config.ray.timeouts_s.sync
-        return Pending("learner (publish)", refs, timeout, lambda reports: reports[0])
+        timeout_s = publish_timeout_s(self._config)
+        return Pending("learner (publish)", refs, timeout_s, lambda reports: reports[0])
 
     def save(self, directory: Path) -> Pending[None]:
         """Saves learner state and model into a directory that all ranks see."""
@@ -262,6 +262,12 @@ class LearnerGroup:
 
     def _pending(self, name: str, refs: list[Any], combine: Any) -> Pending[Any]:
         return Pending(name, refs, self._config.ray.timeouts_s.update, combine)
+
+
+def publish_timeout_s(config: RunConfig) -> float:
+    """The deadline of a publication: a native transfer, which has one of its own and says who
+    missed it, comes before the store."""
+    return config.ray.timeouts_s.sync * (2 if wanted(config) else 1)
 
 
 def _free_port() -> int:

@@ -30,7 +30,7 @@ from raygrpo.errors import InfraError, ProbeFailed, WeightsCorrupt, WeightsLost
 from raygrpo.failures import MAX_DEATHS, Action
 from raygrpo.types import Group, GroupRequest
 
-_ABORT_S = 15.0  # how long a generator that leaves has to answer with what it wrote
+_ABORT_S = 15.0  # for a generator that leaves to answer with what it wrote, and to copy that
 _DRAIN_CHECK_S, _COPY_S = 2.0, 1.0
 
 
@@ -61,10 +61,9 @@ class RolloutPool:
         self._num_publishes = 0
         self._sleeping = False
         self._losses = Losses(lambda: len(self._workers))
-        self._drains_checked = 0.0
+        self._drains_checked = self.waited_s = 0.0
         self._clear()
         self.trainer_state: Any = None
-        self.waited_s = 0.0
         self.normal_gap: float | None = None
 
     @property
@@ -146,9 +145,9 @@ class RolloutPool:
         for key, flight in list(self._flights.items()):
             if flight.ref is not None and flight.ref in ready:
                 self._collect_flight(key, flight)
-        self._replace_left()  # before its deadline counts as a loss
         self._check_deadlines()
         self._check_drains()
+        self._replace_left()
         self._dispatch()
         done = Done(
             groups=tuple(self._groups),
@@ -367,7 +366,7 @@ class RolloutPool:
         left = [worker for worker in self._generators if worker.leaving and not worker.groups]
         copied = not left or self._dispatcher.copied(_COPY_S)
         for worker in left:
-            if copied or time.monotonic() > worker.deadline:
+            if copied or time.monotonic() > worker.deadline + _ABORT_S:
                 self._replace(worker, worker.leaving)
 
     def _check_drains(self) -> None:
@@ -382,7 +381,8 @@ class RolloutPool:
         now = time.monotonic()
         late: dict[str, tuple[Worker, str]] = {}
         for worker in self._workers:
-            busy = worker.starting is not None or worker.loading is not None or worker.leaving
+            leaving = worker.leaving and worker.groups  # without groups, `_replace_left` has it
+            busy = worker.starting is not None or worker.loading is not None or leaving
             if not busy or now <= worker.deadline:
                 continue
             if worker.ready and worker.groups:  # a slow load, beside which it still decodes

@@ -65,7 +65,7 @@ def check_engine(config: RunConfig) -> None:
     if refused := sorted(OURS & set(section.options)):
         raise ConfigError(
             f"generators.options may not set {', '.join(refused)}: the project does",
-            "remove them (max_num_seqs is generators.max_rows; the model is the section model)",
+            "remove them (max_num_seqs follows generators.max_rows; the model is section model)",
         )
     wanted = section.options.get("tensor_parallel_size", 1)
     if section.engine == "vllm" and 0 < config.ray.gpus.generator < wanted:
@@ -162,7 +162,8 @@ def make_engine(config: RunConfig, *, threads: int, version: Version | None) -> 
         fast: Engine = module.VllmEngine(
             config.model,
             seed=config.seed,
-            max_rows=section.max_rows,
+            # A larger group is decoded whole.
+            max_rows=max(section.max_rows, config.sampling.num_completions),
             device=device,
             options={**({"enable_sleep_mode": True} if colocated else {}), **section.options},
             version=version,

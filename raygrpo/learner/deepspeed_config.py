@@ -7,7 +7,7 @@ from typing import Any
 
 from raygrpo.config import RunConfig
 from raygrpo.config_file import merged_sections
-from raygrpo.errors import ConfigError, nearest
+from raygrpo.errors import ConfigError
 from raygrpo.learner.sequence_parallel import KEY, sequence_ranks
 
 # Elements of a communication bucket; DeepSpeed's own 5e8 would hold 2 GB of fp32 for one.
@@ -33,7 +33,7 @@ _REFUSED = {
 # Where the state lies, how it travels, and what is logged; DeepSpeed itself says nothing of a
 # top-level key that it does not know.
 _SUPPORTED = {
-    "aio", "checkpoint", "comms_logger", "dump_state", "flops_profiler", "memory_breakdown",
+    KEY, "checkpoint", "comms_logger", "dump_state", "flops_profiler", "memory_breakdown",
     "steps_per_print", "wall_clock_breakdown", "zero_optimization",
 }  # fmt: skip
 # These round weights or gradients on their way.
@@ -106,11 +106,15 @@ def _refuse(user: Mapping[str, Any]) -> None:
                 f"learner.deepspeed.{name} cannot be set there", f"set {_REFUSED[name]}"
             )
         if "." not in name and name not in _SUPPORTED:
-            fix = nearest(name, _SUPPORTED)
-            raise ConfigError(f"learner.deepspeed.{name} is not supported", fix)
-        if name.partition(".")[2].startswith(_QUANTIZED):
-            problem = f"learner.deepspeed.{name} would round what is trained"
-            raise ConfigError(problem, "leave it out")
+            raise ConfigError(
+                f"learner.deepspeed.{name} is not supported", f"use {', '.join(sorted(_SUPPORTED))}"
+            )
+    for name, value in zero.items():
+        if name.startswith(_QUANTIZED) and value:
+            raise ConfigError(
+                f"learner.deepspeed.zero_optimization.{name} would round what is trained",
+                "leave it out",
+            )
     for part in ("offload_optimizer", "offload_param"):
         section = zero.get(part) or {}
         if isinstance(section, Mapping) and section.get("device") == "nvme":

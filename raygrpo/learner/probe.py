@@ -25,7 +25,8 @@ def score_probe(learner: Learner) -> Probe:
     if not np.isfinite(logprobs).all():
         raise NumericError(
             "the learner's weights give logprobs that are not finite",
-            "lower optimizer.lr, and resume from the last checkpoint",
+            "after an update: lower optimizer.lr, and resume from the last checkpoint; before the "
+            "first one: look at the model's weights and model.dtype",
         )
     return Probe(token_ids=tokens, logprobs=tuple(logprobs.tolist()))
 

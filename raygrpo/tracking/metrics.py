@@ -1,9 +1,9 @@
 """From what happened in a step to flat metrics. Names are TRL's where TRL has one.
 
-``reward*``, ``completions/*``, ``rewards/*`` and ``frac_reward_zero_std`` describe all groups that
-finished for the step, dropped ones included: with refill, the trained ones alone would hide what
-the policy has learned. ``trained/*`` describes the groups that the step trained on. A standard
-deviation has ddof 1, as TRL's.
+``reward*``, ``completions/*``, ``rewards/*`` and ``frac_*`` describe all groups that finished for
+the step, dropped ones included: with refill, the trained ones alone would hide what the policy has
+learned. ``trained/*`` describes the groups that the step trained on. A standard deviation has ddof
+1, as TRL's.
 """
 
 from __future__ import annotations

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from raygrpo.actors.dispatch import Dispatcher
 from raygrpo.actors.idle import IdleClock, IdleReading, IdleShare
+from raygrpo.actors.pool import RolloutPool
 from raygrpo.actors.workers import Worker, least_loaded
 from tests.builders import request
 
@@ -116,3 +119,50 @@ def test_shares_leave_no_gap() -> None:
     assert share.take() is None
     share.update(IdleReading(16.0, 5.0))
     assert share.take() == 0.0
+
+
+class Copies:
+    """In place of ``ray.wait``: what is asked for is here from the ``after``-th time on."""
+
+    def __init__(self, after: int) -> None:
+        self.asked: list[list[str]] = []
+        self._after = after
+
+    def __call__(self, refs: list[str], **_: object) -> tuple[list[str], list[str]]:
+        self.asked.append(refs)
+        return (refs, []) if len(self.asked) > self._after else ([], refs)
+
+
+@pytest.mark.parametrize(
+    ("after", "passed_s", "replaced"), [(0, 0, 1), (9, 0, 0), (9, 20, 0), (9, 40, 1)]
+)
+def test_who_leaves_stays_until_what_it_wrote_is_copied_or_its_time_is_up(
+    monkeypatch: pytest.MonkeyPatch, after: int, passed_s: float, replaced: int
+) -> None:
+    copies, replacements = Copies(after), []
+    monkeypatch.setattr("raygrpo.actors.dispatch.ray.wait", copies)
+    made = RolloutPool.__new__(RolloutPool)
+    made._dispatcher = Dispatcher(60.0, CAPACITY)
+    made._scorers = made._models = []
+    made._config = SimpleNamespace()  # type: ignore[assignment]
+    monkeypatch.setattr(made, "_replace", lambda worker, reason: replacements.append(reason))
+    made._dispatcher.submit(request(group_id=7))
+    flight = next(iter(made._dispatcher.flights.values()))
+    flight.partials, flight.kept_tokens = "written", 5
+    (leaving,) = made._generators = workers(1)
+    leaving.leaving, leaving.deadline = "drained", time.monotonic() + 15 - passed_s
+    made._replace_left()
+    # What is overdue without groups is not counted as a worker that died.
+    made._check_deadlines()
+    assert copies.asked == [["written"]]
+    assert replacements == ["drained"] * replaced
+
+
+def test_nothing_is_copied_while_nobody_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    copies = Copies(0)
+    monkeypatch.setattr("raygrpo.actors.dispatch.ray.wait", copies)
+    made = RolloutPool.__new__(RolloutPool)
+    made._dispatcher, made._generators = Dispatcher(60.0, CAPACITY), workers(2)
+    made._replace_left()
+    assert copies.asked == []
+    assert made._dispatcher.copied(1.0), "nothing is written, so nothing is to be copied"

@@ -137,7 +137,10 @@ MISTAKES: list[tuple[dict[str, Any], list[str]]] = [
         {"learner": {"num_ranks": 3, "deepspeed": {"sequence_parallel_size": 3}}},
         ["sequence_parallel_size 3", "4 heads"],
     ),
-    ({"learner": {"deepspeed": {"zero_optimisation": {}}}}, ["mean 'zero_optimization'"]),
+    (
+        {"learner": {"deepspeed": {"zero_optimisation": {}}}},
+        ["not supported", "zero_optimization"],
+    ),
     ({"learner": {"lora": {"lora_dropout": 0.1}}}, ["lora_dropout", "set it to 0"]),
     ({"learner": {"lora": {"rr": 8}}}, ["unknown key learner.lora.rr", "'r'"]),
     ({"data": {"source": "{dir}/rows.jsonl", "max_prompt_length": 5}}, ["6 tokens"]),

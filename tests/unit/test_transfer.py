@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from raygrpo.actors.generator import GeneratorActor
+from raygrpo.actors.learner import publish_timeout_s
 from raygrpo.actors.placement import check_transfer
 from raygrpo.actors.transfer import ActorReceiver, ReceivingGenerator, broken, receivers
 from raygrpo.actors.workers import Worker
@@ -66,6 +67,12 @@ def test_what_cannot_work_is_refused_by_name(
 ) -> None:
     with pytest.raises(ConfigError, match=rf"options.weight_transfer is {kind}.*{problem}"):
         check_transfer(configured(kind, **sections))
+
+
+def test_a_publication_has_time_to_say_which_generator_missed_the_transfers_deadline() -> None:
+    assert publish_timeout_s(run_config()) == run_config().ray.timeouts_s.sync
+    sent = configured("nccl")
+    assert publish_timeout_s(sent) > sent.ray.timeouts_s.sync
 
 
 def test_members_are_the_generators_that_serve_and_names_outlast_no_replacement() -> None:
