@@ -32,12 +32,8 @@ _REFUSED = {
 }
 # Where the state lies, how it travels, and what is logged; DeepSpeed itself says nothing of a
 # top-level key that it does not know.
-_SUPPORTED = {
-    KEY, "checkpoint", "comms_logger", "dump_state", "flops_profiler", "memory_breakdown",
-    "steps_per_print", "wall_clock_breakdown", "zero_optimization",
-}  # fmt: skip
-# These round weights or gradients on their way.
-_QUANTIZED = "zero_quantized_"
+_SUPPORTED = {KEY, "zero_optimization", "checkpoint", "comms_logger", "flops_profiler",
+              "steps_per_print", "wall_clock_breakdown"}  # fmt: skip
 
 
 def deepspeed_config(config: RunConfig) -> dict[str, Any]:
@@ -110,7 +106,7 @@ def _refuse(user: Mapping[str, Any]) -> None:
                 f"learner.deepspeed.{name} is not supported", f"use {', '.join(sorted(_SUPPORTED))}"
             )
     for name, value in zero.items():
-        if name.startswith(_QUANTIZED) and value:
+        if name.startswith("zero_quantized_") and value:
             raise ConfigError(
                 f"learner.deepspeed.zero_optimization.{name} would round what is trained",
                 "leave it out",
