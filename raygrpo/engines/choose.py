@@ -65,7 +65,7 @@ def check_engine(config: RunConfig) -> None:
     if refused := sorted(OURS & set(section.options)):
         raise ConfigError(
             f"generators.options may not set {', '.join(refused)}: the project does",
-            "remove them (max_num_seqs follows generators.max_rows; the model is section model)",
+            "remove them (max_num_seqs follows max_rows; the model is the section model)",
         )
     wanted = section.options.get("tensor_parallel_size", 1)
     if section.engine == "vllm" and 0 < config.ray.gpus.generator < wanted:

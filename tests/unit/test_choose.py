@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from raygrpo.config import RunConfig
+from raygrpo.engines import choose
 from raygrpo.engines.choose import (
     NOT_INSTALLED,
     check_engine,
@@ -43,6 +45,22 @@ def test_auto_takes_vllm_where_it_works_and_says_why_it_did_not() -> None:
     assert choose_engine(run_config(), None, lambda: None).engine == "vllm"
     choice = choose_engine(run_config(), None, lambda: NOT_INSTALLED)
     assert (choice.engine, choice.reason) == ("transformers", NOT_INSTALLED)
+
+
+@pytest.mark.parametrize(("max_rows", "expected"), [(4, 8), (32, 32)])
+def test_vllm_has_rows_for_a_whole_group(
+    monkeypatch: pytest.MonkeyPatch, max_rows: int, expected: int
+) -> None:
+    """Its completions would else wait inside vLLM, and the probe with them."""
+    given: dict[str, Any] = {}
+    module = SimpleNamespace(VllmEngine=lambda _, **options: given.update(options))
+    monkeypatch.setattr(choose, "vllm_problem", lambda _: None)
+    monkeypatch.setattr(choose.importlib, "import_module", lambda _: module)
+    config = run_config(
+        generators={"engine": "vllm", "max_rows": max_rows}, sampling={"num_completions": 8}
+    )
+    choose.make_engine(config, threads=1, version=None)
+    assert given["max_rows"] == expected
 
 
 def test_deterministic_runs_never_take_vllm() -> None:

@@ -6,33 +6,21 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 
 from raygrpo.actors import generator
 from raygrpo.actors.generator import GeneratorActor
 from raygrpo.config import RunConfig
-from raygrpo.types import Completion, Group, GroupRequest, Prompt, Sampling, Version
+from raygrpo.types import Group, GroupRequest, Version
+from tests.builders import completion, group, request
 
 TIMEOUT_S = 30.0
-
-
-def request(group_id: int) -> GroupRequest:
-    return GroupRequest(
-        stream="train",
-        group_id=group_id,
-        attempt=0,
-        prompt=Prompt(id="p", text="", token_ids=np.array([1], dtype=np.int32)),
-        seed=0,
-        sampling=Sampling(num_completions=1, max_tokens=1),
-        min_version=Version(0, 0),
-    )
 
 
 class OneStepEngine:
     """Finishes in a step what was submitted before it, and keeps how many groups that were."""
 
-    version = Version(0, 0)
+    version = Version(1, 0)
 
     def __init__(self, on_submit: Callable[[], object]) -> None:
         self.waiting: list[GroupRequest] = []
@@ -50,18 +38,7 @@ class OneStepEngine:
     def step(self) -> list[Group]:
         self.step_sizes.append(len(self.waiting))
         done, self.waiting = self.waiting, []
-        return [Group(request=r, completions=(completion(),)) for r in done]
-
-
-def completion() -> Completion:
-    return Completion(
-        token_ids=np.array([1], dtype=np.int32),
-        logprobs=np.zeros(1, dtype=np.float32),
-        loss_mask=np.ones(1, dtype=bool),
-        text="",
-        finish="length",
-        version_runs=((Version(0, 0), 1),),
-    )
+        return [group(order, [completion([1])] * 2) for order in done]
 
 
 async def asked_while_the_first_is_submitted(num_groups: int) -> list[int]:
@@ -79,9 +56,9 @@ async def asked_while_the_first_is_submitted(num_groups: int) -> list[int]:
     answers = [asyncio.ensure_future(actor.generate(request(0)))]
     await asyncio.wait_for(taken.wait(), TIMEOUT_S)
     answers += [asyncio.ensure_future(actor.generate(request(i))) for i in range(1, num_groups)]
-    for report, group in await asyncio.wait_for(asyncio.gather(*answers), TIMEOUT_S):
-        assert isinstance(group, Group)
-        assert report.group_id == group.request.group_id
+    for report, written in await asyncio.wait_for(asyncio.gather(*answers), TIMEOUT_S):
+        assert isinstance(written, Group)
+        assert report.group_id == written.request.group_id
     return engine.step_sizes
 
 
