@@ -75,7 +75,7 @@ def executed(microbatch: Any, layout: str) -> Work:
 
 
 def query_and_pairs(batch: Any) -> tuple[int, int]:
-    """Query slots of a `raygrpo.learner.segments.Batch`, and the pairs that its kernel computes."""
+    """Query slots of a `segments.Batch` of attention, and the pairs that its kernel computes."""
     slots = batch.num * batch.length
     if batch.prefix is None:
         return slots, slots * (batch.length + 1) // 2

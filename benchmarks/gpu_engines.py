@@ -82,7 +82,7 @@ def same_tokens(one: Mapping[int, Group], other: Mapping[int, Group]) -> bool:
 
 def transformers_engine(section: ModelSection, device: str) -> Any:
     """An engine for 32 completions that serves the weights on disk."""
-    from raygrpo.engines.transformers_engine import TransformersEngine
+    from raygrpo.engines.hf.engine import TransformersEngine
 
     settings: dict[str, Any] = {"seed": 0, "max_rows": 32, "deterministic": False}
     return TransformersEngine(section, device=device, version=Version(0, 0), **settings)
@@ -157,13 +157,13 @@ def engine_speed(options: argparse.Namespace, directory: Path) -> Iterator[Check
 
 def check_vllm(options: argparse.Namespace, directory: Path) -> Iterator[Check]:
     """vLLM on the device: it starts, agrees with the learner, and takes new weights in place."""
-    from raygrpo.engines.choose import vllm_problem
+    from raygrpo.engines.select import vllm_problem
 
     if problem := vllm_problem(options.device):
         yield Check(name="vllm", value=problem)
         return
     from benchmarks.shapes import save_shape
-    from raygrpo.engines.vllm_engine import VllmEngine
+    from raygrpo.engines.vllm.engine import VllmEngine
 
     # Kernels of vLLM's on GPUs are of half precision; tolerances are those of the probe.
     dtype, tolerance = ("float32", ENGINE_GAP) if options.device == "cpu" else ("bfloat16", 5e-2)

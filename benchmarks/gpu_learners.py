@@ -21,7 +21,7 @@ from raygrpo.types import Group
 
 
 def learner_config(path: Path, dtype: str) -> Any:
-    from raygrpo.config_file import load_config
+    from raygrpo.config.file import load_config
 
     return load_config(
         {

@@ -41,7 +41,7 @@ from raygrpo.algorithm.packing import (
     row_length,
     trees_of,
 )
-from raygrpo.learner.segments import make_plan
+from raygrpo.learner.attention.segments import make_plan
 from raygrpo.types import (
     Completion,
     Group,

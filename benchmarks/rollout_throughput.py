@@ -33,14 +33,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from raygrpo.actors.connect import connect, disconnect
+from raygrpo.actors.cluster.connect import connect, disconnect
+from raygrpo.actors.cluster.placement import demand_of
 from raygrpo.actors.generator import GeneratorActor
-from raygrpo.actors.placement import demand_of
+from raygrpo.actors.process import keep_heap
 from raygrpo.actors.spawn import spawn
 from raygrpo.config import RunConfig
 from raygrpo.engines.base import Engine
-from raygrpo.engines.choose import make_engine, vllm_problem
-from raygrpo.heap import keep_heap
+from raygrpo.engines.select import make_engine, vllm_problem
 from raygrpo.models import DTYPES, load_model, quiet_transformers
 from raygrpo.types import Group, GroupRequest, Prompt, Sampling, Version
 from tests.tiny import tiny_tokenizer
@@ -154,7 +154,7 @@ def direct_vllm(config: RunConfig, args: argparse.Namespace) -> Callable[..., No
     from vllm.inputs import tokens_input
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from raygrpo.engines.vllm_requests import engine_arguments, sampling_params
+    from raygrpo.engines.vllm.requests import engine_arguments, sampling_params
 
     arguments = engine_arguments(
         config.model,

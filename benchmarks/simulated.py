@@ -23,11 +23,10 @@ import yaml
 
 from raygrpo.actors.futures import Pending
 from raygrpo.actors.learner import LearnerGroup
-from raygrpo.actors.pool import RolloutPool
-from raygrpo.actors.publishing import PublishReport
+from raygrpo.actors.pool.pool import RolloutPool
 from raygrpo.actors.spawn import spawn
+from raygrpo.commands.train import Session
 from raygrpo.config import RewardSection, RunConfig
-from raygrpo.session import Session
 from raygrpo.types import (
     BucketSpec,
     ByteArray,
@@ -43,6 +42,7 @@ from raygrpo.types import (
     Version,
     WeightsManifest,
 )
+from raygrpo.weights.publisher import PublishReport
 
 WEIGHT_BYTES = 2**16
 LOOK_FRAC = 0.01  # how long a step may keep a command waiting, in times of a group
@@ -345,7 +345,7 @@ def simulate(
     **sections: dict[str, Any],
 ) -> Measured:
     """Runs a training with these times in a directory of its own; leaves out ``warmup`` steps."""
-    from raygrpo.config_file import load_config
+    from raygrpo.config.file import load_config
     from tests.tiny import save_tiny_model
 
     model = directory / "model"

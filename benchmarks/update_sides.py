@@ -53,7 +53,7 @@ def since(start: tuple[float, float]) -> tuple[float, float]:
 
 
 def our_config(spec: dict[str, Any], dtype: str) -> Any:
-    from raygrpo.config_file import load_config
+    from raygrpo.config.file import load_config
 
     first = spec["groups"][0]
     values: dict[str, Any] = {
@@ -71,7 +71,7 @@ def our_config(spec: dict[str, Any], dtype: str) -> Any:
 
 def our_step(spec: dict[str, Any], config: Any) -> tuple[Any, dict[int, Any]]:
     """The plan of the step, and its groups."""
-    from raygrpo.algorithm.plan import make_step_batch
+    from raygrpo.algorithm.step_plan import make_step_batch
     from raygrpo.algorithm.window import FinishedGroup
     from raygrpo.types import Completion, Group, GroupRequest, GroupSummary, Prompt, Score, Version
 
@@ -110,8 +110,8 @@ def serve_raygrpo(_name: str, spec: dict[str, Any], pipe: Connection) -> None:
     import torch
 
     from benchmarks.flops import Work, executed
+    from raygrpo.actors.process import keep_heap
     from raygrpo.algorithm.packing import make_microbatch, place
-    from raygrpo.heap import keep_heap
 
     keep_heap()  # as the learner's actor does
     config = our_config(spec, spec["dtype"])

@@ -37,18 +37,18 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import ray
 
 from benchmarks.rollout_throughput import save_smollm2_shape
-from raygrpo.actors.connect import connect, disconnect
+from raygrpo.actors.cluster.connect import connect, disconnect
+from raygrpo.actors.cluster.placement import demand_of
 from raygrpo.actors.generator import GeneratorActor
-from raygrpo.actors.placement import demand_of
-from raygrpo.actors.publishing import Publisher, PublishReport
 from raygrpo.actors.spawn import spawn
 from raygrpo.actors.weight_store import end_store, start_store
 from raygrpo.config import ModelSection, RunConfig
-from raygrpo.config_file import load_config
-from raygrpo.engines.choose import make_engine
+from raygrpo.config.file import load_config
+from raygrpo.engines.probe import probe_tokens
+from raygrpo.engines.select import make_engine
 from raygrpo.models import DTYPES, load_model
 from raygrpo.types import Group, GroupRequest, Probe, Prompt, Sampling, Version
-from raygrpo.weights.probe import probe_tokens
+from raygrpo.weights.publisher import Publisher, PublishReport
 
 TIMEOUT_S = 300.0
 # By number of generators, in memory copies of the weights.

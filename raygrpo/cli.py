@@ -11,9 +11,9 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from raygrpo.config_file import describe_keys, dump_config, dump_recipe, load_config
+from raygrpo.commands.signals import Stopped
+from raygrpo.config.file import describe_keys, dump_config, dump_recipe, load_config
 from raygrpo.errors import ConfigError, DataError, RayGrpoError, RewardError
-from raygrpo.signals import Stopped
 
 EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_FAILED = 2, 3, 4
 _INPUT = (ConfigError, DataError, RewardError)
@@ -45,14 +45,14 @@ def train(
 
     Keys are overridden by --section.key=value.
     """
-    from raygrpo.session import Session
-    from raygrpo.smoke import smoke_run
+    from raygrpo.commands.smoke import smoke_run
+    from raygrpo.commands.train import Session
 
     session = None
     try:
         resolved = load_config(config, context.args)
         if dry_run:
-            from raygrpo.preflight import print_plan
+            from raygrpo.commands.dry_run import print_plan
 
             print_plan(resolved)
             return
@@ -96,8 +96,8 @@ def export(
 
     The hub's token is HF_TOKEN, or that of `hf auth login`. A new repository is private.
     """
-    from raygrpo.export import export_run
-    from raygrpo.publish import publish_run
+    from raygrpo.commands.export import export_run
+    from raygrpo.commands.hub import publish_run
 
     try:
         if push_to_hub is None:
@@ -129,7 +129,7 @@ def evaluate(
 
     Keys are overridden by --section.key=value.
     """
-    from raygrpo import rollout_session
+    from raygrpo.commands import evaluate as rollout_session
 
     with _watched() as watch:
         found = rollout_session.evaluate(target, _step(step), context.args, watch)
@@ -157,7 +157,7 @@ def generate(
 
     Shows what a prompt and a reward make of a model. Keys are overridden by --section.key=value.
     """
-    from raygrpo import rollout_session
+    from raygrpo.commands import evaluate as rollout_session
 
     with _watched() as watch:
         made = rollout_session.generate(
@@ -232,7 +232,7 @@ def replay(
 
     Keys of the run's configuration are overridden by --section.key=value.
     """
-    from raygrpo.replay import replay
+    from raygrpo.commands.replay import replay
 
     def show(step: int, metrics: Mapping[str, float]) -> None:
         shown = {name: metrics[name] for name in ("loss", "grad_norm") if name in metrics}
@@ -259,7 +259,7 @@ def plan(
 
     Reads the model's configuration alone. Keys are overridden by --section.key=value.
     """
-    from raygrpo.plan import print_plan
+    from raygrpo.commands.plan import print_plan
 
     try:
         print_plan(load_config(path, context.args))

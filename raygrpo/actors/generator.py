@@ -17,13 +17,14 @@ from typing import Any, Literal, TypeVar
 import ray.exceptions
 
 from raygrpo.actors.idle import IdleClock, IdleReading
+from raygrpo.actors.process import keep_heap
+from raygrpo.actors.profiling import EngineTracer, ProfileRequest
 from raygrpo.actors.spawn import log_to, on_sigterm
 from raygrpo.actors.weight_store import pull
 from raygrpo.config import RunConfig
 from raygrpo.engines.base import Engine
+from raygrpo.engines.probe import ProbeCheck
 from raygrpo.errors import EngineBroken, InfraError, RayGrpoError
-from raygrpo.heap import keep_heap
-from raygrpo.profiling import EngineTracer, ProfileRequest
 from raygrpo.threads import in_new_thread
 from raygrpo.types import (
     ByteArray,
@@ -34,7 +35,6 @@ from raygrpo.types import (
     Version,
     WeightsManifest,
 )
-from raygrpo.weights.probe import ProbeCheck
 from raygrpo.weights.replica import Link, Replica, Staged
 
 Partials = tuple[Completion, ...]
@@ -131,7 +131,7 @@ class GeneratorActor:
     def _new_engine(self, version: Version | None) -> Engine:
         if self._make_engine is not None:
             return self._make_engine(self._config, threads=self._threads, version=version)
-        from raygrpo.engines.choose import make_engine
+        from raygrpo.engines.select import make_engine
         from raygrpo.weights.adapter import AdapterBase
 
         self._adapter_base = AdapterBase(self._config)

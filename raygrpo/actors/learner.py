@@ -12,17 +12,16 @@ from typing import Any
 
 import ray
 
-from raygrpo.actors.colocation import Colocation
+from raygrpo.actors.cluster.colocation import Colocation
+from raygrpo.actors.cluster.placement import actor_options, labels_of, learner_threads
 from raygrpo.actors.futures import Pending
-from raygrpo.actors.placement import actor_options, labels_of, learner_threads
-from raygrpo.actors.publishing import Publisher, PublishReport, WholeKind
+from raygrpo.actors.native_transfer import LearnerTransfer, wanted
+from raygrpo.actors.process import keep_heap
+from raygrpo.actors.profiling import ProfileRequest, Tracer
 from raygrpo.actors.spawn import log_path, log_to, spawn
-from raygrpo.actors.transfer import LearnerTransfer, wanted
 from raygrpo.algorithm.packing import make_microbatch, place
 from raygrpo.config import RunConfig
 from raygrpo.errors import ConfigError
-from raygrpo.heap import keep_heap
-from raygrpo.profiling import ProfileRequest, Tracer
 from raygrpo.types import (
     Group,
     Microbatch,
@@ -31,6 +30,7 @@ from raygrpo.types import (
     Version,
     merge_stats,
 )
+from raygrpo.weights.publisher import Publisher, PublishReport, WholeKind
 
 
 class LearnerActor:

@@ -17,7 +17,7 @@ from raygrpo.errors import WeightsCorrupt
 from raygrpo.types import ByteArray, Version, WeightsManifest
 from raygrpo.weights.chain import Stored, VersionChain
 from raygrpo.weights.replica import Link
-from raygrpo.weights.segments import Address, HeldSegment, SegmentGone, read_segment
+from raygrpo.weights.shared import Address, HeldSegment, SegmentGone, read_segment
 
 # How often buckets may be gone by the time that they are read: a publish may have overtaken it.
 _MAX_PLANS = 10

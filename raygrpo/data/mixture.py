@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from raygrpo.config import DataSection
-from raygrpo.config_keys import key
+from raygrpo.config.base import key
 from raygrpo.data.prompts import STREAM_KEYS, PromptStream
 from raygrpo.data.sources import BUILDERS, changed_section
 from raygrpo.errors import ConfigError, DataError, RayGrpoError

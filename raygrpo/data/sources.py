@@ -14,7 +14,7 @@ import datasets
 from pydantic import ValidationError
 
 from raygrpo.config import DataSection, EvalSection
-from raygrpo.config_file import meant
+from raygrpo.config.file import meant
 from raygrpo.errors import ConfigError, DataError, nearest
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from raygrpo.engines.rows import RowTable
+from raygrpo.engines.hf.rows import RowTable
 from raygrpo.types import Sampling
 
 TokenIds = npt.NDArray[np.int64]

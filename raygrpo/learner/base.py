@@ -15,16 +15,16 @@ from torch import Tensor
 from raygrpo.algorithm.entropy import EntropyControl
 from raygrpo.algorithm.loss import LossInputs, policy_loss
 from raygrpo.algorithm.packing import RowLayout
-from raygrpo.algorithm.plan import loss_config
+from raygrpo.algorithm.step_plan import loss_config
 from raygrpo.algorithm.token_gradient import token_gradient
 from raygrpo.config import RunConfig
 from raygrpo.errors import ConfigError, NumericError, RayGrpoError, StorageError
+from raygrpo.learner.attention.ulysses import sequence_ranks
 from raygrpo.learner.first_pass import Held, first_pass
 from raygrpo.learner.lora import adapter_off, adapter_parameters, base_parameters
 from raygrpo.learner.moving_reference import MovingReference
 from raygrpo.learner.policy import PolicyInputs, PolicyModel, policy_inputs
 from raygrpo.learner.schedule import learning_rate
-from raygrpo.learner.sequence_parallel import sequence_ranks
 from raygrpo.learner.shards import (
     Layout,
     random_state,

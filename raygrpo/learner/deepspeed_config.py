@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from raygrpo.config import RunConfig
-from raygrpo.config_file import merged_sections
+from raygrpo.config.file import merged_sections
 from raygrpo.errors import ConfigError
-from raygrpo.learner.sequence_parallel import KEY, sequence_ranks
+from raygrpo.learner.attention.ulysses import KEY, sequence_ranks
 
 # Elements of a communication bucket; DeepSpeed's own 5e8 would hold 2 GB of fp32 for one.
 BUCKET_ELEMENTS = 50_000_000

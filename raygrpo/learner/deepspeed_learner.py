@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from raygrpo.config import RunConfig
 from raygrpo.errors import ConfigError
+from raygrpo.learner.attention.ulysses import SequenceShard, sequence_ranks
 from raygrpo.learner.base import Learner
 from raygrpo.learner.deepspeed_config import clips_itself, deepspeed_config
 from raygrpo.learner.lora import add_adapter
 from raygrpo.learner.policy import PolicyInputs, PolicyModel, load_policy
-from raygrpo.learner.sequence_parallel import SequenceShard, sequence_ranks
 from raygrpo.learner.shards import Layout
 from raygrpo.models import DTYPES
 from raygrpo.weights.buckets import BUCKET_BYTES

@@ -20,8 +20,8 @@ from raygrpo.algorithm.logprobs import (
 from raygrpo.algorithm.packing import RowLayout
 from raygrpo.config import ModelSection
 from raygrpo.errors import ConfigError
-from raygrpo.learner.segments import SegmentPlan, make_plan, use_segments, window_marks
-from raygrpo.learner.sequence_parallel import SequenceShard
+from raygrpo.learner.attention.segments import SegmentPlan, make_plan, use_segments, window_marks
+from raygrpo.learner.attention.ulysses import SequenceShard
 from raygrpo.models import attention_masks, load_model, logit_transform
 from raygrpo.types import IntArray, Microbatch
 
@@ -275,7 +275,7 @@ def load_policy(
             f"{section.path!r} keeps parameters in {sorted(map(str, kinds))}, not only in {dtype}",
             "set model.dtype: float32",
         )
-    from raygrpo.learner.model_probe import find_layout
+    from raygrpo.learner.loading import find_layout
 
     # The comparison is of exact mathematics: bfloat16's rounding would hide a real difference.
     probed = model if dtype == torch.float32 else copy.deepcopy(model).float()

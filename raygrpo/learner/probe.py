@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from raygrpo.engines.probe import probe_tokens
 from raygrpo.errors import NumericError
 from raygrpo.learner.base import Learner
 from raygrpo.types import Microbatch, Probe
-from raygrpo.weights.probe import probe_tokens
 
 
 def score_probe(learner: Learner) -> Probe:

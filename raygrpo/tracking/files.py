@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from raygrpo.errors import StorageError
-from raygrpo.run_dir import write_atomically
+from raygrpo.storage.run_dir import write_atomically
 
 
 class _JsonLines:

@@ -7,10 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
+from raygrpo.actors.profiling import ProfileRequest
 from raygrpo.config import RunConfig
 from raygrpo.errors import StorageError
-from raygrpo.profiling import ProfileRequest
-from raygrpo.run_dir import RunDir
+from raygrpo.storage.run_dir import RunDir
 from raygrpo.tracking.alarms import Alarms
 from raygrpo.tracking.console import Console
 from raygrpo.tracking.curve import draw_curve

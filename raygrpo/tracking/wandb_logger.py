@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raygrpo.config import RunConfig
-from raygrpo.run_dir import RunDir
+from raygrpo.storage.run_dir import RunDir
 
 _PROJECT = "raygrpo"  # unless WANDB_PROJECT names another, as in transformers
 _INIT_TIMEOUT_S = 60.0

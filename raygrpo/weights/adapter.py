@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from raygrpo.config import RunConfig
-from raygrpo.engines.weights import weight_targets
+from raygrpo.engines.hf.model_weights import weight_targets
 from raygrpo.errors import InfraError
 from raygrpo.models import DTYPES, load_model
 from raygrpo.types import BucketSpec, ByteArray, WeightsManifest

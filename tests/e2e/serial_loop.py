@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import save_file
 
 from raygrpo.algorithm.packing import make_microbatch, place
-from raygrpo.algorithm.plan import make_step_batch
+from raygrpo.algorithm.step_plan import make_step_batch
 from raygrpo.algorithm.window import FinishedGroup
-from raygrpo.config_file import load_config
+from raygrpo.config.file import load_config
 from raygrpo.data.prompts import PromptSource
 from raygrpo.data.sources import load_rows
-from raygrpo.engines.transformers_engine import TransformersEngine
+from raygrpo.engines.hf.engine import TransformersEngine
 from raygrpo.learner.deepspeed_learner import DeepSpeedLearner
 from raygrpo.models import load_tokenizer
 from raygrpo.types import Group, GroupRequest, GroupSummary, Score, Version, WeightsManifest

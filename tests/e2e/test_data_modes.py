@@ -10,11 +10,11 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from raygrpo.config_file import load_config
+from raygrpo.config.file import load_config
 from raygrpo.data.loading import make_prompts
 from raygrpo.models import load_tokenizer
 from tests import runs
-from tests.unit.test_pass_rate import judged
+from tests.data.test_pass_rate import judged
 
 STEPS = 8
 pytestmark = pytest.mark.slow

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from raygrpo.config_file import load_config
-from raygrpo.model_card import quick_start_snippet
+from raygrpo.commands.model_card import quick_start_snippet
+from raygrpo.config.file import load_config
 from tests import runs
 
 ROOT = Path(__file__).parents[2]

@@ -22,7 +22,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from raygrpo.checkpoint import Checkpoints, verify
+from raygrpo.storage.checkpoint import Checkpoints, verify
 from tests import runs
 
 LEVELS = (0.25, 0.75, 0.5, 0.5, 2.0)

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from raygrpo.actors.connect import connect, disconnect
-from raygrpo.actors.placement import demand_of
-from raygrpo.actors.pool import RolloutPool
+from raygrpo.actors.cluster.connect import connect, disconnect
+from raygrpo.actors.cluster.placement import demand_of
+from raygrpo.actors.pool.pool import RolloutPool
 from raygrpo.actors.scorer import ScoreReport
 from raygrpo.actors.weight_store import end_store, start_store
 from raygrpo.config import RunConfig
-from raygrpo.config_file import load_config
+from raygrpo.config.file import load_config
 from raygrpo.rewards.contract import TrainerState
 from raygrpo.rewards.params import RewardModelParams
 from raygrpo.rewards.reward_model import RewardModel

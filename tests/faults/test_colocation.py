@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import ray
 
-from raygrpo.actors import factory, learner
-from raygrpo.actors.colocation import Colocation, bundles_of
+from raygrpo.actors import learner
+from raygrpo.actors.cluster.colocation import Colocation, bundles_of
+from raygrpo.actors.pool import factory
 from raygrpo.actors.spawn import spawn
 from raygrpo.config import RunConfig
-from raygrpo.config_file import load_config
+from raygrpo.config.file import load_config
 from raygrpo.errors import ConfigError
 from tests import runs
 

@@ -16,21 +16,21 @@ import pytest
 import ray
 import torch
 
-from raygrpo.actors.connect import connect, disconnect
+from raygrpo.actors.cluster.connect import connect, disconnect
+from raygrpo.actors.cluster.placement import demand_of
 from raygrpo.actors.futures import resolve
-from raygrpo.actors.placement import demand_of
-from raygrpo.actors.pool import RolloutPool
-from raygrpo.actors.publishing import Publisher
+from raygrpo.actors.pool.failures import MAX_DEATHS
+from raygrpo.actors.pool.pool import RolloutPool
+from raygrpo.actors.pool.workers import Done
 from raygrpo.actors.weight_store import end_store, start_store
-from raygrpo.actors.workers import Done
 from raygrpo.config import RunConfig
-from raygrpo.config_file import load_config
+from raygrpo.config.file import load_config
 from raygrpo.errors import ConfigError, InfraError
-from raygrpo.failures import MAX_DEATHS
 from raygrpo.models import load_model
 from raygrpo.rewards.contract import TrainerState
 from raygrpo.types import GroupRequest, Prompt, Sampling, Version, WeightsManifest
 from raygrpo.weights.buckets import make_buckets
+from raygrpo.weights.publisher import Publisher
 from tests import runs
 
 pytestmark = runs.RAY_IN_PROCESS

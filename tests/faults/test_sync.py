@@ -21,23 +21,23 @@ import pytest
 import ray
 import torch
 
-from raygrpo.actors import factory
-from raygrpo.actors.connect import connect, disconnect
+from raygrpo.actors.cluster.connect import connect, disconnect
+from raygrpo.actors.cluster.placement import demand_of
 from raygrpo.actors.futures import resolve
 from raygrpo.actors.generator import GeneratorActor
-from raygrpo.actors.placement import demand_of
-from raygrpo.actors.pool import RolloutPool
-from raygrpo.actors.publishing import Publisher
+from raygrpo.actors.pool import factory
+from raygrpo.actors.pool.pool import RolloutPool
+from raygrpo.actors.pool.workers import Done, Worker
 from raygrpo.actors.weight_store import WeightStoreActor, end_store, start_store
-from raygrpo.actors.workers import Done, Worker
 from raygrpo.config import RunConfig
-from raygrpo.config_file import load_config
+from raygrpo.config.file import load_config
+from raygrpo.engines.probe import FIRST_LIMIT, probe_tokens
 from raygrpo.errors import InfraError
 from raygrpo.models import load_model
 from raygrpo.rewards.contract import TrainerState
 from raygrpo.types import GroupRequest, Probe, Prompt, Sampling, Version
 from raygrpo.weights.buckets import make_buckets
-from raygrpo.weights.probe import FIRST_LIMIT, probe_tokens
+from raygrpo.weights.publisher import Publisher
 from tests import runs
 
 pytestmark = runs.RAY_IN_PROCESS

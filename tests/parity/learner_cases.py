@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from raygrpo.algorithm.packing import RowLayout, make_microbatch, place
-from raygrpo.algorithm.plan import make_step_batch
+from raygrpo.algorithm.step_plan import make_step_batch
 from raygrpo.algorithm.window import FinishedGroup
 from raygrpo.config import RunConfig
-from raygrpo.config_file import load_config
+from raygrpo.config.file import load_config
 from raygrpo.types import Group, GroupSummary, Microbatch
 from tests.builders import completion, group, request, summary
 

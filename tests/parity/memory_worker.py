@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from raygrpo.actors.process import keep_heap
 from raygrpo.algorithm.packing import make_microbatch, place
 from raygrpo.config import RunConfig
-from raygrpo.heap import keep_heap
 from raygrpo.types import (
     Completion,
     Group,
@@ -42,7 +42,7 @@ def main() -> None:
     import torch
     from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
 
-    from raygrpo.engines.transformers_engine import TransformersEngine  # noqa: F401
+    from raygrpo.engines.hf.engine import TransformersEngine  # noqa: F401
     from raygrpo.learner.deepspeed_learner import DeepSpeedLearner  # noqa: F401
 
     torch.set_num_threads(1)
@@ -158,7 +158,7 @@ def full_request(config: RunConfig, number: int) -> GroupRequest:
 
 def generate(config: RunConfig, rank: int, port: int) -> dict[str, int]:
     """As many groups as the engine has rows for, to their full length."""
-    from raygrpo.engines.transformers_engine import TransformersEngine
+    from raygrpo.engines.hf.engine import TransformersEngine
 
     engine = TransformersEngine(
         config.model,

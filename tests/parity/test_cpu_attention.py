@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from raygrpo.learner.segments import _attend
+from raygrpo.learner.attention.segments import _attend
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 # Of float32: some roundings of sums of a few hundred numbers. Of bfloat16: outputs, from which the

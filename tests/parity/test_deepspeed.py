@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from raygrpo.config import ModelSection
-from raygrpo.config_file import load_config
+from raygrpo.config.file import load_config
 from raygrpo.errors import ConfigError
 from raygrpo.learner.deepspeed_config import deepspeed_config
 from raygrpo.learner.reference_learner import ReferenceLearner

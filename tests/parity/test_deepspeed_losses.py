@@ -14,10 +14,10 @@ from raygrpo.learner.reference_learner import ReferenceLearner
 from raygrpo.learner.watch import PATIENCE
 from raygrpo.types import Stat, merge_stats
 from tests import oracle
+from tests.algorithm.loss_cases import AGGREGATIONS, CORRECTIONS, LOSSES
 from tests.parity.learner_cases import make_config, make_steps, planned_step, random_groups
 from tests.parity.test_deepspeed import RELATIVE, make_case, relative, run_ranks
 from tests.tiny import save_tiny_model
-from tests.unit.loss_cases import AGGREGATIONS, CORRECTIONS, LOSSES
 
 pytestmark = pytest.mark.timeout(600)
 STAGE, NUM_STEPS = 2, 2

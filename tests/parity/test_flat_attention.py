@@ -22,10 +22,12 @@ from torch import Tensor
 from torch.nn.attention import flex_attention as torch_flex
 from torch.utils.checkpoint import checkpoint
 
-from raygrpo.learner import flat_attention, policy, segments
-from raygrpo.learner.flat_attention import LayerKind, block_pairs, make_flat_row
+from raygrpo.learner import policy
+from raygrpo.learner.attention import flex as flat_attention
+from raygrpo.learner.attention import segments
+from raygrpo.learner.attention.flex import LayerKind, block_pairs, make_flat_row
+from raygrpo.learner.attention.segments import SegmentPlan, make_plan, segment_attention
 from raygrpo.learner.policy import tree_layout
-from raygrpo.learner.segments import SegmentPlan, make_plan, segment_attention
 from tests.parity.test_segments import (
     GROUPS,
     KINDS,

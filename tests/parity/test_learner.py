@@ -18,7 +18,7 @@ from torch import Tensor
 
 from raygrpo.config import ModelSection, OptimizerSection
 from raygrpo.errors import ConfigError, NumericError, StorageError
-from raygrpo.learner.model_probe import find_layout
+from raygrpo.learner.loading import find_layout
 from raygrpo.learner.policy import PolicyModel, load_policy, policy_inputs
 from raygrpo.learner.reference_learner import ReferenceLearner
 from raygrpo.learner.schedule import learning_rate

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from raygrpo.config import RunConfig
-from raygrpo.config_file import load_config
+from raygrpo.config.file import load_config
 from raygrpo.errors import ConfigError, InfraError
 from raygrpo.learner.lora import add_adapter, lora_config, write_adapter
 from raygrpo.learner.reference_learner import ReferenceLearner

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from raygrpo.errors import ConfigError
-from raygrpo.learner.deepspeed_config import deepspeed_config
-from raygrpo.learner.sequence_parallel import (
+from raygrpo.learner.attention.ulysses import (
     SequenceShard,
     _UlyssesAttention,
     check_attention,
     sequence_ranks,
 )
+from raygrpo.learner.deepspeed_config import deepspeed_config
 from raygrpo.models import refuse_unknown
 from raygrpo.types import merge_stats
 from tests.parity.learner_cases import make_config

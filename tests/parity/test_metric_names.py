@@ -4,7 +4,7 @@ Compared number by number: all that depends on completions and rewards alone. No
 it is made of something else (each has a test of its own, against formulas or against TRL):
 
 - ``loss``, ``grad_norm``, ``learning_rate``, ``entropy``, ``clip_ratio/*``: of the update and its
-  logprobs; loss, rate and gradient in test_trl.py, the rest in tests/unit/test_loss.py.
+  logprobs; loss, rate and gradient in test_trl.py, the rest in tests/algorithm/test_loss.py.
 - ``kl``: logged with a reference only; ``sampling/*``: with vLLM only, which is not here.
 - ``step_time``: a clock. ``epoch``: counted in rows by TRL, in prompts by our data source.
 """

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from raygrpo.engines.transformers_engine import TransformersEngine
+from raygrpo.engines.hf.engine import TransformersEngine
 from raygrpo.types import Completion, Group, GroupRequest, Stream, Version
 from tests.parity.test_transformers_engine import (
     KINDS,

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raygrpo.engines.forward import _ALIKE, PREFILL_CHUNK, Forward, _batches
+from raygrpo.engines.hf.forward import _ALIKE, PREFILL_CHUNK, Forward, _batches
 from raygrpo.types import Version
 from tests.parity.test_transformers_engine import (
     KINDS,

@@ -17,15 +17,12 @@ from torch import Tensor
 from raygrpo.algorithm.loss import Aggregation, loss_weights_for
 from raygrpo.algorithm.packing import RowLayout, make_microbatch, place
 from raygrpo.config import ModelSection
-from raygrpo.learner.model_probe import expected_layout, find_layout
+from raygrpo.learner.attention.segments import segment_attention
+from raygrpo.learner.loading import expected_layout, find_layout
 from raygrpo.learner.policy import load_policy, tree_layout
 from raygrpo.learner.reference_learner import ReferenceLearner
-from raygrpo.learner.segments import segment_attention
 from raygrpo.types import Group, Microbatch, PlannedSample, StepBatch
-from tests.builders import completion, group, request
-from tests.parity.learner_cases import VOCABULARY, make_config
-from tests.tiny import save_tiny_model
-from tests.unit.loss_cases import (
+from tests.algorithm.loss_cases import (
     AGGREGATIONS,
     BESIDE,
     CORRECTIONS,
@@ -33,6 +30,9 @@ from tests.unit.loss_cases import (
     options_for,
     sides_of,
 )
+from tests.builders import completion, group, request
+from tests.parity.learner_cases import VOCABULARY, make_config
+from tests.tiny import save_tiny_model
 
 KINDS = ("llama", "qwen2", "gemma3")
 LAYOUTS: tuple[RowLayout, ...] = ("plain", "shared", "packed")

@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from raygrpo.engines import shared_prompts
-from raygrpo.engines.cache import SlotCache
-from raygrpo.engines.shared_prompts import share_prompts, shared_prompt_attention
+from raygrpo.engines.hf import shared_prompts
+from raygrpo.engines.hf.cache import SlotCache
+from raygrpo.engines.hf.shared_prompts import share_prompts, shared_prompt_attention
 from raygrpo.errors import NumericError
 from tests.parity.test_transformers_engine import (
     KINDS,
@@ -124,7 +124,7 @@ def test_slots_in_use_are_the_first_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The first group ends first, and the last one's prompt takes its place."""
-    monkeypatch.setattr("raygrpo.engines.shared_prompts.SHARING_PAYS", 0)
+    monkeypatch.setattr("raygrpo.engines.hf.shared_prompts.SHARING_PAYS", 0)
     engine = make_engine(paths(), max_rows=9)
     model = plain_model(paths())
     for number, tokens in enumerate((3, 30, 20)):
@@ -150,7 +150,7 @@ def test_a_broken_group_spoils_no_row_beside_it(
     broken: int,
 ) -> None:
     """Neither one that shares another prompt, nor one in no slot, nor a prompt that comes later."""
-    monkeypatch.setattr("raygrpo.engines.shared_prompts.SHARING_PAYS", 60)
+    monkeypatch.setattr("raygrpo.engines.hf.shared_prompts.SHARING_PAYS", 60)
     engine = make_engine(paths(), max_rows=12)
     model = plain_model(paths())
     for number, length in enumerate((35, 40, 6)):
@@ -177,7 +177,7 @@ def test_models_that_cannot_share_keep_prompts_by_row(
 ) -> None:
     """Layers that ignore shared prompts, want what is not known there, or get it wrong."""
     if breakage == "unaware":
-        monkeypatch.setattr("raygrpo.engines.forward.use_shared_prompts", lambda model: None)
+        monkeypatch.setattr("raygrpo.engines.hf.forward.use_shared_prompts", lambda model: None)
     elif breakage == "wrong":
         attend = shared_prompts._attend
         monkeypatch.setattr(
@@ -188,7 +188,7 @@ def test_models_that_cannot_share_keep_prompts_by_row(
         def refuse(*args: Any) -> None:
             raise ValueError("attention with softcap is not known by shared prompts")
 
-        monkeypatch.setattr("raygrpo.engines.shared_prompts.refuse_unknown", refuse)
+        monkeypatch.setattr("raygrpo.engines.hf.shared_prompts.refuse_unknown", refuse)
     with caplog.at_level(logging.WARNING):
         engine = make_engine(paths())
     reasons = {

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from raygrpo.config import ModelSection
 from raygrpo.engines.base import Engine
-from raygrpo.engines.transformers_engine import TransformersEngine
+from raygrpo.engines.hf.engine import TransformersEngine
 from raygrpo.errors import DataError, InfraError, NumericError
 from raygrpo.models import load_model
 from raygrpo.types import (
@@ -70,7 +70,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 @pytest.fixture(autouse=True, params=[0, 10**9], ids=["shared", "copied"])
 def sharing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test once with each prompt in a slot, and once with each in its rows."""
-    monkeypatch.setattr("raygrpo.engines.shared_prompts.SHARING_PAYS", request.param)
+    monkeypatch.setattr("raygrpo.engines.hf.shared_prompts.SHARING_PAYS", request.param)
 
 
 def make_engine(
@@ -222,7 +222,7 @@ def test_greedy_equals_generate(paths: Callable[..., Path], kind: Kind) -> None:
 def test_long_prompts_are_computed_in_chunks(
     paths: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("raygrpo.engines.forward.PREFILL_CHUNK", 7)
+    monkeypatch.setattr("raygrpo.engines.hf.forward.PREFILL_CHUNK", 7)
     for kind in KINDS:
         engine = make_engine(paths(kind))
         for group in run(engine, request(0, length=38), request(1, length=14)).values():
@@ -232,8 +232,8 @@ def test_long_prompts_are_computed_in_chunks(
 def test_cache_grows_with_long_completions(
     paths: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("raygrpo.engines.transformers_engine.FIRST_ROOM", 1)
-    monkeypatch.setattr("raygrpo.engines.cache.GROWTH", 4)
+    monkeypatch.setattr("raygrpo.engines.hf.engine.FIRST_ROOM", 1)
+    monkeypatch.setattr("raygrpo.engines.hf.cache.GROWTH", 4)
     engine = make_engine(paths("gemma3"))
     requests = [request(n, length=2 + n, max_tokens=60) for n in range(5)]
     groups = run(engine, *requests)

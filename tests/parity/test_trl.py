@@ -8,7 +8,7 @@ What changed in TRL between 0.24 and 1.16, and why the comparison stands:
 - A completion has at most 512 tokens in 1.16, 256 in 0.24. The loss ``dapo`` does not know the
   limit, and the rollouts are shorter than both.
 - 1.16 has no ``max_prompt_length``; 0.24 keeps a prompt's last 512 tokens. The rollouts' prompts
-  are shorter; how the recipe cuts is tested in tests/unit/test_data.py.
+  are shorter; how the recipe cuts is tested in tests/data/test_data.py.
 - 1.16 forms logprobs tile by tile of the head, 0.24 formed the logits: rounding alone differs.
 - 1.16 rescales the loss where generation spans several updates; at the defaults it spans one.
 - 1.16 leaves a completion whose every reward is None out of the baseline, 0.24 takes its reward

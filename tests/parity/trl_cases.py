@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from raygrpo.algorithm.packing import MicrobatchPlan, make_microbatch, place
-from raygrpo.algorithm.plan import make_step_batch
+from raygrpo.algorithm.step_plan import make_step_batch
 from raygrpo.algorithm.window import FinishedGroup
 from raygrpo.config import RunConfig
-from raygrpo.config_file import load_config
+from raygrpo.config.file import load_config
 from raygrpo.learner.reference_learner import ReferenceLearner
 from raygrpo.types import Group, GroupSummary, Microbatch, Score, Stat
 from tests.builders import completion, request

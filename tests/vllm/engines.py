@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from raygrpo.config import RunConfig
-from raygrpo.engines.choose import make_engine
-from raygrpo.engines.sampling import penalise, truncate
-from raygrpo.engines.weights import weight_targets
+from raygrpo.engines.hf.model_weights import weight_targets
+from raygrpo.engines.hf.sampling import penalise, truncate
+from raygrpo.engines.select import make_engine
 from raygrpo.models import load_model, stop_token_ids
 from raygrpo.types import (
     ByteArray,

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from raygrpo.config import ModelSection
-from raygrpo.engines.choose import OURS, vllm_problem
+from raygrpo.engines.select import OURS, vllm_problem
 from raygrpo.errors import ConfigError, InfraError, NumericError
 from raygrpo.models import load_model
 from raygrpo.types import Version
@@ -87,7 +87,7 @@ def test_a_model_that_vllm_does_not_have_is_a_reason(tmp_path: Path) -> None:
 
 
 def test_options_that_vllm_does_not_have_are_named() -> None:
-    from raygrpo.engines.vllm_requests import engine_arguments
+    from raygrpo.engines.vllm.requests import engine_arguments
 
     model = ModelSection(path=str(ECHO))
     common: dict[str, Any] = {"seed": 0, "max_rows": 4, "device": "cpu"}

@@ -22,16 +22,17 @@ from vllm.distributed.weight_transfer import nccl_common, packed_tensor
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from raygrpo.actors.transfer import ActorReceiver
+from raygrpo.actors.native_transfer import ActorReceiver
 from raygrpo.config import ModelSection
-from raygrpo.engines import vllm_native, vllm_weights
-from raygrpo.engines.vllm_engine import VllmEngine
-from raygrpo.engines.vllm_native import IpcSender, NcclSender, VllmReceiver, gpu_buckets
-from raygrpo.engines.vllm_native_worker import IpcEngine, NcclEngine
-from raygrpo.engines.vllm_requests import engine_arguments
+from raygrpo.engines.vllm import native as vllm_native
+from raygrpo.engines.vllm import worker as vllm_weights
+from raygrpo.engines.vllm.engine import VllmEngine
+from raygrpo.engines.vllm.native import IpcSender, NcclSender, VllmReceiver, gpu_buckets
+from raygrpo.engines.vllm.native_worker import IpcEngine, NcclEngine
+from raygrpo.engines.vllm.requests import engine_arguments
 from raygrpo.errors import InfraError
 from raygrpo.types import Version
-from raygrpo.weights.transport import NativeTransfer, Sender
+from raygrpo.weights.native import NativeTransfer, Sender
 from tests.vllm.engines import ECHO
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -1,0 +1,54 @@
+"""Whether vLLM works where a run's generators will be."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import ray
+
+from raygrpo.actors.cluster.placement import actor_options, labels_of
+from raygrpo.config import RunConfig
+from raygrpo.engines.select import (
+    NOT_INSTALLED,
+    EngineChoice,
+    choose_engine,
+    engine_device,
+    vllm_problem,
+)
+from raygrpo.errors import InfraError
+
+
+def settle_engine(
+    config: RunConfig, recorded: str | None, *, local: bool
+) -> tuple[RunConfig, EngineChoice]:
+    """The configuration with its engine named, and why it is that one.
+
+    Raises:
+        ConfigError: the configuration names another engine than the run began with.
+        InfraError: no node answered in time.
+    """
+    choice = choose_engine(config, recorded, lambda: _ask(config, local))
+    section = config.generators.model_copy(update={"engine": choice.engine})
+    return config.model_copy(update={"generators": section}), choice
+
+
+def _ask(config: RunConfig, local: bool) -> str | None:
+    if find_spec("vllm") is None:  # the run's processes have this one's environment
+        return NOT_INSTALLED
+    options = actor_options(
+        local=local,
+        threads=1,
+        gpus=config.ray.gpus.generator,
+        labels=labels_of(config, "generator"),
+    )
+    # A process of its own: nothing else should find vLLM imported.
+    probe = ray.remote(max_calls=1)(vllm_problem).options(**options)
+    answer = probe.remote(engine_device(config), config.model)
+    try:
+        problem: str | None = ray.get(answer, timeout=config.ray.timeouts_s.start)
+    except ray.exceptions.GetTimeoutError:
+        raise InfraError(
+            f"vLLM did not import within {config.ray.timeouts_s.start:g} s on a generator's node",
+            "name the engine: generators.engine: transformers or vllm",
+        ) from None
+    return problem

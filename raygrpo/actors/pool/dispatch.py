@@ -1,0 +1,142 @@
+"""Which worker gets which group: the queues of groups, and who has what."""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+
+from raygrpo.actors.generator import GenerationReport
+from raygrpo.actors.pool.workers import Flight, GroupKey, Worker, choose_models, least_loaded
+from raygrpo.types import Group, GroupRequest
+
+
+class Dispatcher:
+    """Sends groups whole to the generator with the fewest tokens in flight, then to the scorer with
+    the fewest groups; what exceeds their capacity waits here (see `least_loaded`).
+
+    Tokens are counted at most: prompt and ``max_tokens`` for each completion. Groups of one run are
+    asked for alike, so a guess at their lengths would change no choice between two generators.
+
+    Attributes:
+        flights: the groups under way, those in a queue included.
+    """
+
+    def __init__(self, group_timeout_s: float, max_rows: int) -> None:
+        self._group_timeout_s = group_timeout_s
+        self._max_rows = max_rows
+        self._queue: list[tuple[bool, int, GroupKey]] = []
+        self._num_queued = 0
+        self._to_score: deque[GroupKey] = deque()
+        self.flights: dict[GroupKey, Flight] = {}
+
+    def submit(self, order: GroupRequest | Group) -> None:
+        """Queues a group to generate, or one made elsewhere that is only to be scored."""
+        request = order.request if isinstance(order, Group) else order
+        key = (request.stream, request.group_id)
+        self.flights[key] = flight = Flight(request=request)
+        if isinstance(order, Group):
+            flight.payload = ray.put(order)
+            self.to_score(key, GenerationReport(group_id=request.group_id))
+        else:
+            self._enqueue(key, again=request.attempt > 0)
+
+    def _enqueue(self, key: GroupKey, *, again: bool) -> None:
+        # Steps take groups in order, so those that came after a group may wait for it.
+        self._num_queued += 1
+        heapq.heappush(self._queue, (not again, key[1] if again else self._num_queued, key))
+
+    def to_score(self, key: GroupKey, report: GenerationReport) -> None:
+        """Queues a generated group for its scorer."""
+        flight = self.flights[key]
+        flight.report, flight.partials, flight.kept_tokens = report, (), 0
+        self._to_score.append(key)
+
+    def resume(self, key: GroupKey, kept_tokens: int) -> None:
+        """Queues an aborted group for another generator, before all others; 0: from its start."""
+        flight = self.flights[key]
+        flight.partials = flight.payload if kept_tokens else ()
+        flight.kept_tokens, flight.payload = kept_tokens, None
+        self._enqueue(key, again=True)
+
+    def copied(self, timeout_s: float) -> bool:
+        """Copies what is written here, and says whether all of it is: a drained node goes as soon
+        as nobody works on it, and what only it holds goes with it."""
+        flights = self.flights.values()
+        refs = [flight.payload for flight in flights if flight.report is not None]
+        refs += [flight.partials for flight in flights if flight.kept_tokens]
+        waiting = ray.wait(refs, num_returns=len(refs), timeout=timeout_s)[1] if refs else []
+        return not waiting
+
+    def drop(self, key: GroupKey) -> Flight:
+        """Forgets a group."""
+        flight = self.flights.pop(key)
+        if flight.worker is not None:
+            self._release(key, flight, flight.worker)
+        return flight
+
+    def answered(self, key: GroupKey) -> None:
+        """A group's call came to its end: its worker goes on with the next ones."""
+        flight = self.flights[key]
+        worker = flight.worker
+        assert worker is not None
+        self._release(key, flight, worker)
+        for other in worker.groups:  # a deadline is one of progress: waiting in line is no fault
+            self.flights[other].deadline = self._deadline()
+
+    def generate(self, generators: Sequence[Worker]) -> None:
+        """Hands out groups to generate, as far as generators are ready."""
+        while self._queue:
+            key = self._queue[0][-1]
+            flight = self.flights[key]
+            worker = least_loaded(generators, flight.num_rows, self._max_rows, len(self._queue))
+            if worker is None:
+                return
+            heapq.heappop(self._queue)
+            flight.ref, flight.payload = worker.actor.generate.options(num_returns=2).remote(
+                flight.request, flight.partials
+            )
+            self._assign(key, flight, worker, flight.num_rows, flight.max_tokens)
+
+    def score(self, scorers: Sequence[Worker], models: Sequence[Worker], state: Any) -> None:
+        """Hands out groups to score; ``state`` is what rewards are told of the run."""
+        while self._to_score and (worker := least_loaded(scorers, 1, 1, len(self._to_score))):
+            chosen = choose_models(models, turn=self._to_score[0][1])
+            if chosen is None:
+                return
+            key = self._to_score.popleft()
+            flight = self.flights[key]
+            flight.models = chosen
+            actors = {reward: model.actor for reward, model in chosen.items()}
+            flight.ref = worker.actor.score.remote(flight.payload, state, actors)
+            self._assign(key, flight, worker, 1, 1)
+
+    def late(self, now: float) -> list[tuple[Worker, str]]:
+        """Workers that had a group for longer than its deadline allows."""
+        return [
+            (flight.worker, f"group {flight.request.group_id}")
+            for flight in self.flights.values()
+            if flight.worker is not None and now > flight.deadline
+        ]
+
+    def _assign(
+        self, key: GroupKey, flight: Flight, worker: Worker, num_rows: int, load: int
+    ) -> None:
+        flight.worker, flight.share = worker, (num_rows, load)
+        flight.deadline = self._deadline()
+        worker.groups.add(key)
+        worker.num_rows += num_rows
+        worker.load += load
+
+    def _release(self, key: GroupKey, flight: Flight, worker: Worker) -> None:
+        worker.groups.discard(key)
+        worker.num_rows -= flight.share[0]
+        worker.load -= flight.share[1]
+        flight.ref = flight.worker = None
+
+    def _deadline(self) -> float:
+        return time.monotonic() + self._group_timeout_s

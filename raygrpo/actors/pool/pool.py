@@ -1,0 +1,400 @@
+"""The rollout pool: generators and scorers behind one face, and the driver's one place to wait.
+
+A group goes generate -> score. The driver owns both halves of a generator's answer, so the death
+of a generator's or scorer's process costs only what was in flight: those groups are reported as
+lost, and a fresh worker is started, which loads the newest weights before it serves. Scoring
+leaves a copy of the payload on the scorer's node, which Ray falls back on when the generator's node
+is preempted. (Losing both is another matter: the update that needs it fails with AnswerLost.)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ray
+
+from raygrpo.actors.cluster.nodes import on_draining_nodes
+from raygrpo.actors.futures import DependencyDied, Pending, resolve
+from raygrpo.actors.generator import GenerationReport, LoadReport
+from raygrpo.actors.native_transfer import broken, receivers
+from raygrpo.actors.pool.deaths import Losses
+from raygrpo.actors.pool.dispatch import Dispatcher
+from raygrpo.actors.pool.factory import WorkerFactory
+from raygrpo.actors.pool.failures import MAX_DEATHS, Action
+from raygrpo.actors.pool.workers import Done, Flight, GroupKey, Worker
+from raygrpo.actors.scorer import ModelLost, ScoreReport
+from raygrpo.algorithm.window import FinishedGroup
+from raygrpo.config import RewardSection, RunConfig
+from raygrpo.errors import InfraError, ProbeFailed, WeightsCorrupt, WeightsLost
+from raygrpo.types import Group, GroupRequest
+
+_ABORT_S = 15.0  # for a generator that leaves to answer with what it wrote, and to copy that
+_DRAIN_CHECK_S, _COPY_S = 2.0, 1.0
+
+
+class RolloutPool:
+    """Keeps the workers alive, and groups moving through them: see `Dispatcher`."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        store: Any,
+        rewards: Sequence[RewardSection],
+        functions: Mapping[str, bytes],
+        *,
+        local: bool,
+        **options: Any,
+    ) -> None:
+        """``options`` are those of `WorkerFactory`."""
+        self._config = config
+        self._local = local
+        self._factory = WorkerFactory(config, store, rewards, functions, local=local, **options)
+        self._generators = self._factory.all("generator")
+        self._scorers = self._factory.all("scorer")
+        self._models = self._factory.all("reward_model")
+        # A deterministic engine decodes one group at a time.
+        max_rows = 1 if config.deterministic else config.generators.max_rows
+        self._dispatcher = Dispatcher(config.ray.timeouts_s.generate, max_rows)
+        self._flights = self._dispatcher.flights
+        self._num_publishes = 0
+        self._sleeping = False
+        self._losses = Losses(lambda: len(self._workers))
+        self._drains_checked = self.waited_s = 0.0
+        self._clear()
+        self.trainer_state: Any = None
+        self.normal_gap: float | None = None
+
+    @property
+    def _workers(self) -> tuple[Worker, ...]:
+        return (*self._generators, *self._scorers, *self._models)
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """Process ids of the workers that have started, by name."""
+        return {worker.name: worker.pid for worker in self._workers}
+
+    def start(self) -> None:
+        """Waits until every worker has started; raises what the first failing one raised."""
+        for worker in self._workers:
+            pending = Pending(
+                worker.name, [worker.starting], self._config.ray.timeouts_s.start, lambda v: v[0]
+            )
+            worker.pid = pending.wait()
+            worker.starting = None
+
+    def take_idle_frac(self) -> float | None:
+        """The generators' mean share of time with nothing to decode, since the last call; None
+        while none has reported twice."""
+        shares = [worker.idle.take() for worker in self._generators]
+        known = [share for share in shares if share is not None]
+        return sum(known) / len(known) if known else None
+
+    def close(self) -> None:
+        """Ends all workers."""
+        for worker in self._workers:
+            ray.kill(worker.actor)
+
+    def submit(self, order: GroupRequest | Group) -> None:
+        """Queues a group to generate, or one made elsewhere that is only to be scored."""
+        self._dispatcher.submit(order)
+        self._dispatch()
+
+    def receivers(self) -> dict[str, Any]:
+        """Generators that a version may be sent to directly; see `native_transfer`."""
+        return receivers(self._config, self._generators)
+
+    def replace_broken(self, reasons: Mapping[str, str]) -> None:
+        """Replaces receivers that a sync broke: one loss, since all wait for the one that fails."""
+        for number, (worker, reason) in enumerate(broken(self._generators, reasons)):
+            if not number:
+                self._losses.count(worker, InfraError(reason))
+            self._replace(worker, reason)
+
+    def load(self) -> None:
+        """Has every generator pull the newest weights; one that fails is replaced.
+
+        One whose load is under way, under the deadline of that load, loads again afterwards.
+        """
+        self._num_publishes += 1
+        self._sleeping = False
+        for worker in self._generators:
+            if worker.starting is None and worker.loading is None:
+                self._start_loading(worker)
+
+    def sleep(self) -> bool:
+        """Has idle generators give their devices to the learner until `load`; whether all have."""
+        self._sleeping = True
+        for worker in self._generators:
+            if not worker.asleep and worker.starting is None and worker.loading is None:
+                self._start_loading(worker)
+        return all(worker.asleep for worker in self._generators)
+
+    def wait(self, pendings: Sequence[Pending[Any]], timeout_s: float) -> Done:
+        """Blocks until something happens or the time is over, and handles all that has happened.
+
+        Raises:
+            RayGrpoError: a failure that ends the run, in the pool or in one of ``pendings``.
+        """
+        refs = self._refs() + [ref for pending in pendings for ref in pending.open_refs]
+        ready = self._wait_for(refs, timeout_s)
+        completed = tuple(pending for pending in pendings if pending.collect(ready))
+        for worker in self._workers:
+            self._collect_worker(worker, ready)
+        for key, flight in list(self._flights.items()):
+            if flight.ref is not None and flight.ref in ready:
+                self._collect_flight(key, flight)
+        self._check_deadlines()
+        self._check_drains()
+        self._replace_left()
+        self._dispatch()
+        done = Done(
+            groups=tuple(self._groups),
+            lost=tuple(self._lost),
+            dropped=tuple(self._dropped),
+            completed=completed,
+            loads=tuple(self._loads),
+            events=tuple(self._events),
+            weights_lost=self._weights_lost,
+            aborted_tokens=self._aborted_tokens,
+        )
+        self._clear()
+        return done
+
+    def _clear(self) -> None:
+        self._groups: list[tuple[FinishedGroup, ScoreReport]] = []
+        self._lost: list[GroupKey] = []
+        self._dropped: list[GroupKey] = []
+        self._loads: list[LoadReport] = []
+        self._events: list[tuple[str, Mapping[str, Any]]] = []
+        self._weights_lost = False
+        self._aborted_tokens = 0
+
+    def _wait_for(self, refs: list[Any], timeout_s: float) -> set[Any]:
+        started = time.monotonic()
+        try:
+            if not refs:
+                return set()
+            ready, _ = ray.wait(refs, num_returns=1, timeout=timeout_s, fetch_local=False)
+            if ready:
+                ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)
+            return set(ready)
+        finally:
+            self.waited_s += time.monotonic() - started
+
+    def _refs(self) -> list[Any]:
+        workers = [
+            ref
+            for worker in self._workers
+            for ref in (worker.starting, worker.loading, worker.living)
+            if ref is not None
+        ]
+        return workers + [f.ref for f in self._flights.values() if f.ref is not None]
+
+    def _start_loading(self, worker: Worker) -> None:
+        """Has a generator load the newest weights, or sleep while that is the order."""
+        if worker.leaving:
+            return
+        sleep, load = worker.actor.sleep, worker.actor.load
+        worker.loading = sleep.remote() if self._sleeping else load.remote(self.normal_gap)
+        worker.asleep = False
+        worker.loading_publish = self._num_publishes
+        worker.deadline = time.monotonic() + self._config.ray.timeouts_s.sync
+
+    def _collect_worker(self, worker: Worker, ready: set[Any]) -> None:
+        try:
+            if worker.starting is not None and worker.starting in ready:
+                worker.pid = resolve(worker.starting, worker.name)
+                worker.starting = None
+                if worker.role == "generator" and self._num_publishes:
+                    worker.joining = True
+                    self._start_loading(worker)
+            elif worker.loading is not None and worker.loading in ready:
+                self._collect_load(worker)
+            elif worker.living is not None and worker.living in ready:
+                resolve(worker.living, worker.name)
+        except DependencyDied:
+            raise
+        except InfraError as error:
+            if isinstance(error, ProbeFailed):
+                self._events.append(("probe_failed", {"worker": worker.name, **error.figures}))
+            elif isinstance(error, WeightsCorrupt):
+                self._forget_weights(worker, error)
+            self._lose_worker(worker, error)
+
+    def _collect_load(self, worker: Worker) -> None:
+        ref, worker.loading = worker.loading, None
+        newest = worker.loading_publish == self._num_publishes
+        try:
+            report = resolve(ref, worker.name)
+            if report is None:
+                worker.asleep = newest
+            else:
+                self._loads.append(report)
+                if self.normal_gap is None:
+                    self.normal_gap = report.probe_gap
+                worker.idle.update(report.idle)
+                worker.joining = worker.joining and not newest
+        except WeightsLost as error:  # no fault of the generator, which keeps what it has
+            if newest:
+                self._weights_lost = True
+                self._events.append(("weights_lost", {"worker": worker.name, "error": str(error)}))
+        if not newest:
+            self._start_loading(worker)
+
+    def _forget_weights(self, worker: Worker, error: WeightsCorrupt) -> None:
+        """Has the weights published anew, whole, unless newer ones have come meanwhile."""
+        if worker.loading_publish == self._num_publishes:
+            self._factory.store.forget.remote()
+            self._weights_lost = True
+        self._events.append(("weights_corrupt", {"worker": worker.name, "error": str(error)}))
+
+    def _collect_flight(self, key: GroupKey, flight: Flight) -> None:
+        worker = flight.worker
+        assert worker is not None
+        if key not in worker.groups:
+            return
+        try:
+            answer = resolve(flight.ref, worker.name)
+        except Exception as error:
+            self._fail_flight(key, flight, error)
+            return
+        self._dispatcher.answered(key)
+        if isinstance(answer, GenerationReport):
+            if answer.idle is not None:
+                worker.idle.update(answer.idle)
+            if answer.aborted_tokens is None:
+                self._dispatcher.to_score(key, answer)
+            else:
+                self._take_aborted(key, worker, answer.aborted_tokens)
+            return
+        if isinstance(answer, ModelLost):
+            self._lose_worker(flight.models[answer.reward], InfraError(answer.error))
+            self._give_back(key)
+            return
+        self._losses.forget()
+        self._dispatcher.drop(key)
+        for reward in answer.late:
+            late = InfraError(f"no answer within the timeout_s of reward {reward}")
+            self._lose_worker(flight.models[reward], late)
+        group = FinishedGroup(summary=answer.summary, payload=flight.payload, extras=answer.extras)
+        self._groups.append((group, answer))
+
+    def _fail_flight(self, key: GroupKey, flight: Flight, error: Exception) -> None:
+        worker = flight.worker
+        assert worker is not None
+        action = self._losses.decide(error, worker, flight)
+        if action is Action.STOP:
+            raise error
+        if action is Action.REPLACE_WORKER:
+            self._lose_worker(worker, error)
+            return
+        self._forget(key)
+        event = {"stream": key[0], "group_id": key[1], "error": str(error)}
+        if action is Action.DROP_GROUP:
+            self._dropped.append(key)
+            self._events.append(("group_dropped", event))
+        else:
+            self._lost.append(key)
+            self._events.append(("group_lost", event))
+
+    def _lose_worker(self, worker: Worker, error: Exception) -> None:
+        """Replaces a worker and gives its groups back: generation is lost, a payload is not."""
+        if worker not in self._workers:
+            return
+        self._losses.count(worker, error)
+        self._replace(worker, str(error))
+
+    def _replace(self, worker: Worker, reason: str) -> None:
+        ray.kill(worker.actor)
+        lost = sorted(worker.groups)
+        worker.groups.clear()
+        for key in lost:
+            self._give_back(key)
+        event = {"worker": worker.name, "groups": [list(k) for k in lost], "error": reason}
+        self._events.append(("worker_replaced", event))
+        pool = next(p for p in (self._generators, self._scorers, self._models) if worker in p)
+        index = pool.index(worker)
+        pool[index] = self._factory.make(worker.role, index)
+
+    def _give_back(self, key: GroupKey) -> None:
+        """A group's worker died: again, unless the group itself seems to be the reason."""
+        flight = self._flights[key]
+        flight.ref = flight.worker = None
+        if flight.report is not None:
+            flight.scorer_deaths += 1
+        deaths = flight.scorer_deaths if flight.report else flight.request.attempt + 1
+        if deaths >= MAX_DEATHS:
+            self._forget(key)
+            self._dropped.append(key)
+            reason = f"{deaths} workers died while they had it"
+            event = {"stream": key[0], "group_id": key[1], "error": reason}
+            self._events.append(("group_dropped", event))
+        elif flight.report is not None:
+            self._dispatcher.to_score(key, flight.report)
+        else:
+            self._forget(key)
+            self._lost.append(key)
+
+    def _forget(self, key: GroupKey) -> None:
+        flight = self._dispatcher.drop(key)
+        self._count_aborted(key, flight.kept_tokens)
+
+    def _count_aborted(self, key: GroupKey, num_tokens: int) -> None:
+        if key[0] == "train":
+            self._aborted_tokens += num_tokens
+
+    def _take_aborted(self, key: GroupKey, worker: Worker, num_tokens: int) -> None:
+        """A generator that leaves gave a group back: another one goes on with it."""
+        if not worker.leaving:  # nobody here asked it to
+            self.retire(worker, "it was told to end (SIGTERM)")
+        keep = not self._config.deterministic
+        if not keep:
+            self._count_aborted(key, num_tokens)
+        self._dispatcher.resume(key, num_tokens if keep else 0)
+
+    def retire(self, worker: Worker, reason: str) -> None:
+        """Replaces a generator that still answers, once it has given back what it has."""
+        worker.leaving = reason
+        worker.deadline = time.monotonic() + _ABORT_S
+        worker.actor.abort.remote()
+        event = {"worker": worker.name, "groups": len(worker.groups), "reason": reason}
+        self._events.append(("worker_leaving", event))
+
+    def _replace_left(self) -> None:
+        left = [worker for worker in self._generators if worker.leaving and not worker.groups]
+        copied = not left or self._dispatcher.copied(_COPY_S)
+        for worker in left:
+            if copied or time.monotonic() > worker.deadline + _ABORT_S:
+                self._replace(worker, worker.leaving)
+
+    def _check_drains(self) -> None:
+        now = time.monotonic()
+        if self._local or now < self._drains_checked + _DRAIN_CHECK_S:
+            return
+        self._drains_checked = now
+        for worker in on_draining_nodes([w for w in self._generators if w.ready]):
+            self.retire(worker, "its node is drained")
+
+    def _check_deadlines(self) -> None:
+        now = time.monotonic()
+        late: dict[str, tuple[Worker, str]] = {}
+        for worker in self._workers:
+            leaving = worker.leaving and worker.groups  # without groups, `_replace_left` has it
+            busy = worker.starting is not None or worker.loading is not None or leaving
+            if not busy or now <= worker.deadline:
+                continue
+            if worker.ready and worker.groups:  # a slow load, beside which it still decodes
+                slow = InfraError(f"{worker.name} missed the deadline of a load")
+                self._losses.count(worker, slow)
+                self.retire(worker, str(slow))
+            else:
+                late[worker.name] = (worker, worker.leaving or "start or load")
+        late |= {worker.name: (worker, what) for worker, what in self._dispatcher.late(now)}
+        for worker, what in late.values():
+            self._lose_worker(worker, InfraError(f"{worker.name} missed its deadline: {what}"))
+
+    def _dispatch(self) -> None:
+        self._dispatcher.generate(self._generators)
+        self._dispatcher.score(self._scorers, self._models, self.trainer_state)

@@ -1,0 +1,260 @@
+"""The rollout store: an actor that writes groups' tokens to Parquet, and the driver's face of it.
+
+The driver hands over summaries, plans and references, never tokens. It keeps the references until
+their file is on disk, so the writer's death costs no row; no step waits for a write, unless two
+files are still to be written.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+import ray.exceptions
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from raygrpo.actors.futures import Pending
+from raygrpo.actors.spawn import log_path, log_to, spawn
+from raygrpo.config import RunConfig
+from raygrpo.errors import InfraError, StorageError
+from raygrpo.storage import rollouts as store
+from raygrpo.types import Group, StepBatch, Stream
+
+if TYPE_CHECKING:  # importing it loads torch, which the writer's process does without
+    from raygrpo.algorithm.window import FinishedGroup
+
+_MAX_WAITING = 2
+_MAX_ATTEMPTS = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriteOrder:
+    """One file's groups, with the step's plan where it trained them."""
+
+    kind: store.Kind
+    facts: store.FileFacts
+    groups: tuple[store.StoredGroup, ...]
+    minibatches: store.Minibatches
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriteReport:
+    """A file on disk: the size of all, a few of its rows, and the groups whose tokens are lost."""
+
+    num_bytes: int
+    sample: list[dict[str, Any]]
+    lost: list[int]
+
+
+class RolloutWriterActor:
+    """Writes files below ``directory``, one at a time."""
+
+    def __init__(self, directory: str, timeout_s: float, log: str | None) -> None:
+        log_to(log)
+        self._directory = Path(directory)
+        self._timeout_s = timeout_s
+
+    def write(self, order: WriteOrder, payloads: Sequence[Any]) -> WriteReport:
+        """Writes a file; groups whose payload is lost are left out, and the file says so."""
+        ray.wait(list(payloads), num_returns=len(payloads), timeout=self._timeout_s)
+        found = {
+            item.summary.group_id: self._fetch(ref)
+            for item, ref in zip(order.groups, payloads, strict=True)
+        }
+        groups = {group_id: group for group_id, group in found.items() if group is not None}
+        lost = sorted(found.keys() - groups.keys())
+        table = store.make_table(order.facts.step, order.groups, groups, order.minibatches)
+        path = store.file_path(self._directory, order.kind, order.facts.step)
+        complete = order.facts.complete and not lost
+        store.write_file(path, table, replace(order.facts, complete=complete))
+        num_bytes = store.total_bytes(self._directory)
+        return WriteReport(num_bytes=num_bytes, sample=store.sample_rows(table), lost=lost)
+
+    def _fetch(self, payload: Any) -> Group | None:
+        try:
+            group: Group = ray.get(payload, timeout=self._timeout_s)
+        except ray.exceptions.ObjectLostError:
+            return None
+        return group
+
+
+class _Attempt(Pending[WriteReport]):
+    """One try at a write. That the writer fails is a result: the next try has another writer."""
+
+    error: InfraError | None = None
+
+    def collect(self, ready: set[Any]) -> bool:
+        """As `Pending.collect`, but a dead or late writer completes it too."""
+        try:
+            return super().collect(ready)
+        except InfraError as error:
+            self.error = error
+            return True
+
+
+@dataclass(slots=True)
+class _Write:
+    """A file still to be written."""
+
+    order: WriteOrder
+    payloads: list[Any]
+    attempts: int = 0
+
+
+class RolloutLog:
+    """Takes groups as their fate is decided, and has each step's written as one file.
+
+    Of ``tracking.completions``: only the share ``frac`` of the groups is taken, and nothing once
+    the files have ``max_gb`` (event ``completions_full``); with either at 0 the store is off.
+    ``on_sample(step, rows)`` gets a few rows of each trained step.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        directory: Path,
+        *,
+        on_event: Callable[..., None],
+        on_sample: Callable[[int, Sequence[dict[str, Any]]], None],
+        logs: Path | None = None,
+    ) -> None:
+        self._directory, self._logs = directory, logs
+        self._timeout_s = config.ray.timeouts_s.update
+        kept = config.tracking.completions
+        self._frac, self._max_bytes = kept.frac, kept.max_gb * 1e9
+        self._on_event, self._on_sample = on_event, on_sample
+        self._is_on = bool(self._frac and self._max_bytes)
+        self._is_full = False
+        self._num_bytes = store.total_bytes(directory)
+        self._held: dict[Stream, dict[int, tuple[store.StoredGroup, Any]]] = {
+            "train": {},
+            "eval": {},
+        }
+        self._waiting: deque[_Write] = deque()
+        self._attempt: _Attempt | None = None
+        self._actor: Any = None
+        self._num_rows = self._num_unstored = 0
+
+    @property
+    def pendings(self) -> list[Pending[Any]]:
+        """What to wait for; each that completes goes to `confirm`."""
+        return [self._attempt] if self._attempt else []
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another step may start."""
+        return len(self._waiting) < _MAX_WAITING
+
+    def settled(self, step: int) -> bool:
+        """Whether all that a checkpoint of ``step`` counts as done is on disk."""
+        return all(w.order.facts.step > step and w.order.minibatches for w in self._waiting)
+
+    def take(self, decided: Iterable[tuple[FinishedGroup, str]]) -> None:
+        """Takes groups with their fates; those ``kept`` wait for the step that trains them."""
+        for group, fate in decided if self._is_on else ():
+            summary = group.summary
+            if self._is_full or not store.is_drawn(summary.stream, summary.group_id, self._frac):
+                self._num_unstored += len(summary.lengths)
+                continue
+            stored = store.StoredGroup(summary=summary, fate=fate, extras=group.extras)
+            self._held[summary.stream][summary.group_id] = (stored, group.payload)
+
+    def write_step(self, batch: StepBatch) -> None:
+        """Has the groups that a step trains written, and those dropped before it."""
+        self._write("step", batch.step + 1, batch)
+
+    def write_rest(self, kind: store.Kind, step: int) -> None:
+        """Has groups that no step will train written; a step's own may join them in its file."""
+        self._write(kind, step, StepBatch(step=step, minibatches=(), payloads={}, versions={}))
+
+    def confirm(self, pending: Any) -> None:
+        """Takes the outcome of a write, if it is one's.
+
+        Raises:
+            StorageError: a file could not be written, by several writers.
+        """
+        if pending is not self._attempt or self._attempt is None:
+            return
+        attempt, self._attempt, write = self._attempt, None, self._waiting[0]
+        if attempt.error is not None:
+            self._lose_writer(write, attempt.error)
+        else:
+            self._waiting.popleft()
+            step, report = write.order.facts.step, attempt.value
+            self._num_bytes = report.num_bytes
+            if report.lost:
+                self._on_event("completions_lost", step=step, groups=report.lost)
+            if write.order.minibatches:
+                self._on_sample(step, report.sample)
+        self._send()
+
+    def metrics(self) -> dict[str, float]:
+        """Completions that were given to the store, and those left out, since the last call."""
+        counts = {"num_rows": self._num_rows, "num_unstored": self._num_unstored}
+        self._num_rows = self._num_unstored = 0
+        named = {f"completions_store/{name}": float(count) for name, count in counts.items()}
+        return named if self._is_on else {}
+
+    def close(self) -> None:
+        """Ends the writer."""
+        if self._actor is not None:
+            ray.kill(self._actor)
+
+    def _write(self, kind: store.Kind, step: int, batch: StepBatch) -> None:
+        held = self._held["train" if kind == "step" else "eval"]
+        ids = [i for i, (item, _) in held.items() if item.fate != "kept" or i in batch.payloads]
+        taken = [held.pop(group_id) for group_id in ids]
+        num_rows = sum(len(item.summary.lengths) for item, _ in taken)
+        if taken and not self._is_full and self._num_bytes >= self._max_bytes:
+            self._is_full = True
+            self._on_event("completions_full", step=step, num_bytes=self._num_bytes)
+        if self._is_full or not taken:
+            self._num_unstored += num_rows
+            return
+        self._num_rows += num_rows
+        facts = store.FileFacts(
+            step=step,
+            complete=self._frac >= 1,
+            num_minibatches=len(batch.minibatches),
+            has_signal=batch.has_signal,
+        )
+        groups, payloads = zip(*taken, strict=True)
+        order = WriteOrder(kind=kind, facts=facts, groups=groups, minibatches=batch.minibatches)
+        self._waiting.append(_Write(order, list(payloads)))
+        self._send()
+
+    def _send(self) -> None:
+        if self._attempt is not None or not self._waiting:
+            return
+        write = self._waiting[0]
+        write.attempts += 1
+        self._actor = self._actor or self._new_writer()
+        ref = self._actor.write.remote(write.order, write.payloads)
+        self._attempt = _Attempt("rollout-writer", [ref], self._timeout_s, lambda values: values[0])
+
+    def _new_writer(self) -> Any:
+        # Only on the driver's node is the run directory sure to be the driver's own.
+        node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        arguments = (str(self._directory), self._timeout_s, log_path(self._logs, "rollout-writer"))
+        return spawn(RolloutWriterActor, *arguments, num_cpus=0, scheduling_strategy=node)
+
+    def _lose_writer(self, write: _Write, error: InfraError) -> None:
+        step = write.order.facts.step
+        if write.attempts >= _MAX_ATTEMPTS:
+            raise StorageError(
+                f"{write.attempts} writers failed at the completions of step {step}: {error}",
+                "see logs/ for the reason (out of memory is the usual one)",
+            ) from error
+        ray.kill(self._actor)
+        self._actor = None
+        event = {"worker": "rollout-writer", "groups": [], "error": str(error)}
+        self._on_event("worker_replaced", step=step, **event)
+
+
+def put_groups(groups: Mapping[int, Group]) -> dict[int, Any]:
+    """References to groups, as a step's payloads are."""
+    return {group_id: ray.put(group) for group_id, group in groups.items()}

@@ -1,0 +1,395 @@
+"""What a run would do, checked and counted without starting it: ``raygrpo train --dry-run``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from raygrpo.algorithm.packing import MicrobatchPlan, RowLayout, place, row_length, trees_of
+from raygrpo.checks.memory import FullUpdate
+from raygrpo.checks.warnings import dtype_problem, eval_problem
+from raygrpo.commands.train import Session
+from raygrpo.config import RewardSection, RunConfig
+from raygrpo.engines.select import planned_engine
+from raygrpo.errors import ConfigError, RewardError
+from raygrpo.learner.attention.ulysses import check_attention, sequence_ranks
+from raygrpo.learner.deepspeed_config import check_learner
+from raygrpo.learner.loading import expected_layout
+from raygrpo.learner.schedule import learning_rate
+from raygrpo.storage.run_dir import RunDir
+from raygrpo.training.eval_setup import written
+from raygrpo.types import (
+    Group,
+    GroupRequest,
+    PlannedSample,
+    Prompt,
+    StepBatch,
+    Version,
+)
+
+MAX_ROWS = 1000
+_SHOWN_CHARACTERS = 600
+# Columns whose text may be the right answer, so that the fake completion has a chance of reward.
+_ANSWERS = ("answer", "solution", "target", "label")
+_FALLBACK = "42"
+_START = Version(0, 0)
+
+Facts = dict[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checked:
+    """What a run is made of, checked.
+
+    ``config`` is the run's with pinned revisions, ``placed`` the one that actors would get.
+    """
+
+    config: RunConfig
+    placed: RunConfig
+    revisions: Mapping[str, str]
+    tokenizer: Any
+    prompts: Any
+    eval_prompts: Sequence[Prompt]
+    rewards: Sequence[RewardSection]
+
+
+class _Preflight(Session):
+    def checked(self) -> Checked:
+        check_learner(self.config)
+        self.check()
+        return Checked(
+            config=self._pinned.config,
+            placed=self._placed,
+            revisions=self._pinned.revisions,
+            tokenizer=self._tokenizer,
+            prompts=self._prompts,
+            eval_prompts=self._eval_prompts,
+            rewards=self._anchored,
+        )
+
+
+def print_plan(config: RunConfig) -> None:
+    """Prints what `dry_run` finds; it raises the same."""
+    console = Console()
+    (console if console.is_terminal else Console(width=140)).print(_table(dry_run(config)))
+
+
+def dry_run(config: RunConfig) -> dict[str, Facts]:
+    """Checks a run as far as this is possible without its actors; the plan, by section.
+
+    The model's weights are not loaded, and the run directory is not touched.
+
+    Raises:
+        ConfigError: the configuration, or what it points to, cannot work.
+        DataError: a row cannot be used.
+        RewardError: a reward cannot be loaded, or fails on the fake completion.
+        InfraError: no cluster answers at the address.
+    """
+    with _Preflight(config) as session:
+        checked = session.checked()
+    prompts = checked.prompts.take(MAX_ROWS)
+    lengths = np.array([prompt.token_ids.size for prompt in prompts])
+    longest = int(lengths.max())
+    architecture = check_model(checked, longest)
+    update = fullest_step(
+        checked.config,
+        longest,
+        hidden_size=architecture.hidden_size,
+        layout=expected_layout(architecture),
+    )
+    return {
+        "run": _run_facts(checked, config, architecture),
+        "data": _data_facts(checked, prompts, lengths),
+        "batch": batch_facts(
+            checked.config,
+            update,
+            longest_prompt=longest,
+            num_prompts=_num_prompts(checked),
+        ),
+        "placement": _placement_facts(checked),
+        "rewards": score_fake(checked.rewards, fake_group(checked, prompts[0])),
+    }
+
+
+def check_model(checked: Checked, longest_prompt: int) -> Any:
+    """The model's text configuration, after what can be told without its weights.
+
+    Raises:
+        ConfigError: an attention that is not supported, here or by ranks that share their rows, or
+            prompts and completions that together are longer than the model's positions.
+    """
+    import torch
+    from transformers import AutoConfig
+
+    from raygrpo.models import attention_masks
+
+    model, sampling = checked.config.model, checked.config.sampling
+    config = AutoConfig.from_pretrained(
+        model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
+    )
+    nowhere = torch.zeros(1, 1, dtype=torch.long)
+    attention_masks(config, torch.ones(1, 1, 1, dtype=torch.bool), nowhere, nowhere, torch.float32)
+    check_attention(config, sequence_ranks(checked.config))
+    text = config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    if limit is not None and longest_prompt + sampling.max_tokens > limit:
+        raise ConfigError(
+            f"a prompt of {longest_prompt} tokens and a completion of {sampling.max_tokens} are "
+            f"longer than the model's {limit} positions",
+            f"lower sampling.max_tokens to {max(1, limit - longest_prompt)}, or "
+            "data.max_prompt_length (with data.overlong: drop)",
+        )
+    return text
+
+
+def _run_facts(checked: Checked, config: RunConfig, architecture: Any) -> Facts:
+    run_dir = RunDir.at(config)
+    steps = [path.name for path in run_dir.checkpoints.glob("step-*")]
+    origin = "random weights" if config.model.random_init else "its weights"
+    slow, same_rows = dtype_problem(config), eval_problem(config)
+    return {
+        "recipe": config.recipe,
+        "directory": f"{config.run_dir} ({f'resumes {max(steps)}' if steps else 'new'})",
+        "model": f"{config.model.path}, {architecture.model_type}, {origin}, {config.model.dtype}",
+        "positions": f"{getattr(architecture, 'max_position_embeddings', 'no limit')} tokens",
+        **({"slow dtype": slow} if slow else {}),
+        **({"evaluation": same_rows} if same_rows else {}),
+        **{f"revision of {role}": what for role, what in checked.revisions.items()},
+    }
+
+
+def _data_facts(checked: Checked, prompts: Sequence[Prompt], lengths: Any) -> Facts:
+    section, source = checked.config.data, checked.prompts
+    number = _num_prompts(checked)
+    shown = checked.tokenizer.decode(prompts[0].token_ids.tolist())
+    cut = "..." if len(shown) > _SHOWN_CHARACTERS else ""
+    return {
+        "source": section.source,
+        "prompts": f"{number or 'streamed'} ({source.num_dropped} dropped, "
+        f"{source.num_truncated} truncated)",
+        f"prompt tokens of {len(prompts)}": f"mean {lengths.mean():.1f}, "
+        f"p95 {np.percentile(lengths, 95):.0f}, max {lengths.max()} "
+        f"of max_prompt_length {section.max_prompt_length}",
+        "first prompt": repr(shown[:_SHOWN_CHARACTERS]) + cut,
+        "evaluation": f"{len(checked.eval_prompts)} prompts every {checked.config.eval.eval_steps} "
+        "steps"
+        if checked.eval_prompts
+        else "none",
+    }
+
+
+def _num_prompts(checked: Checked) -> int | None:
+    """Prompts of an epoch; None for a stream, whose end nobody knows."""
+    return len(checked.prompts) if hasattr(checked.prompts, "__len__") else None
+
+
+def batch_facts(
+    config: RunConfig, update: FullUpdate, *, longest_prompt: int, num_prompts: int | None
+) -> Facts:
+    """The arithmetic of a step: what is generated, trained and updated, at full lengths."""
+    train, sampling = config.train, config.sampling
+    completions = train.groups_per_step * sampling.num_completions
+    updates = train.num_iterations * train.num_minibatches
+    total = updates * train.steps
+    row = longest_prompt + sampling.max_tokens
+    rates = [learning_rate(i, total, config.optimizer) for i in (0, total // 2, total - 1)]
+    epochs = train.steps * train.groups_per_step / num_prompts if num_prompts else None
+    return {
+        "completions a step": f"{completions} ({train.groups_per_step} groups of "
+        f"{sampling.num_completions})",
+        "sequences an update": f"{completions // train.num_minibatches}",
+        "updates": f"{total} ({train.steps} steps x {train.num_iterations} passes x "
+        f"{train.num_minibatches} minibatches), {config.optimizer.warmup_updates} of warm-up",
+        "learning rate": ", ".join(f"{rate:.3g}" for rate in rates) + " (first, middle, last)",
+        "microbatches a rank": f"at most {update.microbatches} an update, of "
+        f"{train.tokens_per_microbatch} tokens; the longest row has {update.longest}",
+        "tokens a step": f"at most {completions * row} ({completions} x ({longest_prompt} + "
+        f"{sampling.max_tokens}))",
+        "epochs": "unknown" if epochs is None else f"{epochs:.2f}",
+        "staleness": f"at most {train.max_staleness} versions",
+    }
+
+
+def fullest_step(
+    config: RunConfig, longest_prompt: int, *, hidden_size: int, layout: RowLayout
+) -> FullUpdate:
+    """One update of a rank, at full lengths. Ranks that share tokens share no ``packed`` rows."""
+    train, length = config.train, config.sampling.max_tokens
+    groups = train.groups_per_step // train.num_minibatches
+    samples = tuple(
+        PlannedSample(
+            group_id=group,
+            completion_index=index,
+            prompt_length=longest_prompt,
+            completion_length=length,
+            num_loss_tokens=length,
+            advantage=1.0,
+            loss_weight=1.0,
+        )
+        for group in range(groups)
+        for index in range(config.sampling.num_completions)
+    )
+    everything = dict.fromkeys(range(groups))
+    batch = StepBatch(
+        step=0,
+        minibatches=(samples,),
+        payloads=everything,
+        versions=dict.fromkeys(everything, (_START, _START)),
+    )
+    shared = sequence_ranks(config) > 1 and layout == "packed"
+    used: RowLayout = "shared" if shared else layout
+    plan = place(
+        batch,
+        config.learner.num_ranks // sequence_ranks(config),
+        tokens_per_microbatch=train.tokens_per_microbatch,
+        layout=used,
+        attention_length=6.0 * hidden_size,
+    )[0][0]
+    return _full_update(plan, used, train.tokens_per_microbatch)
+
+
+def _full_update(
+    plan: Sequence[MicrobatchPlan], layout: RowLayout, tokens_per_microbatch: int
+) -> FullUpdate:
+    lengths = [[row_length(row) for row in microbatch] for microbatch in plan]
+    longest = max(map(max, lengths))
+    masked = [
+        len(rows) * max(rows) ** 2
+        for rows, samples in zip(lengths, plan, strict=True)
+        if any(len(row) > 1 for row in samples)
+    ]
+    copied = [
+        sum(len(tree) * tree[0].prompt_length for tree in trees if len(tree) > 1)
+        for trees in ([tree for row in rows for tree in trees_of(row)] for rows in plan)
+    ]
+    total = sum(len(rows) * max(rows) for rows in lengths)
+    return FullUpdate(
+        microbatches=len(plan),
+        # Shorter samples fill a microbatch better than those of full length, up to its budget.
+        tokens=max(longest, min(total, tokens_per_microbatch)),
+        longest=longest,
+        copied=max(copied) if layout == "packed" else 0,
+        mask=max(masked, default=0) if layout == "shared" else 0,
+    )
+
+
+def _placement_facts(checked: Checked) -> Facts:
+    from raygrpo.actors.cluster.placement import (
+        address_of,
+        demand_of,
+        generator_threads,
+        learner_threads,
+    )
+
+    config = checked.placed
+    demand, address = demand_of(config), address_of(config)
+    where = _check_machine(config) if address == "local" else _check_cluster(config, address)
+    return {
+        "processes": f"{demand.num_processes}: {config.learner.num_ranks} learner ranks, "
+        f"{config.generators.count} generators, {config.scorers.count} scorers, the rest of them "
+        "weight store and reward models",
+        "threads": f"{learner_threads(config)} a learner rank, {generator_threads(config)} a "
+        "generator",
+        "GPUs": f"{demand.num_gpus:g} ({demand.gpu_text})",
+        "engine": planned_engine(config),
+        "ZeRO stage": str(config.learner.zero_stage),
+        "where": where,
+    }
+
+
+def _check_machine(config: RunConfig) -> str:
+    import torch
+
+    from raygrpo.actors.cluster.placement import check_local_labels, demand_of
+
+    demand, present = demand_of(config), torch.cuda.device_count()
+    if demand.num_gpus > present:
+        raise ConfigError(
+            f"the run asks for {demand.num_gpus:g} GPUs ({demand.gpu_text}); this machine has "
+            f"{present}",
+            "lower learner.num_ranks, generators.count or ray.gpus, or set ray.address to a "
+            "cluster",
+        )
+    check_local_labels(config)
+    return f"this machine: {os.cpu_count()} cores, {present} GPUs"
+
+
+def _check_cluster(config: RunConfig, address: str) -> str:
+    from raygrpo.actors.cluster.connect import connect, disconnect
+    from raygrpo.actors.cluster.placement import demand_of
+
+    connection = connect(config, demand_of(config))
+    disconnect(connection)
+    return f"the cluster at {address}, where it fits"
+
+
+def fake_group(checked: Checked, prompt: Prompt) -> Group:
+    """A group of one completion that nobody sampled: the row's answer where it has one."""
+    found = (prompt.columns.get(name) for name in _ANSWERS)
+    text = next((value for value in found if isinstance(value, str) and value), _FALLBACK)
+    sampling = replace(checked.config.sampling.settings(), num_completions=1)
+    request = GroupRequest(
+        stream="train",
+        group_id=0,
+        attempt=0,
+        prompt=prompt,
+        seed=checked.config.seed,
+        sampling=sampling,
+        min_version=_START,
+    )
+    return Group(request=request, completions=(written(text, checked.tokenizer),))
+
+
+def score_fake(rewards: Sequence[RewardSection], group: Group) -> Facts:
+    """Scores a group of one by the real rewards in their child processes.
+
+    Raises:
+        RewardError: one cannot be loaded, or fails; with its traceback.
+    """
+    from raygrpo.rewards.contract import TrainerState
+    from raygrpo.rewards.host import RewardHost
+    from raygrpo.rewards.loading import REWARD_MODEL, reward_name
+
+    local = [reward for reward in rewards if reward.func != REWARD_MODEL]
+    facts = {"fake completion": repr(group.completions[0].text[:_SHOWN_CHARACTERS])}
+    if local:
+        with RewardHost(local, {}) as host:
+            scored = host.score(group, TrainerState(global_step=0, max_steps=1))
+        score = scored.scores[0]
+        if score.error is not None:
+            raise RewardError(f"{score.error}\n{scored.traceback or ''}".rstrip())
+        facts |= {
+            f"{name} (weight {_weight(local, name):g})": f"{_shown(part)} in "
+            f"{scored.reward_s[name]:.2f} s"
+            for name, part in score.parts.items()
+        }
+        facts["sum"] = _shown(score.value)
+    skipped = {reward_name(reward): "skipped: it runs in actors" for reward in rewards
+               if reward.func == REWARD_MODEL}  # fmt: skip
+    return facts | skipped
+
+
+def _weight(rewards: Sequence[RewardSection], name: str) -> float:
+    from raygrpo.rewards.loading import reward_name
+
+    return next(reward.weight for reward in rewards if reward_name(reward) == name)
+
+
+def _shown(value: float | None) -> str:
+    return "none" if value is None else f"{value:g}"
+
+
+def _table(sections: Mapping[str, Facts]) -> Table:
+    table = Table("", "what", "value", box=None, show_header=False)
+    for title, facts in sections.items():
+        for index, (name, value) in enumerate(facts.items()):
+            table.add_row("" if index else f"[bold]{title}[/bold]", escape(name), escape(value))
+        table.add_row()
+    return table

@@ -1,0 +1,310 @@
+"""Generators and scorers without a learner: `raygrpo eval` and `raygrpo generate`."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from raygrpo.actors.scorer import ScoreReport
+from raygrpo.algorithm.step_plan import teaches
+from raygrpo.algorithm.window import FinishedGroup
+from raygrpo.commands.export import find_checkpoint, open_run
+from raygrpo.commands.signals import Stopped
+from raygrpo.commands.train import Session
+from raygrpo.config import RunConfig
+from raygrpo.config.file import load_config
+from raygrpo.errors import ConfigError, RewardError, StorageError
+from raygrpo.rewards.contract import TrainerState
+from raygrpo.storage.checkpoint import verify
+from raygrpo.storage.run_dir import write_atomically
+from raygrpo.tracking.metrics import completion_metrics, reward_metrics
+from raygrpo.training.evaluation import Constant, Evaluation, Order, again
+from raygrpo.types import Group, GroupRequest, Version
+
+OnEvent = Callable[[str, Mapping[str, Any]], None]
+_LOADED = Version(0, 0)  # what generators call the weights that they read from disk
+_TICK_S = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluated:
+    """An evaluation on its own; ``step`` is 0 for the configured model."""
+
+    model: str
+    step: int
+    num_prompts: int
+    num_completions: int
+    seconds: float
+    metrics: dict[str, float]
+    best_constant: Constant | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generated:
+    """Groups generated and scored; ``path`` is the Parquet file that holds them."""
+
+    model: str
+    path: Path
+    num_groups: int
+    seconds: float
+    metrics: dict[str, float]
+
+
+def resolve_target(
+    target: Path, step: int | str | None, overrides: Sequence[str] = ()
+) -> tuple[RunConfig, int]:
+    """The configuration whose model is to be used, and the steps that the model was trained.
+
+    ``target`` is a configuration file, or a run's directory: then the model is that of a
+    checkpoint (a step, ``best`` or ``last``; None: the best if there is one, else the last).
+
+    Raises:
+        ConfigError: there is no such file, run or checkpoint.
+        StorageError: the checkpoint does not verify.
+    """
+    if not target.is_dir():
+        if step is not None:
+            raise ConfigError(f"{target} is no run: it has no checkpoints", "leave --step out")
+        return load_config(target, overrides), 0
+    run_dir = open_run(target)
+    config = load_config(run_dir.config_path, overrides)
+    path = find_checkpoint(run_dir, step)
+    trained = int(verify(path)["step"])
+    model = {"path": str(path / "model"), "revision": None, "random_init": False}
+    model_section = config.model.model_copy(update=model)
+    return (
+        config.model_copy(update={"run_dir": str(run_dir.root), "model": model_section}),
+        trained,
+    )
+
+
+class RolloutSession(Session):
+    """A session whose generators serve the weights that they read from ``model.path``."""
+
+    def __init__(
+        self, config: RunConfig, *, trained_steps: int = 0, on_event: OnEvent = lambda *_: None
+    ) -> None:
+        super().__init__(config)
+        self._trained_steps = trained_steps
+        self._on_event = on_event
+        self._stopping = False
+
+    def _stop(self) -> None:
+        self._stopping = True
+
+    def start(self) -> None:
+        """Checks everything, then starts generators and scorers."""
+        from raygrpo.actors.cluster.connect import connect, disconnect, placing
+        from raygrpo.actors.cluster.engine_probe import settle_engine
+        from raygrpo.actors.cluster.placement import demand_of, freed
+        from raygrpo.actors.pool.pool import RolloutPool
+
+        self.check()
+        placed = freed(self._placed, "learner")
+        with self._signals.kept():
+            connection = connect(placed, demand_of(placed))
+            self._closers.callback(disconnect, connection)
+        placed, _ = settle_engine(connection.config, None, local=connection.local)
+        self._pool = RolloutPool(
+            placed, None, self._anchored, self._functions, local=connection.local
+        )
+        self._closers.callback(self._pool.close)
+        with placing(connection):
+            self._pool.start()
+        self._pool.trainer_state = TrainerState(
+            global_step=self._trained_steps, max_steps=self.config.train.steps
+        )
+        self.started = True
+        self._on_event("started", {})
+
+    def evaluate(self) -> Evaluated:
+        """Evaluates the model as a training run does.
+
+        Raises:
+            RewardError: too many scores failed.
+        """
+        started = time.monotonic()
+        evaluation = Evaluation(self._eval_prompts, _LOADED, self.config, self._constants)
+        for group, _ in self._roll(evaluation.orders, evaluation.drop):
+            evaluation.finish(group.summary)
+        constant = evaluation.best_constant()
+        metrics = evaluation.metrics()
+        if constant:
+            metrics["eval/best_constant"] = constant.value
+        return Evaluated(
+            model=self.config.model.path,
+            step=self._trained_steps,
+            num_prompts=len(self._eval_prompts),
+            num_completions=self.config.eval.num_completions,
+            seconds=time.monotonic() - started,
+            metrics=metrics,
+            best_constant=constant,
+        )
+
+    def generate(self, num_groups: int, out: Path) -> Generated:
+        """Generates and scores the first groups of a training run, and writes them to ``out``.
+
+        Raises:
+            RewardError: too many scores failed.
+            StorageError: the file cannot be written.
+        """
+        from raygrpo.actors.futures import resolve
+
+        requests = [self._request(index) for index in range(num_groups)]
+        started = time.monotonic()
+        dropped: list[int] = []
+        found = self._roll(requests, dropped.append)
+        rolled = sorted(found, key=lambda pair: pair[0].summary.group_id)
+        seconds = time.monotonic() - started
+        payloads = {
+            group.summary.group_id: resolve(group.payload, "a generated group")
+            for group, _ in rolled
+        }
+        summaries = [group.summary for group, _ in rolled]
+        taught = {summary.group_id for summary in summaries if teaches(summary, self.config)}
+        path = _write(out, rolled, payloads, taught, complete=len(rolled) == num_groups)
+        num_tokens = sum(sum(summary.lengths) for summary in summaries)
+        return Generated(
+            model=self.config.model.path,
+            path=path,
+            num_groups=len(rolled),
+            seconds=seconds,
+            metrics={
+                **reward_metrics(summaries),
+                **completion_metrics(summaries),
+                "frac_groups_with_signal": len(taught) / max(len(rolled), 1),
+                "num_dropped": float(len(dropped)),
+                "tokens_per_s": num_tokens / seconds,
+            },
+        )
+
+    def _request(self, index: int) -> GroupRequest:
+        return GroupRequest(
+            stream="train",
+            group_id=index,
+            attempt=0,
+            prompt=self._prompts.next(),
+            seed=self.config.seed,
+            sampling=self.config.sampling.settings(),
+            min_version=_LOADED,
+        )
+
+    def _roll(
+        self, orders: Sequence[Order], drop: Callable[[int], None]
+    ) -> Iterator[tuple[FinishedGroup, ScoreReport]]:
+        """Yields groups as they finish; ``drop`` gets the ids of those that cannot be served."""
+        waiting = {_id(order): order for order in orders}
+        scores = errored = 0
+        first: str | None = None
+        for order in orders:
+            self._pool.submit(order)
+        while waiting:
+            # Noticed between two waits: an exception in the middle of Ray's own is none of ours.
+            with self._signals.during(self._stop):
+                done = self._pool.wait([], _TICK_S)
+            if self._stopping:
+                raise Stopped("stopped by a signal")
+            for kind, fields in done.events:
+                self._on_event(kind, fields)
+            for _, group_id in done.lost:
+                waiting[group_id] = again(waiting[group_id])
+                self._pool.submit(waiting[group_id])
+            for _, group_id in done.dropped:
+                del waiting[group_id]
+                drop(group_id)
+            for group, report in done.groups:
+                del waiting[group.summary.group_id]
+                scores += len(group.summary.scores)
+                errors = [s.error for s in group.summary.scores if s.error is not None]
+                errored += len(errors)
+                first = first or report.traceback or next(iter(errors), None)
+                counts = {"finished": len(orders) - len(waiting), "of": len(orders)}
+                self._on_event("group", counts)
+                yield group, report
+        limit = self.config.scorers.max_reward_error_frac
+        if errored > limit * scores:
+            raise RewardError(
+                f"{errored} of {scores} scores failed (scorers.max_reward_error_frac is "
+                f"{limit:g}); the first:\n{first}",
+                "correct the reward function, or raise its timeout_s",
+            )
+
+
+def evaluate(
+    target: Path,
+    step: int | str | None = None,
+    overrides: Sequence[str] = (),
+    on_event: OnEvent = lambda *_: None,
+) -> Evaluated:
+    """Evaluates the model of a configuration or of a run's checkpoint; see `resolve_target`."""
+    config, trained = resolve_target(target, step, overrides)
+    if not config.eval.eval_steps:  # the run does not evaluate, but we do
+        section = config.eval.model_copy(update={"eval_steps": 1})
+        config = config.model_copy(update={"eval": section})
+    with RolloutSession(config, trained_steps=trained, on_event=on_event) as session:
+        session.start()
+        return session.evaluate()
+
+
+def generate(
+    target: Path,
+    *,
+    num_groups: int | None,
+    out: Path,
+    step: int | str | None = None,
+    overrides: Sequence[str] = (),
+    on_event: OnEvent = lambda *_: None,
+) -> Generated:
+    """Generates a training run's first groups (one step's, unless ``num_groups`` says otherwise)
+    with the model of a configuration or of a run's checkpoint; see `resolve_target`."""
+    from raygrpo.storage.rollouts import files
+
+    config, trained = resolve_target(target, step, overrides)
+    if files(out, "step"):
+        raise ConfigError(f"{out} holds completions already", "name another --out")
+    with RolloutSession(config, trained_steps=trained, on_event=on_event) as session:
+        session.start()
+        return session.generate(num_groups or config.train.groups_per_step, out)
+
+
+def write_json(path: Path, found: Evaluated) -> None:
+    """Writes an evaluation's numbers.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    try:
+        write_atomically(path, json.dumps(asdict(found), indent=2) + "\n")
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error}") from error
+
+
+def _id(order: Order) -> int:
+    return order.request.group_id if isinstance(order, Group) else order.group_id
+
+
+def _write(
+    out: Path,
+    rolled: Sequence[tuple[FinishedGroup, ScoreReport]],
+    payloads: Mapping[int, Group],
+    taught: Set[int],
+    *,
+    complete: bool,
+) -> Path:
+    from raygrpo.storage.rollouts import FileFacts, StoredGroup, file_path, make_table, write_file
+
+    stored = [
+        StoredGroup(
+            summary=group.summary,
+            fate="generated" if group.summary.group_id in taught else "no_signal",
+            extras=report.extras,
+        )
+        for group, report in rolled
+    ]
+    path = file_path(out, "step", 0)
+    write_file(path, make_table(0, stored, payloads, ()), FileFacts(step=0, complete=complete))
+    return path

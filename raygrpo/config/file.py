@@ -1,0 +1,199 @@
+"""Configurations as people write and read them: files, overrides, mistakes, and what keys mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from raygrpo.config import RunConfig
+from raygrpo.config.base import Values
+from raygrpo.config.recipes import RECIPES
+from raygrpo.errors import ConfigError, nearest
+
+# Names that are no keys, and where it is that they mean.
+MOVED = {
+    "advantage.rewards": "advantage.scale: gdpo",
+    "data.chat_template_kwargs": "data.chat",
+    "data.split": "data.params.split",
+    "eval.best_metric": "eval.best.metric",
+    "eval.patience": "eval.best.patience",
+    "generators.gpus": "ray.gpus.generator",
+    "generators.threads": "ray.threads.generator",
+    "learner.gpus_per_rank": "ray.gpus.learner",
+    "learner.threads": "ray.threads.learner",
+    "optimizer.betas": "optimizer.adamw.betas",
+    "optimizer.eps": "optimizer.adamw.eps",
+    "optimizer.weight_decay": "optimizer.adamw.weight_decay",
+    "ray.generate_timeout_s": "ray.timeouts_s.generate",
+    "ray.start_timeout_s": "ray.timeouts_s.start",
+    "ray.update_timeout_s": "ray.timeouts_s.update",
+    "sampling.min_p": "sampling.filters.min_p",
+    "sampling.min_tokens": "sampling.filters.min_tokens",
+    "sampling.repetition_penalty": "sampling.filters.repetition_penalty",
+    "sampling.top_k": "sampling.filters.top_k",
+    "sampling.top_p": "sampling.filters.top_p",
+    "tracking.completions_frac": "tracking.completions.frac",
+    "tracking.completions_max_gb": "tracking.completions.max_gb",
+    "tracking.name": "the environment's WANDB_NAME",
+    "tracking.project": "the environment's WANDB_PROJECT",
+}
+
+
+def load_config(source: Path | str | Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a YAML file (or takes a mapping), applies ``section.key=value`` overrides, validates.
+
+    From weakest to strongest: defaults, the recipe, the file, the overrides.
+
+    Raises:
+        ConfigError: a missing or malformed file, an unknown key (with the nearest known one), a
+            value out of range, or an impossible combination.
+    """
+    user = deepcopy(dict(source)) if isinstance(source, Mapping) else _read_yaml(Path(source))
+    for override in overrides:
+        _apply_override(user, override)
+    recipe = str(user.get("recipe", "default"))
+    overridden = recipe_overrides(recipe)
+    try:
+        return RunConfig.model_validate(merged_sections(overridden, user))
+    except ValidationError as error:
+        raise _explain(error) from None
+
+
+def recipe_overrides(name: str) -> Mapping[str, Any]:
+    """What a recipe sets.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    if name not in RECIPES:
+        raise ConfigError(f"unknown recipe {name!r}", nearest(name, list(RECIPES)))
+    return RECIPES[name]
+
+
+def dump_recipe(name: str) -> str:
+    """What a recipe sets, as YAML that a configuration can hold.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    text: str = yaml.safe_dump({"recipe": name, **recipe_overrides(name)}, sort_keys=False)
+    return text
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(f"no configuration file at {path}", "check the path")
+    try:
+        loaded = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is no valid YAML: {error}") from None
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{path} must hold a mapping of sections")
+    return loaded
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    path, sign, value = override.removeprefix("--").partition("=")
+    if not sign or not path:
+        raise ConfigError(f"cannot read the override {override!r}", "write --section.key=value")
+    *parents, leaf = path.split(".")
+    for parent in parents:
+        child = tree.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {override!r}: {parent} is no section")
+        tree = child
+    try:
+        tree[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: {error}") from None
+
+
+def merged_sections(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    """``top`` over ``base``, section by section."""
+    merged = dict(base)
+    for name, value in top.items():
+        below = merged.get(name)
+        both = isinstance(below, Mapping) and isinstance(value, Mapping)
+        merged[name] = merged_sections(below, value) if both else value  # type: ignore[arg-type]
+    return merged
+
+
+def _explain(error: ValidationError) -> ConfigError:
+    """Turns pydantic's report into one ConfigError that names keys as the user writes them."""
+    lines, fixes = [], []
+    for item in error.errors():
+        location = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            lines.append(f"unknown key {location}")
+            fixes.append(meant(location, _known_keys(item["loc"][:-1])))
+        elif item["type"] == "missing":
+            lines.append(f"missing key {location}")
+            fixes.append(f"set {location}")
+        else:
+            reason = item["msg"].removeprefix("Value error, ")
+            lines.append(f"{location}: {reason}" if location else reason)
+            if location:
+                fixes.append(f"it is {item['input']!r} now")
+    return ConfigError("; ".join(lines), "; ".join(fixes))
+
+
+def meant(location: str, known: Iterable[str]) -> str:
+    """The fix for an unknown key: where its meaning is, else the nearest of its section's keys."""
+    if location in MOVED:
+        return f"it is {MOVED[location]}"
+    return nearest(location.rpartition(".")[2], known)
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    model: type[BaseModel] = RunConfig
+    for part in location:
+        if isinstance(part, str):
+            section = section_of(model.model_fields[part].annotation)
+            assert section is not None
+            model = section
+    return list(model.model_fields)
+
+
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field holds, alone or in a list; None for a plain value."""
+    arguments = getattr(annotation, "__args__", (annotation,))
+    nested = [a for a in arguments if isinstance(a, type) and issubclass(a, BaseModel)]
+    return nested[0] if nested else None
+
+
+def dump_config(config: RunConfig) -> str:
+    """The whole resolved configuration as YAML; loading it gives the same configuration."""
+    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=100)
+    return text
+
+
+def describe_keys() -> list[tuple[str, str, str, str]]:
+    """Every key as (path, default, unit, meaning), in the order of the sections."""
+    return _describe(RunConfig, "")
+
+
+def _describe(model: type[BaseModel], prefix: str) -> list[tuple[str, str, str, str]]:
+    rows = []
+    for name, info in model.model_fields.items():
+        section = section_of(info.annotation)
+        if section is not None and not issubclass(section, Values):
+            mark = "[]" if name == "rewards" else ""
+            rows += _describe(section, f"{prefix}{name}{mark}.")
+            continue
+        extra = info.json_schema_extra
+        unit = str(extra.get("unit", "")) if isinstance(extra, dict) else ""
+        default = "required"
+        if not info.is_required():
+            value = info.get_default(call_default_factory=True)
+            default = repr(value.model_dump() if isinstance(value, Values) else value)
+        meaning = info.description or ""
+        if section is not None:
+            named = [f"{n}: {value.description}" for n, value in section.model_fields.items()]
+            meaning += f" {'; '.join(named)}."
+        rows.append((f"{prefix}{name}", default, unit, meaning))
+    return rows

@@ -1,0 +1,380 @@
+"""The configuration: pydantic models in which every key has one meaning, unit and default.
+
+Unknown keys are refused, and nothing changes a configuration after it is loaded.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from raygrpo.config.algorithm import AdvantageSection, LossSection
+from raygrpo.config.base import Section, Values, key
+from raygrpo.types import Sampling
+
+
+class ModelSection(Section):
+    """The policy's model."""
+
+    path: str = key(..., "Hub id or directory of the causal language model.")
+    revision: str | None = key(None, "Hub revision; none takes the default branch.")
+    dtype: Literal["float32", "bfloat16"] = key(
+        "float32", "Compute and publishing dtype; bfloat16 trains fp32 master weights."
+    )
+    random_init: bool = key(
+        False,
+        "Build random weights (from the run's seed) from path's config.json; no weights read.",
+    )
+    fp32_head: bool = key(
+        False,
+        "Form the language head's product in float32 where dtype is bfloat16, in training and in "
+        "the transformers engine (vLLM cannot).",
+    )
+    trust_remote_code: bool = key(False, "Run modelling code that comes with the model.")
+
+
+class DataSection(Section):
+    """Where prompts come from."""
+
+    source: str = key(..., "Hub id, .jsonl/.json/.parquet/.csv file, or reasoning_gym:<task>.")
+    params: dict[str, Any] = key(
+        {},
+        "Arguments of the source: of a reasoning_gym task (size, seed, ...), or of "
+        "datasets.load_dataset (name, split, revision, streaming, ...); a hub's split is train.",
+    )
+    mixture: list[dict[str, Any]] = key(
+        [],
+        "Parts beside this section, whose weight is 1: data keys that differ, with name (none: the "
+        "source's last part) and weight (1.0).",
+    )
+    columns: dict[str, str] = key(
+        {}, "Renames columns, new: old; the prompt is column prompt (text, or chat messages)."
+    )
+    template: str | None = key(
+        None, "Text prompt with {column} fields, used in place of the prompt column."
+    )
+    system: str | None = key(None, "System message put before prompts that have none.")
+    chat: bool | dict[str, Any] | None = key(
+        None,
+        "Apply the chat template; none: to message lists only. True wraps text as user turn, and "
+        "so does a mapping, which holds arguments of the template.",
+    )
+    max_prompt_length: int = key(512, "Longest prompt.", "tokens", ge=1)
+    overlong: Literal["error", "drop", "truncate_left"] = key(
+        "error", "What becomes of a longer prompt; drops are counted."
+    )
+    shuffle: bool = key(True, "Shuffle each epoch, by the run's seed.")
+    max_pass_rate: float | None = key(
+        None,
+        "Prompts with this share of correct completions, or more, are not drawn again.",
+        gt=0,
+        le=1,
+    )
+
+
+class Filters(Values):
+    """What changes the distribution that completions are drawn from."""
+
+    top_p: float = key(1.0, "the smallest set of tokens with this mass", gt=0, le=1)
+    top_k: int = key(0, "the k likeliest tokens, 0 is all", ge=0)
+    min_p: float = key(0.0, "tokens with this share of the likeliest's mass", ge=0, lt=1)
+    repetition_penalty: float = key(1.0, "on tokens seen before, 1 is none", gt=0)
+    min_tokens: int = key(0, "no stop before this length", ge=0)
+
+
+class SamplingSection(Section):
+    """How completions are drawn."""
+
+    num_completions: int = key(8, "Completions of one prompt (the group).", "completions", ge=1)
+    temperature: float = key(1.0, "Sampling temperature.", gt=0)
+    max_tokens: int = key(256, "Longest completion.", "tokens", ge=1)
+    stop: list[str] = key([], "Strings that end a completion (kept in it, and trained).")
+    filters: Filters = key(Filters(), "What is kept of the distribution.")
+
+    @model_validator(mode="after")
+    def _lengths(self) -> SamplingSection:
+        if self.filters.min_tokens > self.max_tokens:
+            raise ValueError("filters.min_tokens is larger than max_tokens")
+        return self
+
+    def settings(self) -> Sampling:
+        """The engine's view of this section."""
+        values = self.model_dump(exclude={"filters"}) | self.filters.model_dump()
+        return Sampling(**{**values, "stop": tuple(self.stop)})
+
+
+class RewardSection(Section):
+    """One reward function."""
+
+    func: str = key(
+        ...,
+        "exact, number, format, math, length, reasoning_gym, reward_model, http, judge, "
+        "module:function, or file.py:function.",
+    )
+    name: str | None = key(None, "Name in metrics; none takes the function's.")
+    weight: float = key(1.0, "Weight in the sum.")
+    params: dict[str, Any] = key({}, "Keyword arguments given to every call.")
+    timeout_s: float = key(60.0, "Deadline of one call on one group.", "seconds", gt=0)
+    cache: bool = key(False, "Reuse the value of a completion of the same row that came before.")
+
+
+class Best(Values):
+    """Which evaluation is the best, and how many without a better one end the run."""
+
+    metric: str | None = key(None, "its best checkpoint is kept and exported, none: the last is")
+    patience: int = key(0, "evaluations in a row without a better one that end it, 0: never", ge=0)
+
+
+class EvalSection(Section):
+    """Evaluation on held-out prompts: one greedy completion of each, and sampled ones."""
+
+    eval_steps: int = key(
+        0,
+        "Steps between evaluations, also before the first and after the last; 0: never.",
+        "steps",
+        ge=0,
+    )
+    data: dict[str, Any] = key(
+        {}, "Keys of data that differ in evaluation; params.split is test unless named."
+    )
+    num_prompts: int = key(64, "Prompts, from the top of the evaluation set.", "prompts", ge=1)
+    num_completions: int = key(
+        0, "Sampled completions of each, as in training; 0: greedy alone.", "completions", ge=0
+    )
+    best: Best = key(Best(), "The best evaluation, and when to wait no more for a better one.")
+
+
+class TrainSection(Section):
+    """Steps, groups and updates."""
+
+    steps: int = key(100, "Steps of the run; one step makes one version.", "steps", ge=1)
+    groups_per_step: int = key(8, "Groups in one step.", "groups", ge=1)
+    max_staleness: int = key(
+        0, "Versions that a trained group may lag; 0 is on-policy.", "versions", ge=0
+    )
+    dynamic_sampling: bool = key(True, "Replace groups without signal by new ones (refill).")
+    max_refill_factor: float = key(
+        3.0, "Groups tried for a step, at most, in multiples of groups_per_step.", ge=1
+    )
+    num_iterations: int = key(1, "Passes over a step.", "passes", ge=1)
+    num_minibatches: int = key(1, "Optimizer updates of one pass.", "updates", ge=1)
+    tokens_per_microbatch: int = key(
+        4096, "Padded tokens computed at once by a rank; one row may exceed it.", "tokens", ge=1
+    )
+
+
+_Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+class AdamW(Values):
+    """What AdamW takes beside the learning rate."""
+
+    betas: tuple[_Decay, _Decay] = key((0.9, 0.999), "decay rates of the means")
+    weight_decay: float = key(0.0, "decoupled", ge=0)
+    eps: float = key(1e-8, "added to the denominator", gt=0)
+
+
+class OptimizerSection(Section):
+    """AdamW and its schedule."""
+
+    lr: float = key(1e-6, "Peak learning rate of AdamW.", ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = key("constant", "Decay after the warm-up.")
+    min_lr_frac: float = key(0.0, "Last learning rate as a share of lr.", ge=0, le=1)
+    warmup_updates: int = key(0, "Optimizer updates of linear warm-up.", "updates", ge=0)
+    adamw: AdamW = key(AdamW(), "AdamW's other settings.")
+    max_grad_norm: float = key(1.0, "Gradient clipping by global norm; 0 is none.", ge=0)
+
+
+class LearnerSection(Section):
+    """The learner's ranks."""
+
+    num_ranks: int = key(1, "Learner processes, one DeepSpeed rank each.", "ranks", ge=1)
+    zero_stage: Literal[0, 1, 2, 3] = key(1, "DeepSpeed ZeRO stage.")
+    gradient_checkpointing: bool = key(False, "Recompute activations in the backward pass.")
+    ref_sync: dict[Literal["steps", "alpha"], float] = key(
+        {}, "{steps: k, alpha: a}: every k steps reference = a * policy + (1 - a) * reference."
+    )
+    lora: dict[str, Any] = key(
+        {}, "Arguments of peft's LoraConfig (r, lora_alpha, target_modules, ...); empty trains all."
+    )
+    deepspeed: dict[str, Any] = key(
+        {}, "DeepSpeed's zero_optimization, checkpoint and logging; sequence_parallel_size."
+    )
+
+    @model_validator(mode="after")
+    def _ref_sync(self) -> LearnerSection:
+        sync = self.ref_sync
+        if not sync:
+            return self
+        steps, alpha = sync.get("steps", 0), sync.get("alpha", 0)
+        if steps < 1 or steps % 1 or not 0 < alpha <= 1:
+            raise ValueError("ref_sync needs steps (whole, from 1) and alpha (above 0, up to 1)")
+        return self
+
+
+class GeneratorsSection(Section):
+    """The generators."""
+
+    count: int = key(1, "Generator processes.", "generators", ge=1)
+    engine: Literal["auto", "transformers", "vllm"] = key(
+        "auto", "Inference engine; auto: vllm where it is installed and loads, else transformers."
+    )
+    options: dict[str, Any] = key({}, "Arguments of vLLM (vllm.AsyncEngineArgs).")
+    placement: Literal["disaggregate", "colocate"] = key(
+        "disaggregate",
+        "colocate: generators share the learner's GPUs and sleep while it trains; on-policy only.",
+    )
+    max_rows: int = key(64, "Completions decoded at once by a generator.", "completions", ge=1)
+
+
+class ScorersSection(Section):
+    """The scorers."""
+
+    count: int = key(2, "Scorer processes.", "scorers", ge=1)
+    max_reward_error_frac: float = key(
+        0.1, "Share of errored scores in a step past which the run stops.", ge=0, le=1
+    )
+
+
+class CheckpointSection(Section):
+    """When to save, what to keep."""
+
+    save_steps: int = key(0, "Steps between checkpoints; 0: only the last.", "steps", ge=0)
+    keep: int = key(2, "Newest checkpoints kept; 0 keeps all.", "checkpoints", ge=0)
+
+
+class CompletionsStore(Values):
+    """What completions/ takes."""
+
+    frac: float = key(1.0, "share of groups; replay needs all of them", ge=0, le=1)
+    max_gb: float = key(10.0, "size at which it takes no more", ge=0)
+
+
+class TrackingSection(Section):
+    """Where a run is recorded, files aside."""
+
+    wandb: Literal["online", "offline", "disabled"] = key("disabled", "Weights & Biases mode.")
+    tensorboard: bool = key(False, "Write TensorBoard files (extra: tensorboard).")
+    completions: CompletionsStore = key(CompletionsStore(), "What completions/ keeps.")
+
+
+class Timeouts(Values):
+    """Deadlines, in seconds."""
+
+    start: float = key(600.0, "of actors", gt=0)
+    generate: float = key(1800.0, "of one group", gt=0)
+    update: float = key(3600.0, "of one update or save", gt=0)
+    sync: float = key(600.0, "of one weight sync", gt=0)
+
+
+class Threads(Values):
+    """CPU threads of an actor, by role; 0 shares the machine's cores."""
+
+    learner: int = key(0, "of a rank", ge=0)
+    generator: int = key(0, "of each", ge=0)
+
+
+class Gpus(Values):
+    """GPUs of an actor, by role; 0 is a CPU."""
+
+    learner: float = key(0.0, "of a rank", ge=0)
+    generator: float = key(0.0, "of each", ge=0)
+
+
+class RaySection(Section):
+    """The cluster and its deadlines."""
+
+    address: str = key(
+        "auto", "auto: RAY_ADDRESS where set, else a local Ray of its own; local; or an address."
+    )
+    timeouts_s: Timeouts = key(Timeouts(), "Deadlines.", "seconds")
+    threads: Threads = key(Threads(), "CPU threads; 0 shares the machine's cores.", "threads")
+    gpus: Gpus = key(Gpus(), "GPUs; 0 works on a CPU.", "GPUs")
+    labels: dict[Literal["learner", "generator", "scorer"], dict[str, str]] = key(
+        {}, "Labels of the nodes that a role's actors run on; a role without runs anywhere."
+    )
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    recipe: str = key("default", "Named set of overrides that the file builds on.")
+    run_dir: str = key("grpo_output", "Directory of the run; the same one resumes.")
+    seed: int = key(0, "Seed of weights, data order and sampling.", ge=0)
+    deterministic: bool = key(
+        False, "Bit-exact: each group decodes alone, fixed kernels; needs max_staleness 0."
+    )
+    model: ModelSection
+    data: DataSection
+    sampling: SamplingSection = Field(default_factory=SamplingSection)
+    rewards: list[RewardSection] = key([], "Reward functions, summed by weight.")
+    eval: EvalSection = Field(default_factory=EvalSection)
+    advantage: AdvantageSection = Field(default_factory=AdvantageSection)
+    loss: LossSection = Field(default_factory=LossSection)
+    train: TrainSection = Field(default_factory=TrainSection)
+    optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
+    learner: LearnerSection = Field(default_factory=LearnerSection)
+    generators: GeneratorsSection = Field(default_factory=GeneratorsSection)
+    scorers: ScorersSection = Field(default_factory=ScorersSection)
+    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+    tracking: TrackingSection = Field(default_factory=TrackingSection)
+    ray: RaySection = Field(default_factory=RaySection)
+
+    @model_validator(mode="after")
+    def _arithmetic(self) -> RunConfig:
+        train = self.train
+        if train.groups_per_step % train.num_minibatches:
+            raise ValueError(
+                f"train.groups_per_step ({train.groups_per_step}) is no multiple of "
+                f"train.num_minibatches ({train.num_minibatches})"
+            )
+        if self.sampling.num_completions < 2:
+            raise ValueError(
+                "sampling.num_completions must be at least 2: a group needs a baseline"
+            )
+        if self.deterministic and train.max_staleness:
+            raise ValueError("deterministic: true needs train.max_staleness: 0")
+        if self.generators.placement == "colocate":
+            self._check_colocation()
+        names = [reward.name or reward.func for reward in self.rewards]
+        if len(set(names)) != len(names):
+            raise ValueError(f"rewards need distinct names, not {names}; set rewards[].name")
+        return self
+
+    @model_validator(mode="after")
+    def _loss_fits(self) -> RunConfig:
+        if self.loss.needs_sampler and self.changes_distribution:
+            raise ValueError(
+                "the loss uses the sampler's logprobs (loss.correction, ratio_anchor: sampler, "
+                "dppo_tv or off_policy_threshold) with sampling.filters: those logprobs are of the "
+                "renormalised distribution, so the ratio to the policy is biased; turn one of the "
+                "two off"
+            )
+        updates = self.train.num_iterations * self.train.num_minibatches
+        if self.loss.loss == "reinforce" and updates > 1:
+            raise ValueError(
+                f"loss.loss: reinforce has no ratio, so it is right for one update a step, not "
+                f"{updates}: set loss.loss: clip, or train.num_iterations and num_minibatches to 1"
+            )
+        if self.learner.ref_sync and not self.loss.beta:
+            raise ValueError("learner.ref_sync moves the reference of the KL: set loss.beta too")
+        return self
+
+    def _check_colocation(self) -> None:
+        gpus, labels = self.ray.gpus, self.ray.labels
+        if self.train.max_staleness:
+            raise ValueError("generators.placement: colocate needs train.max_staleness: 0")
+        if labels.get("generator", {}) not in ({}, labels.get("learner", {})):
+            raise ValueError("colocated generators run where ray.labels.learner says")
+        shared = gpus.learner + gpus.generator * -(-self.generators.count // self.learner.num_ranks)
+        if gpus.generator and (shared > 1 or gpus.generator > 1):
+            raise ValueError(
+                f"a learner rank and its generators ask for {shared:g} of one GPU: "
+                "set ray.gpus.learner and ray.gpus.generator to shares that add up to 1"
+            )
+
+    @property
+    def changes_distribution(self) -> bool:
+        """Whether sampling draws from another distribution than softmax(logits / temperature)."""
+        return self.sampling.filters != Filters()

@@ -1,0 +1,189 @@
+"""Which engine a run's generators have, and the making of one. Nothing here imports vLLM."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Final, Literal
+
+from raygrpo.config import ModelSection, RunConfig
+from raygrpo.engines.base import Engine
+from raygrpo.errors import ConfigError
+from raygrpo.types import Version
+
+TRANSFER: Final = "weight_transfer"  # ours, among vLLM's options
+NOT_INSTALLED: Final = "vLLM is not installed"
+EngineName = Literal["transformers", "vllm"]
+# What the project sets itself, so that a user's option cannot undo what it relies on.
+OURS: Final = frozenset(
+    {
+        "model", "revision", "tokenizer", "tokenizer_revision", "tokenizer_mode", "dtype", "seed",
+        "skip_tokenizer_init", "trust_remote_code", "max_num_seqs", "load_format", "logprobs_mode",
+        "generation_config", "disable_log_stats", "worker_extension_cls", "weight_transfer_config",
+        "data_parallel_size",
+    }
+)  # fmt: skip
+# setdefault: a variable that the user has set stays as it is.
+_ENVIRONMENT: Final = {
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # a generator shares its machine with other actors
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineChoice:
+    """The engine of a run, and why it is that one."""
+
+    engine: EngineName
+    reason: str
+
+
+def check_engine(config: RunConfig) -> None:
+    """Refuses what can be seen to be wrong without a generator.
+
+    Raises:
+        ConfigError: an engine that cannot keep the promise of ``deterministic``, or options that it
+            would not take.
+    """
+    section = config.generators
+    if config.deterministic and section.engine == "vllm":
+        raise ConfigError(
+            "deterministic: true needs generators.engine: transformers: vLLM batches groups, and "
+            "its last bits depend on what else is in the batch",
+            "change one of the two",
+        )
+    if section.options and section.engine == "transformers":
+        raise ConfigError(
+            "generators.options are vLLM's, but generators.engine is transformers",
+            "remove them, or set generators.engine: vllm",
+        )
+    if refused := sorted(OURS & set(section.options)):
+        raise ConfigError(
+            f"generators.options may not set {', '.join(refused)}: the project does",
+            "remove them (max_num_seqs follows max_rows; the model is the section model)",
+        )
+    wanted = section.options.get("tensor_parallel_size", 1)
+    if section.engine == "vllm" and 0 < config.ray.gpus.generator < wanted:
+        raise ConfigError(
+            f"generators.options.tensor_parallel_size is {wanted}, but a generator has "
+            f"{config.ray.gpus.generator:g} GPUs",
+            f"set ray.gpus.generator to {wanted}",
+        )
+
+
+def choose_engine(
+    config: RunConfig, recorded: str | None, why_not_vllm: Callable[[], str | None]
+) -> EngineChoice:
+    """The engine of a run: as the configuration says, or as it began, or vLLM where that works.
+
+    Args:
+        recorded: the engine that the run's steps so far were made with; None for a new run.
+        why_not_vllm: asked last, where generators run; None where vLLM works.
+
+    Raises:
+        ConfigError: the configuration names another engine than the run began with.
+    """
+    named = config.generators.engine
+    if recorded is not None and named not in ("auto", recorded):
+        raise ConfigError(
+            f"this run began with the engine {recorded}, but generators.engine is {named}: "
+            "their kernels differ, so the run would not be one experiment",
+            f"set generators.engine to {recorded} or auto, or set another run_dir",
+        )
+    if named != "auto":
+        return EngineChoice(engine=named, reason="configured")
+    if recorded is not None:
+        return EngineChoice(
+            engine="vllm" if recorded == "vllm" else "transformers", reason="the run began with it"
+        )
+    if config.deterministic:
+        return EngineChoice(engine="transformers", reason="deterministic: true")
+    problem = why_not_vllm()
+    if problem is None:
+        return EngineChoice(engine="vllm", reason="vLLM is installed and loads")
+    return EngineChoice(engine="transformers", reason=problem)
+
+
+def vllm_problem(device: str, model: ModelSection | None = None) -> str | None:
+    """Why vLLM cannot be used in this process on ``device`` (cpu or cuda); None where it can.
+
+    A ``model`` must be of an architecture that vLLM has itself. It imports vLLM, which takes
+    seconds, where that is installed.
+    """
+    if find_spec("vllm") is None:
+        return NOT_INSTALLED
+    try:
+        _prepare()
+        requests = importlib.import_module("raygrpo.engines.vllm.requests")
+        built_for = requests.device_type()
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        first = (str(error).splitlines() or [""])[0]
+        return f"vLLM does not import: {type(error).__name__}: {first}"
+    if built_for != device:
+        return f"vLLM computes on {built_for or 'nothing'} here"
+    unknown = requests.unknown_architecture(model) if model is not None else None
+    return f"vLLM does not have {unknown}" if unknown else None
+
+
+def planned_engine(config: RunConfig) -> str:
+    """The engine of a run that has not started, and why; vLLM is not tried."""
+    problem = NOT_INSTALLED if find_spec("vllm") is None else None
+    choice = choose_engine(config, None, lambda: problem)
+    reason = choice.reason if choice.engine != "vllm" else "tried when the run starts"
+    return f"{choice.engine} ({reason})"
+
+
+def engine_device(config: RunConfig) -> str:
+    """Where a generator computes."""
+    return "cuda" if config.ray.gpus.generator else "cpu"
+
+
+def make_engine(config: RunConfig, *, threads: int, version: Version | None) -> Engine:
+    """The engine of a generator in this process; ``version`` as in the engines.
+
+    Raises:
+        ConfigError: it cannot be used here, or its model or options are wrong.
+    """
+    section, device = config.generators, engine_device(config)
+    choice = choose_engine(config, None, lambda: vllm_problem(device))
+    if choice.engine == "vllm":
+        if problem := vllm_problem(device):
+            raise ConfigError(
+                f"generators.engine is vllm, but {problem}",
+                "install the extra vllm (docs/engines.md), or set generators.engine: transformers",
+            )
+        module = importlib.import_module("raygrpo.engines.vllm.engine")
+        colocated = section.placement == "colocate" and device != "cpu"
+        fast: Engine = module.VllmEngine(
+            config.model,
+            seed=config.seed,
+            # A larger group is decoded whole.
+            max_rows=max(section.max_rows, config.sampling.num_completions),
+            device=device,
+            options={**({"enable_sleep_mode": True} if colocated else {}), **section.options},
+            version=version,
+        )
+        return fast
+    import torch
+
+    from raygrpo.engines.hf.engine import TransformersEngine
+
+    torch.set_num_threads(threads)
+    return TransformersEngine(
+        config.model,
+        seed=config.seed,
+        max_rows=section.max_rows,
+        deterministic=config.deterministic,
+        device=device,
+        version=version,
+    )
+
+
+def _prepare() -> None:
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)

@@ -1,0 +1,364 @@
+"""The fast engine: vLLM behind the engine protocol, weights updated in place."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import itertools
+import queue
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from raygrpo.config import ModelSection
+from raygrpo.engines.hf.model_weights import check_manifest, weight_targets
+from raygrpo.engines.randomness import row_keys, uniforms
+from raygrpo.engines.requests import check_request
+from raygrpo.engines.stops import StopStrings
+from raygrpo.engines.vllm.client import VllmClient
+from raygrpo.engines.vllm.requests import engine_arguments, make_completion, sampling_params
+from raygrpo.engines.vllm.shared_memory import SharedBuckets
+from raygrpo.errors import InfraError, NumericError
+from raygrpo.models import DTYPES, load_model, load_tokenizer, stop_token_ids
+from raygrpo.types import (
+    ByteArray,
+    Completion,
+    FloatArray,
+    Group,
+    GroupRequest,
+    Stream,
+    Version,
+    WeightsManifest,
+)
+from raygrpo.weights.buckets import make_buckets
+
+Key = tuple[Stream, int]
+# How long a step waits for a group, and so how long a command to the engine may have to wait.
+STEP_WAIT_S: Final = 0.01
+
+
+@dataclass(eq=False, slots=True)
+class _Running:
+    """A group that vLLM has, since it was admitted under ``version``."""
+
+    request: GroupRequest
+    serial: int
+    version: Version
+    started: float
+    aborted: bool = False
+    future: concurrent.futures.Future[list[Completion]] = field(init=False)
+
+    def name(self, index: int) -> str:
+        """What vLLM calls a completion's request."""
+        return f"{self.serial}-{index}"
+
+    @property
+    def names(self) -> list[str]:
+        """All of them."""
+        return [self.name(index) for index in self.request.unfinished]
+
+
+class VllmEngine:
+    """Decodes groups with vLLM; implements `raygrpo.engines.base.Engine`.
+
+    vLLM computes in processes of its own. Groups are handed over whole and in order while there is
+    room for ``max_rows`` completions, so that none waits inside vLLM while weights change. A prompt
+    is computed once for its group (prefix caching), and never taken from a group that was admitted
+    under other weights.
+    """
+
+    def __init__(
+        self,
+        model: ModelSection,
+        *,
+        seed: int,
+        max_rows: int,
+        device: str = "cpu",
+        options: Mapping[str, Any] | None = None,
+        version: Version | None = None,
+    ) -> None:
+        with torch.device("meta"):  # what the model consists of, without its weights
+            drawn = model.model_copy(update={"random_init": True})
+            shape = load_model(drawn, seed=0, dtype=DTYPES[model.dtype])
+        self._tokenizer = load_tokenizer(model)
+        self._targets = weight_targets(shape)
+        self._vocab_size = shape.get_input_embeddings().weight.shape[0]
+        stop_ids = stop_token_ids(shape, self._tokenizer)
+        self._stop_ids = sorted(token for token in stop_ids if token < self._vocab_size)
+        self._stops = StopStrings(self._tokenizer)
+        self._max_rows = max_rows
+        self._can_sleep = bool((options or {}).get("enable_sleep_mode"))
+        self._waiting: dict[Key, GroupRequest] = {}
+        self._running: dict[Key, _Running] = {}
+        self._live: set[str] = set()  # requests that vLLM has; both threads change it, atomically
+        self._done: queue.SimpleQueue[_Running] = queue.SimpleQueue()
+        self._finished: list[Group] = []
+        self._serials = itertools.count()
+        self._staged: SharedBuckets | None = None
+        self._version: Version | None = None
+        self._client = VllmClient(
+            engine_arguments(
+                model, seed=seed, max_rows=max_rows, device=device, options=options or {}
+            )
+        )
+        if version is not None:
+            self._serve_disk(model, seed, version)
+
+    def _serve_disk(self, model: ModelSection, seed: int, version: Version) -> None:
+        if not model.random_init:
+            self._client.call(self._client.name_version(version))
+            self._version = version
+            return
+        drawn = load_model(model, seed=seed, dtype=DTYPES[model.dtype])  # vLLM's are others
+        specs, buckets = zip(*make_buckets(weight_targets(drawn).items()), strict=True)
+        manifest = WeightsManifest(version=version, kind="full", base_version=None, buckets=specs)
+        self.load_weights(manifest, buckets)
+
+    @property
+    def version(self) -> Version | None:
+        """The version of the weights in use; None before the first load and after a failed one."""
+        return self._version
+
+    def _held(self) -> Version:
+        if self._version is None:
+            raise InfraError("the engine holds no version", "load weights first")
+        return self._version
+
+    @property
+    def num_unfinished(self) -> int:
+        """Groups submitted and not yet returned or aborted."""
+        return len(self._waiting) + len(self._running) + len(self._finished)
+
+    @property
+    def can_step(self) -> bool:
+        """Whether a step would make progress."""
+        version = self._version
+        if version is None:
+            return False
+        return bool(self._running or self._finished) or any(
+            request.min_version <= version for request in self._waiting.values()
+        )
+
+    def submit(self, request: GroupRequest) -> None:
+        """Queues a group.
+
+        Raises:
+            DataError: the prompt and ``max_tokens`` exceed the positions that vLLM has, or the
+                prompt has ids that the model lacks.
+            InfraError: the group is here already.
+        """
+        key = (request.stream, request.group_id)
+        check_request(
+            request,
+            busy=key in self._waiting or key in self._running,
+            max_positions=self._client.max_positions,
+            vocab_size=self._vocab_size,
+        )
+        self._waiting[key] = request
+
+    def step(self) -> list[Group]:
+        """Hands over the groups that fit; waits a moment for one to finish.
+
+        Raises:
+            NumericError: logprobs were not finite; the group is dropped, the others go on.
+            InfraError: no version is loaded, or vLLM died.
+        """
+        self._start_waiting(self._held())
+        wait_s = STEP_WAIT_S if self._running and not self._finished else 0.0
+        while True:
+            try:
+                running = self._done.get(timeout=wait_s)
+            except queue.Empty:
+                break
+            wait_s = 0.0
+            key: Key = (running.request.stream, running.request.group_id)
+            if self._running.get(key) is running:
+                del self._running[key]
+                self._finished.append(self._finish(running))
+        finished, self._finished = self._finished, []
+        return finished
+
+    def _start_waiting(self, version: Version) -> None:
+        for key, request in list(self._waiting.items()):
+            if request.min_version > version:
+                continue
+            if self._live and len(self._live) + len(request.unfinished) > self._max_rows:
+                return
+            del self._waiting[key]
+            running = _Running(request, next(self._serials), version, time.monotonic())
+            self._running[key] = running
+            self._live.update(running.names)
+            running.future = self._client.begin(self._generate(running))
+            running.future.add_done_callback(_Report(self._done, running))
+
+    def _finish(self, running: _Running) -> Group:
+        completions = self._client.result(running.future)
+        if not all(np.isfinite(completion.logprobs).all() for completion in completions):
+            request = running.request
+            raise NumericError(
+                f"group {request.stream}/{request.group_id}: logprobs are not finite under "
+                f"version {self._version}",
+                "look at the gradient norms of the steps before; lower the learning rate",
+            )
+        return Group(
+            request=replace(running.request, partials=()),
+            completions=tuple(completions),
+            generate_s=time.monotonic() - running.started,
+        )
+
+    async def _generate(self, running: _Running) -> list[Completion]:
+        """All completions of a group, those of its request that are done already included."""
+        indices = running.request.unfinished
+        tasks = [asyncio.ensure_future(self._complete(running, index)) for index in indices]
+        try:
+            written = await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:  # where one failed, the others end, which aborts them in vLLM
+                task.cancel()
+            self._live.difference_update(running.names)
+        done = dict(enumerate(running.request.partials)) | dict(zip(indices, written, strict=True))
+        return [done[index] for index in sorted(done)]
+
+    async def _complete(self, running: _Running, index: int) -> Completion:
+        request, sampling = running.request, running.request.sampling
+        before = request.partials[index] if request.partials else None
+        written = [] if before is None else before.token_ids.tolist()
+        if running.aborted:  # before vLLM had it
+            return before or _unwritten(running.version)
+        keys = row_keys(request.seed, request.stream, request.group_id, sampling.num_completions)
+        number = uniforms(keys[index : index + 1], np.full(1, len(written), np.int64))
+        params = sampling_params(
+            sampling,
+            seed=int(number[0] * 2.0**53),
+            stop_ids=self._stop_ids,
+            num_before=len(written),
+        )
+        ids = [*request.prompt.token_ids.tolist(), *written]
+        name = running.name(index)
+        output = await self._client.generate(name, ids, params, running.version)
+        self._live.discard(name)
+        return make_completion(
+            output.outputs[0], sampling, running.version, before, self._stops, self._tokenizer
+        )
+
+    def stage_weights(self, manifest: WeightsManifest, buckets: Iterable[ByteArray]) -> None:
+        """Copies a version to shared memory and verifies it there, on any thread.
+
+        Raises:
+            InfraError: it does not fit the model, is older than the one in use, or is corrupt.
+        """
+        self._drop_staged()
+        check_manifest(self._targets, manifest, self._version)
+        self._staged = SharedBuckets(manifest, buckets)
+
+    def commit_weights(self) -> None:
+        """Loads the staged version in place; requests keep the keys and values that they have.
+
+        Raises:
+            InfraError: nothing is staged, it is older than the one in use, or the load failed:
+                then no version is held until a load succeeds.
+        """
+        if self._staged is None:
+            raise InfraError("no version is staged", "stage one first")
+        manifest = self._staged.manifest
+        check_manifest(self._targets, manifest, self._version)
+        self._version = None
+        try:
+            self._client.swap(self._staged)
+        finally:
+            self._drop_staged()
+        self._version = manifest.version
+
+    def _drop_staged(self) -> None:
+        if self._staged is not None:
+            self._staged.close()
+            self._staged = None
+
+    def transfer(self, call: str, argument: Any) -> concurrent.futures.Future[None]:
+        """A call of the learner's to `raygrpo.weights.native.Receiver`, but for what decoding
+        sees of it: from ``begin`` to `hold` no version is held."""
+        from raygrpo.engines.vllm.native import VllmReceiver
+
+        receiver = VllmReceiver(self._client, 1)
+        if call == "begin":
+            self._version = None
+            return receiver.begin()
+        future: concurrent.futures.Future[None] = getattr(receiver, call)(argument)
+        return future
+
+    def hold(self, version: Version) -> None:
+        """A version that was transferred is in use."""
+        self._version = version
+
+    def load_weights(self, manifest: WeightsManifest, buckets: Iterable[ByteArray]) -> None:
+        """Stages and commits a version."""
+        self.stage_weights(manifest, buckets)
+        self.commit_weights()
+
+    def abort(self, stream: Stream, group_id: int) -> list[Completion]:
+        """Drops a group; returns its completions so far, in order: all, or none if it had not
+        begun."""
+        key: Key = (stream, group_id)
+        self._waiting.pop(key, None)
+        running = self._running.pop(key, None)
+        if running is None:
+            return []
+        completions = self._client.call(self._abort(running))
+        return completions if any(c.token_ids.size for c in completions) else []
+
+    async def _abort(self, running: _Running) -> list[Completion]:
+        running.aborted = True
+        await self._client.abort(running.names)
+        return await asyncio.wrap_future(running.future)
+
+    def score(self, token_ids: Sequence[int], temperature: float = 1.0) -> FloatArray:
+        """Logprobs [T] of each token given those before it, in nats; index 0 is 0."""
+        ids = [int(token) for token in token_ids]
+        found = self._client.call(self._client.score(ids, temperature, self._held()))
+        return np.array([0.0, *found], np.float32)
+
+    def sleep(self) -> None:
+        """Gives up cache and weights (vLLM's level 2), with vLLM's ``enable_sleep_mode``: no
+        version is held then. Without, as on a CPU, nothing happens."""
+        if self._can_sleep:
+            self._version = None
+            self._client.call(self._client.ask("sleep", level=2))
+
+    def wake(self) -> None:
+        """Takes the memory back; weights come with the next load."""
+        if self._can_sleep:
+            self._client.call(self._client.ask("wake_up"))
+
+    def close(self) -> None:
+        """Ends vLLM's processes; the engine cannot be used afterwards."""
+        self._waiting, self._running, self._finished = {}, {}, []
+        self._version = None
+        self._drop_staged()
+        self._client.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Report:
+    """Tells the engine's thread that a group's future has an outcome."""
+
+    done: queue.SimpleQueue[_Running]
+    running: _Running
+
+    def __call__(self, _: object) -> None:
+        self.done.put(self.running)
+
+
+def _unwritten(version: Version) -> Completion:
+    nothing = np.zeros(0, np.int32)
+    return Completion(
+        token_ids=nothing,
+        logprobs=nothing.astype(np.float32),
+        loss_mask=nothing.astype(np.bool_),
+        text="",
+        finish="abort",
+        version_runs=((version, 0),),
+    )

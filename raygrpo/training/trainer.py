@@ -1,0 +1,319 @@
+"""The loop: admit groups, train steps, publish weights, and nothing else.
+
+One loop serves on-policy and asynchronous training: on-policy is a ``max_staleness`` of 0. The
+driver holds references and summaries, never tokens; `RolloutPool.wait` is the only blocking line.
+
+    prompts -> window.admit -> pool (generate, score) -> window.finish -> window.take_step
+            -> learner.update -> learner.publish -> pool.load -> next version
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from raygrpo.actors.futures import Pending
+from raygrpo.actors.idle import IdleClock, IdleShare
+from raygrpo.actors.pool.workers import Done
+from raygrpo.actors.scorer import ScoreReport
+from raygrpo.algorithm.ledger import TokenLedger, buffered_tokens
+from raygrpo.algorithm.step_plan import make_step_batch, num_trained_tokens, teaches
+from raygrpo.algorithm.window import Fate, FinishedGroup, Window
+from raygrpo.errors import DataError, RewardError
+from raygrpo.rewards.contract import TrainerState
+from raygrpo.storage.checkpoint import RunState
+from raygrpo.tracking.metrics import StepFacts, step_metrics
+from raygrpo.tracking.sync_metrics import publish_metrics, with_load
+from raygrpo.training.boundary import Boundary, Parts
+from raygrpo.types import GroupRequest, GroupSummary, StepBatch, StepResult, Version
+
+_TICK_S = 1.0  # how soon a signal is noticed while nothing else happens
+
+
+@dataclass(slots=True)
+class Span:
+    """What has happened since the last step was taken or finished."""
+
+    started: float = field(default_factory=time.monotonic)
+    finished: list[GroupSummary] = field(default_factory=list)
+    errored_scores: int = 0
+    scores: int = 0
+    dropped_groups: int = 0
+
+
+class Trainer:
+    """Runs a training run from where ``restored`` left it."""
+
+    def __init__(self, parts: Parts, restored: RunState | None = None) -> None:
+        self._config = config = parts.config
+        self._pool, self._learner, self._prompts = parts.pool, parts.learner, parts.prompts
+        self._evaluations, self._tracker = parts.evaluations, parts.tracker
+        self._rollouts, self._incarnation = parts.rollouts, parts.incarnation
+        self.step = restored.step if restored else 0
+        self._window = Window(
+            steps=config.train.steps,
+            groups_per_step=config.train.groups_per_step,
+            max_staleness=config.train.max_staleness,
+            dynamic_sampling=config.train.dynamic_sampling,
+            max_refill_factor=config.train.max_refill_factor,
+            teaches=lambda summary: teaches(summary, config),
+            state=restored.window if restored else None,
+        )
+        self._ledger = restored.ledger if restored else TokenLedger()
+        if restored:
+            self._ledger = self._ledger.roll_back(restored.buffered_tokens)
+            self._pool.normal_gap = restored.normal_gap
+        self._num_tokens = restored.num_tokens if restored else 0
+        self._update: Pending[StepResult] | None = None
+        self._publish: Pending[Any] | None = None
+        self._weights_lost = False
+        self._training: tuple[StepBatch, list[FinishedGroup]] | None = None
+        self._sync: dict[str, float] = {}
+        self._learner_idle, self._learner_share = IdleClock(), IdleShare()
+        self._span = Span()
+        self._driver_s = 0.0
+        self._num_groups = 0
+        self._boundary = Boundary(parts, self._state(), restored)
+        self.first_traceback: str | None = None
+        self.first_group_at: float | None = None
+
+    def stop(self) -> None:
+        """Asks for an orderly stop: the running update is finished and committed."""
+        self._boundary.stopping = True
+
+    @property
+    def driver_s_per_group(self) -> float:
+        """The driver's own time, waiting left out, for each finished group."""
+        return self._driver_s / max(self._num_groups, 1)
+
+    def run(self) -> bool:
+        """Trains to the last step; False when it was stopped before, with all committed."""
+        self._span = Span()
+        self._learner_share.update(self._learner_idle.read())
+        self._start_publish()
+        if self.step < self._config.train.steps:
+            for request in self._window.pending:
+                self._pool.submit(request)
+        while not self._finished():
+            started, waited = time.monotonic(), self._pool.waited_s
+            self._boundary.settle(published=self._publish is None)
+            self._boundary.start_save(updating=self._update is not None)
+            self._admit()
+            self._start_update()
+            self._learner_idle.mark(busy=self._learner_is_busy)
+            self._take(self._pool.wait(self._pendings(), _TICK_S))
+            blocked = self._pool.waited_s - waited
+            self._driver_s += time.monotonic() - started - blocked
+        return self._boundary.complete and not self._boundary.has_deferred
+
+    @property
+    def _learner_is_busy(self) -> bool:
+        # A save that is written may still wait for its step's record.
+        save = self._boundary.save
+        return bool(self._update or self._publish or (save and save.open_refs))
+
+    def _finished(self) -> bool:
+        return self._boundary.ended and not (self._update or self._publish)
+
+    def _pendings(self) -> list[Pending[Any]]:
+        ours = [p for p in (self._update, self._publish, self._boundary.save) if p is not None]
+        return ours + self._rollouts.pendings
+
+    # What may start.
+
+    def _admit(self) -> None:
+        self._pool.trainer_state = TrainerState(
+            global_step=self.step, max_steps=self._config.train.steps, epoch=self._prompts.epoch
+        )
+        while not self._boundary.is_last and self._window.has_room(self.step):
+            request = GroupRequest(
+                stream="train",
+                group_id=self._window.admitted,
+                attempt=0,
+                prompt=self._prompts.next(),
+                seed=self._config.seed,
+                sampling=self._config.sampling.settings(),
+                min_version=Version(self._incarnation, self.step),
+            )
+            self._pool.submit(self._window.admit(request))
+
+    def _start_update(self) -> None:
+        # An evaluation is of one version, so the next one waits for it; so do record and save. And
+        # a version that is published again wakes generators, which may share the learner's GPUs.
+        busy = self._update or self._publish or self._weights_lost
+        if busy or not self._boundary.closed or self._boundary.is_last:
+            return
+        if not (self._window.step_ready() and self._rollouts.has_room):
+            return
+        if self._config.generators.placement == "colocate" and not self._pool.sleep():
+            return
+        groups = self._window.take_step()
+        self._prompts.settle(groups[-1].summary.group_id)
+        batch = make_step_batch(self.step, groups, self._config)
+        for group in groups:
+            self._ledger = self._ledger.take(group.summary, self._trained(group.summary))
+        self._rollouts.write_step(batch)
+        self._training = (batch, groups)
+        self._update = self._learner.update(batch, self._incarnation)
+
+    def _start_publish(self) -> None:
+        version = Version(self._incarnation, self.step)
+        self._weights_lost = False
+        self._publish = self._learner.publish(version, self._pool.receivers())
+
+    def _state(self) -> RunState:
+        return RunState(
+            step=self.step,
+            window=self._window.state(),
+            prompts=self._prompts.state(),
+            ledger=self._ledger,
+            num_tokens=self._num_tokens,
+            buffered_tokens=buffered_tokens(self._window.buffered),
+            normal_gap=self._pool.normal_gap,
+        )
+
+    # What has happened.
+
+    def _take(self, done: Done) -> None:
+        for kind, fields in done.events:
+            self._tracker.event(kind, step=self.step, **fields)
+        for load in done.loads:
+            self._sync = with_load(self._sync, load)
+        self._ledger = self._ledger.abort(done.aborted_tokens)
+        for group, report in done.groups:
+            self._take_group(group, report)
+        for stream, group_id in done.lost:
+            self._requeue(stream, group_id)
+        for stream, group_id in done.dropped:
+            self._drop(stream, group_id)
+        # All load again after that, and say so if it is lost too.
+        published = self._publish in done.completed
+        for pending in done.completed:
+            if pending is self._update:
+                self._take_update()
+            elif pending is self._publish:
+                self._take_publish()
+            else:
+                self._rollouts.confirm(pending)
+        self._weights_lost |= done.weights_lost and not published
+        # While an update runs, the learner has no weights of this version to give.
+        if self._weights_lost and not self._learner_is_busy:
+            self._start_publish()
+
+    def _take_group(self, group: FinishedGroup, report: ScoreReport) -> None:
+        summary = group.summary
+        self._num_groups += 1
+        if self.first_group_at is None and summary.group_id >= 0:
+            self.first_group_at = time.time() - summary.score_s
+        if report.traceback and self.first_traceback is None:
+            self.first_traceback = report.traceback
+            self._tracker.event("reward_error", step=self.step, traceback=report.traceback)
+        if summary.stream == "eval":
+            self._evaluations.finish(summary)
+            if summary.group_id >= 0:  # the others are constant answers, which nothing generated
+                self._rollouts.take([(group, "eval")])
+            return
+        self._count_errors(summary)
+        awaited = summary.group_id in {request.group_id for request in self._window.pending}
+        self._ledger = self._ledger.report(summary, awaited=awaited)
+        self._num_tokens += summary.prompt_length * len(summary.lengths) + sum(summary.lengths)
+        self._span.finished.append(summary)
+        self._decide(self._window.finish(group))
+
+    def _decide(self, decided: list[tuple[FinishedGroup, Fate]]) -> None:
+        self._ledger = self._ledger.decide(decided)
+        self._rollouts.take(decided)
+        self._prompts.observe([group.summary for group, _ in decided])
+
+    def _count_errors(self, summary: GroupSummary) -> None:
+        """Stops the run once errored scores pass their share of a whole step's scores."""
+        span, config = self._span, self._config
+        span.scores += len(summary.scores)
+        span.errored_scores += sum(score.error is not None for score in summary.scores)
+        whole = config.train.groups_per_step * config.sampling.num_completions
+        frac = span.errored_scores / max(span.scores, whole)
+        # Even where every failure is allowed: without any score no step is ever complete.
+        hopeless = span.scores >= 2 * whole and span.errored_scores == span.scores
+        if frac > config.scorers.max_reward_error_frac or hopeless:
+            first = next((s.error for s in summary.scores if s.error), "see events.jsonl")
+            trace = f"\nfirst traceback:\n{self.first_traceback}" if self.first_traceback else ""
+            raise RewardError(
+                f"{span.errored_scores} of {max(span.scores, whole)} scores failed "
+                f"(scorers.max_reward_error_frac is {config.scorers.max_reward_error_frac:g}); "
+                f"{first}{trace}",
+                "correct the reward function, or raise its timeout_s",
+            )
+
+    def _requeue(self, stream: str, group_id: int) -> None:
+        if stream == "eval":
+            for order in self._evaluations.requeue(group_id):
+                self._pool.submit(order)
+            return
+        self._ledger = self._ledger.lose(1)
+        request = self._window.requeue(group_id)
+        if request is not None:
+            self._pool.submit(request)
+
+    def _drop(self, stream: str, group_id: int) -> None:
+        if stream == "eval":
+            self._evaluations.drop(group_id)
+            return
+        self._ledger = self._ledger.drop(1)
+        self._decide(self._window.fail(group_id))
+        self._span.dropped_groups += 1
+        if self._span.dropped_groups > self._config.train.groups_per_step:
+            raise DataError(
+                f"{self._span.dropped_groups} groups in a row could not be generated",
+                "events.jsonl names each and the reason",
+            )
+
+    def _take_publish(self) -> None:
+        assert self._publish is not None
+        report, publish_s = self._publish.value, self._publish.seconds
+        self._sync = publish_metrics(report, publish_s)
+        self._publish, self._weights_lost = None, False
+        self._pool.replace_broken(report.broken)
+        self._pool.load()
+
+    def _take_update(self) -> None:
+        assert self._update is not None
+        assert self._training is not None
+        result, (batch, groups) = self._update.value, self._training
+        self._update, self._training = None, None
+        span, self._span = self._span, Span()
+        facts = StepFacts(
+            step=batch.step,
+            finished=tuple(span.finished),
+            trained=tuple(group.summary for group in groups),
+            num_teaching=sum(teaches(summary, self._config) for summary in span.finished),
+            stats=result.stats,
+            epoch=self._prompts.epoch,
+            num_tokens=self._num_tokens,
+            step_s=time.monotonic() - span.started,
+            update_s=result.seconds,
+        )
+        self.step += 1
+        buffered = buffered_tokens(self._window.buffered)
+        ours = self._ledger.metrics(buffered) | self._sync | self._rollouts.metrics()
+        record = step_metrics(facts) | ours | self._prompt_metrics() | self._idle_metrics()
+        self._boundary.end_step(self._state(), record)
+        self._start_publish()
+
+    def _idle_metrics(self) -> dict[str, float]:
+        self._learner_share.update(self._learner_idle.read())
+        shares = {
+            "timing/generator_idle_frac": self._pool.take_idle_frac(),
+            "timing/learner_wait_frac": self._learner_share.take(),
+        }
+        return {name: share for name, share in shares.items() if share is not None}
+
+    def _prompt_metrics(self) -> dict[str, float]:
+        metrics = self._prompts.metrics()
+        if back := metrics.get("data/num_restored"):
+            self._tracker.event("prompts_restored", step=self.step, num_prompts=int(back))
+        return metrics
+
+    def _trained(self, summary: GroupSummary) -> list[int]:
+        section = self._config.advantage
+        return [num_trained_tokens(summary, i, section) for i in range(len(summary.lengths))]

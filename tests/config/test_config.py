@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+import yaml
+
+from raygrpo.config.file import MOVED, describe_keys, dump_config, load_config
+from raygrpo.config.recipes import RECIPES
+from raygrpo.errors import ConfigError
+
+BASE = {"model": {"path": "m"}, "data": {"source": "d"}}
+
+
+def test_weakest_to_strongest(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({**BASE, "recipe": "trl024", "loss": {"clip_high": 0.25}}))
+    config = load_config(path, ["--optimizer.lr=3e-5", "sampling.stop=['a']"])
+    assert config.advantage.scale == "group"  # recipe
+    assert config.loss.clip_low == 0.2  # recipe, although the file has the section too
+    assert config.loss.clip_high == 0.25  # file over recipe
+    assert config.optimizer.lr == 3e-5  # override, although YAML reads 3e-5 as text
+    assert config.sampling.stop == ["a"]
+    assert config.optimizer.schedule == "linear"
+
+
+def test_dump_loads_to_the_same(tmp_path: Path) -> None:
+    config = load_config({**BASE, "recipe": "dapo", "train": {"steps": 7}})
+    path = tmp_path / "resolved.yaml"
+    path.write_text(dump_config(config))
+    assert load_config(path) == config
+    assert pickle.loads(pickle.dumps(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train": {"step": 3}}, "unknown key train.step\n  fix: did you mean 'steps'"),
+        ({"modle": {}}, "unknown key modle\n  fix: did you mean 'model'"),
+        ({"rewards": [{"fnc": "exact"}]}, "did you mean 'func'"),
+        ({"recipe": "dap0"}, "did you mean 'dapo'"),
+        ({"train": {"groups_per_step": 8, "num_minibatches": 3}}, "no multiple"),
+        ({"sampling": {"num_completions": 1}}, "baseline"),
+        ({"sampling": {"filters": {"min_tokens": 9}, "max_tokens": 4}}, "min_tokens is larger"),
+        ({"deterministic": True, "train": {"max_staleness": 1}}, "max_staleness: 0"),
+        ({"loss": {"correction": "tis"}, "sampling": {"filters": {"top_p": 0.9}}}, "renormalised"),
+        ({"sampling": {"top_p": 0.9}}, "key sampling.top_p\n  fix: it is sampling.filters.top_p"),
+        (
+            {"sampling": {"filters": {"topp": 1}}},
+            "unknown key sampling.filters.topp\n  fix: did you",
+        ),
+        ({"ray": {"timeouts_s": {"stop": 9}}}, "unknown key ray.timeouts_s.stop\n  fix: did you"),
+        ({"ray": {"timeouts_s": {"start": 0}}}, "ray.timeouts_s.start: Input should be greater"),
+        ({"ray": {"threads": {"scorer": 1}}}, "unknown key ray.threads.scorer"),
+        ({"optimizer": {"adamw": {"betas": [0.9, 1.0]}}}, "optimizer.adamw.betas.1: Input"),
+        ({"tracking": {"name": "x"}}, "fix: it is the environment's WANDB_NAME"),
+        ({"rewards": [{"func": "exact"}, {"func": "exact"}]}, "distinct names"),
+        ({"optimizer": {"lr": -1}}, "optimizer.lr"),
+        ({"learner": {"zero_stage": 4}}, "learner.zero_stage"),
+        ({"train": "fast"}, "train"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_named_with_their_fix(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config({**BASE, **change})
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a: [", "no valid YAML"), ("- 1", "mapping"), ("model: {}", "missing key model.path")],
+)
+def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(path)
+
+
+def test_missing_file() -> None:
+    with pytest.raises(ConfigError, match="no configuration file at nowhere"):
+        load_config("nowhere.yaml")
+
+
+def test_what_is_named_leaves_the_other_values_alone() -> None:
+    config = load_config(
+        {**BASE, "ray": {"timeouts_s": {"start": 5}}}, ["ray.timeouts_s.update=7", "data.chat=true"]
+    )
+    deadlines = {"start": 5.0, "generate": 1800.0, "update": 7.0, "sync": 600.0}
+    assert config.ray.timeouts_s.model_dump() == deadlines
+    assert config.data.chat is True
+    assert load_config(BASE, ["data.chat={thinking: false}"]).data.chat == {"thinking": False}
+
+
+def test_what_moved_is_where_it_is_said_to_be() -> None:
+    """No name of the table is a key; each place in it is one, or a value within one."""
+    keys = {path for path, *_ in describe_keys()}
+    assert not keys & MOVED.keys()
+    for place in MOVED.values():
+        name = place.partition(":")[0]
+        assert name in keys or name.rpartition(".")[0] in keys or "environment" in place, place
+
+
+def test_bad_overrides() -> None:
+    for override, message in (("--train.steps", "cannot read"), ("model.path.x=1", "no section")):
+        with pytest.raises(ConfigError, match=message):
+            load_config(BASE, [override])
+
+
+def test_overrides_leave_the_mapping_alone() -> None:
+    source = {"model": {"path": "m"}, "data": {"source": "d"}}
+    load_config(source, ["model.path=other"])
+    assert source["model"]["path"] == "m"
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES))
+def test_recipes_are_valid(recipe: str) -> None:
+    config = load_config({**BASE, "recipe": recipe})
+    assert config.recipe == recipe
+
+
+def test_recipes_say_what_their_papers_say() -> None:
+    got = {name: load_config({**BASE, "recipe": name}) for name in RECIPES}
+    assert (got["deepseekmath"].loss.beta, got["deepseekmath"].loss.kl_estimator) == (0.04, "k3")
+    assert got["deepseekmath"].loss.aggregation == "sequence"
+    assert got["dr_grpo"].advantage.scale == "none"
+    assert got["dr_grpo"].loss.aggregation == "constant"
+    dapo = got["dapo"]
+    assert (dapo.loss.clip_low, dapo.loss.clip_high, dapo.loss.beta) == (0.2, 0.28, 0.0)
+    assert dapo.train.dynamic_sampling and not got["trl024"].train.dynamic_sampling
+    trl = got["trl024"]
+    assert (trl.optimizer.lr, trl.optimizer.max_grad_norm, trl.loss.beta) == (1e-6, 1.0, 0.0)
+    assert (trl.data.max_prompt_length, trl.sampling.max_tokens) == (512, 256)
+    assert trl.data.overlong == "truncate_left"
+
+
+def test_every_key_is_described() -> None:
+    rows = {path: (default, unit, meaning) for path, default, unit, meaning in describe_keys()}
+    assert rows["model.path"][0] == "required"
+    assert rows["train.steps"] == ("100", "steps", "Steps of the run; one step makes one version.")
+    assert "rewards[].timeout_s" in rows
+    assert rows["ray.gpus"][:2] == ("{'learner': 0.0, 'generator': 0.0}", "GPUs")
+    wanted = "Deadlines. start: of actors; generate: of one group; update: of one update or "
+    assert rows["ray.timeouts_s"][2].startswith(wanted)
+    assert all(meaning.endswith(".") for _, _, meaning in rows.values())

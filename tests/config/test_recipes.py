@@ -1,0 +1,163 @@
+"""Recipes say what their papers say; combinations that have no sense are refused; `auto`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from raygrpo.algorithm.step_plan import loss_config
+from raygrpo.cli import app
+from raygrpo.commands.model_card_papers import papers_of
+from raygrpo.config import RunConfig
+from raygrpo.config.file import load_config, merged_sections
+from raygrpo.config.recipes import RECIPES
+from raygrpo.errors import ConfigError
+
+BASE: dict[str, Any] = {"model": {"path": "m"}, "data": {"source": "d"}}
+
+# docs/algorithms.md's table: advantage, loss, clip range, aggregation, beta, refill.
+TABLE = {
+    "default": ("mean/none", "clip", (0.2, 0.28), "token", 0.0, True),
+    "deepseekmath": ("mean/group", "clip", (0.2, 0.2), "sequence", 0.04, False),
+    "trl024": ("mean/group", "clip", (0.2, 0.2), "token", 0.0, False),
+    "dapo": ("mean/group", "clip", (0.2, 0.28), "token", 0.0, True),
+    "dr_grpo": ("mean/none", "clip", (0.2, 0.2), "constant", 0.0, False),
+    "gspo": ("mean/group", "gspo", (3e-4, 4e-4), "sequence", 0.0, False),
+    "scalerl": ("mean/batch_centred", "cispo", None, "prompt", 0.0, True),
+    "dppo": ("mean/none", "dppo_tv", None, "token", 0.0, False),
+    "rloo": ("leave_one_out/none", "clip", (0.2, 0.2), "sequence", 0.0, False),
+}
+
+
+def load(recipe: str = "default", **sections: Any) -> RunConfig:
+    return load_config({**BASE, "recipe": recipe, **sections})
+
+
+def test_every_recipe_is_in_the_table() -> None:
+    assert set(TABLE) == set(RECIPES)
+
+
+@pytest.mark.parametrize("recipe", TABLE)
+def test_recipes_are_those_of_the_table(recipe: str) -> None:
+    config = load(recipe)
+    advantage, loss, clip, aggregation, beta, refill = TABLE[recipe]
+    assert f"{config.advantage.baseline}/{config.advantage.scale}" == advantage
+    assert (config.loss.loss, config.loss.aggregation) == (loss, aggregation)
+    if clip:
+        assert (config.loss.clip_low, config.loss.clip_high) == clip
+    assert config.loss.beta == beta
+    assert config.train.dynamic_sampling is refill
+
+
+def test_what_else_recipes_set() -> None:
+    scalerl, dppo, dapo = load("scalerl"), load("dppo"), load("dapo")
+    assert (scalerl.loss.cispo_cap, scalerl.loss.ratio_anchor) == (5.0, "sampler")
+    assert scalerl.model.fp32_head
+    assert (scalerl.data.max_pass_rate, scalerl.train.max_staleness) == (0.9, 8)
+    assert (dppo.loss.dppo_tv, dppo.loss.anchored_at_sampler) == (0.2, True)
+    assert dapo.advantage.overlong_buffer == 4096 / 20480
+    deepseekmath = load("deepseekmath")
+    assert deepseekmath.loss.kl_estimator == "k3"
+    assert deepseekmath.train.num_iterations * deepseekmath.train.num_minibatches == 1
+    assert {name for name in RECIPES if len(papers_of(name)) > 1} == set(RECIPES) - {
+        "deepseekmath",
+        "trl024",
+    }
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_are_printed_as_they_are_written(recipe: str) -> None:
+    result = CliRunner().invoke(app, ["config", "--recipe", recipe])
+    assert result.exit_code == 0
+    printed = yaml.safe_load(result.output)
+    assert printed == {"recipe": recipe, **RECIPES[recipe]}
+    # A few overrides of one configuration.
+    leaves = [leaf for section in RECIPES[recipe].values() for leaf in section]
+    assert len(leaves) <= 16
+    assert merged_sections(BASE, printed) == merged_sections(
+        RECIPES[recipe], {**BASE, "recipe": recipe}
+    )
+
+
+def test_an_unknown_recipe_is_bad_input() -> None:
+    result = CliRunner().invoke(app, ["config", "--recipe", "dap"])
+    assert result.exit_code == 2
+    assert "did you mean 'dapo'" in result.output
+
+
+def test_correction_auto_is_tis_where_generation_may_be_stale() -> None:
+    stale = {"train": {"max_staleness": 2}}
+    assert loss_config(load()).correction == "none"
+    assert (loss_config(load(**stale)).correction, load(**stale).loss.correction) == ("tis", "auto")
+    assert loss_config(load(**stale)).correction_level == "token"
+    for loss in ({"loss": "dppo_tv"}, {"ratio_anchor": "sampler"}, {"correction": "none"}):
+        assert loss_config(load(**stale, loss=loss)).correction == "none"
+    filtered = load(**stale, sampling={"filters": {"top_p": 0.9}})
+    assert loss_config(filtered).correction == "none", "the ratio would be biased"
+    assert loss_config(load(loss={"correction": "icepop"})).correction == "icepop"
+
+
+def test_the_loss_has_the_configurations_names() -> None:
+    values = {
+        "loss": "gspo", "clip_low": 0.1, "clip_high": 0.11, "delta": 3.0, "dual_clip": 4.0,
+        "cispo_cap": 6.0, "sapo_tau_pos": 1.1, "sapo_tau_neg": 1.2, "dppo_tv": 0.3, "beta": 0.4,
+        "kl_estimator": "k2", "kl_unbiased": True, "aggregation": "constant",
+        "ratio_anchor": "old", "correction": "icepop", "correction_level": "sequence",
+        "correction_min": 0.6, "correction_max": 1.7, "off_policy_threshold": 0.5,
+        "top_entropy_frac": 0.7, "entropy_coef": 0.02,
+    }  # fmt: skip
+    resolved = loss_config(load(loss=values, sampling={"max_tokens": 77}))
+    assert {name: getattr(resolved, name) for name in values} == values
+    assert resolved.max_completion_length == 77
+    assert set(type(resolved).__slots__) == {*values, "max_completion_length"}
+
+
+FILTERED = {"filters": {"min_p": 0.1}}
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"loss": {"kl_estimator": "k1"}}, "gradient of zero on average"),
+        ({"loss": {"correction": "tis"}, "sampling": FILTERED}, "renormalised"),
+        ({"loss": {"ratio_anchor": "sampler"}, "sampling": FILTERED}, "renormalised"),
+        ({"loss": {"loss": "dppo_tv"}, "sampling": FILTERED}, "renormalised"),
+        ({"loss": {"off_policy_threshold": 0.1}, "sampling": FILTERED}, "renormalised"),
+        ({"loss": {"ratio_anchor": "sampler", "correction": "tis"}}, "holds already"),
+        ({"loss": {"loss": "dppo_tv", "correction": "icepop"}}, "holds already"),
+        ({"loss": {"loss": "reinforce", "ratio_anchor": "sampler"}}, "has no ratio"),
+        ({"loss": {"loss": "reinforce"}, "train": {"num_iterations": 2}}, "one update a step"),
+        ({"loss": {"loss": "cispo", "delta": 2.0}}, "delta acts with loss: clip and gspo only"),
+        ({"loss": {"loss": "sapo", "dual_clip": 2.0}}, "dual_clip acts with"),
+        ({"loss": {"correction": "icepop", "correction_min": 3.0}}, "larger than correction_max"),
+        ({"learner": {"ref_sync": {"steps": 2, "alpha": 0.5}}}, "set loss.beta too"),
+        ({"learner": {"ref_sync": {"steps": 2}}, "loss": {"beta": 0.1}}, "steps (whole"),
+        ({"learner": {"ref_sync": {"steps": 1.5, "alpha": 1}}, "loss": {"beta": 0.1}}, "(whole"),
+        ({"learner": {"ref_sync": {"every": 2}}}, "ref_sync"),
+        ({"advantage": {"scale": "gdpo", "overlong_buffer": 0.2}}, "add the reward `length`"),
+    ],
+    ids=str,
+)
+def test_combinations_without_sense_are_refused(sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(**sections)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("loss", "acts"),
+    [
+        ({}, False),
+        ({"beta": 0.1}, True),
+        ({"entropy_coef": 0.1}, True),
+        ({"entropy_target": 0.1}, True),
+        ({"loss": "dppo_tv"}, True),
+        ({"loss": "cispo", "ratio_anchor": "sampler"}, False),
+    ],
+    ids=str,
+)
+def test_what_acts_in_a_step_without_signal(loss: dict[str, Any], acts: bool) -> None:
+    assert load(loss=loss).loss.acts_without_signal is acts

@@ -1,0 +1,295 @@
+"""Evaluations without processes: what is sent, what the numbers are, and which one is the best."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from raygrpo.config import RunConfig
+from raygrpo.config.file import load_config
+from raygrpo.errors import ConfigError
+from raygrpo.training.eval_setup import check_best_metric, constant_groups, metric_names
+from raygrpo.training.evaluation import BestSoFar, Evaluation, Evaluations
+from raygrpo.types import Group, GroupRequest, GroupSummary, Prompt, Score, Version
+from tests.builders import summary
+
+VERSION = Version(2, 30)
+
+
+class Characters:
+    """A tokenizer of one token a character."""
+
+    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        assert not add_special_tokens
+        return {"input_ids": [ord(letter) for letter in text]}
+
+
+def config(**keys: Any) -> RunConfig:
+    base = {
+        "model": {"path": "m"},
+        "data": {"source": "d"},
+        "sampling": {"num_completions": 3, "temperature": 0.7, "filters": {"top_p": 0.9}},
+        "rewards": [{"func": "number"}],
+        "train": {"steps": 10},
+    }
+    evaluation = {"eval_steps": 1, "num_completions": 4}
+    return load_config({**base, "eval": {**evaluation, **keys.pop("eval", {})}, **keys})
+
+
+def prompts(*answers: Any) -> list[Prompt]:
+    return [
+        Prompt(id=f"p{i}", token_ids=np.array([1, 2]), text="?", columns={"answer": answer})
+        for i, answer in enumerate(answers)
+    ]
+
+
+def result(
+    group_id: int,
+    rewards: Sequence[float | str | None],
+    answers: Sequence[str] = (),
+    lengths: Sequence[int] | None = None,
+) -> GroupSummary:
+    made = summary(group_id, rewards, lengths=lengths)
+    scores = tuple(replace(score, parts={"number": score.value}) for score in made.scores)
+    given = tuple(answers) or ("",) * len(rewards)
+    return replace(made, stream="eval", scores=scores, answers=given)
+
+
+def test_greedy_and_sampled_requests() -> None:
+    evaluation = Evaluation(prompts(1, 2), VERSION, config())
+    requests = [order for order in evaluation.orders if isinstance(order, GroupRequest)]
+    assert [request.group_id for request in requests] == [0, 1, 2, 3]
+    assert [request.sampling.num_completions for request in requests] == [1, 4, 1, 4]
+    assert [request.sampling.temperature for request in requests] == [0.0, 0.7, 0.0, 0.7]
+    assert {request.sampling.top_p for request in requests} == {0.9}
+    assert {request.min_version for request in requests} == {VERSION}
+    alone = Evaluation(prompts(1, 2), VERSION, config(eval={"num_completions": 0}))
+    assert [order.group_id for order in alone.orders if isinstance(order, GroupRequest)] == [0, 2]
+
+
+def test_metrics_by_hand() -> None:
+    evaluation = Evaluation(prompts(7, 8, 9), VERSION, config())
+    evaluation.finish(result(0, [1.0], lengths=[3]))
+    evaluation.finish(result(1, [1.0, 0.0, 0.0, 0.0], "7889", lengths=[1, 2, 3, 4]))
+    evaluation.finish(result(2, [0.0], lengths=[5]))
+    evaluation.finish(result(3, [1.0, 1.0, None, "raised"], "8811"))
+    evaluation.finish(result(4, ["raised"]))
+    assert not evaluation.done
+    evaluation.drop(5)
+    assert evaluation.done
+    found = evaluation.metrics()
+    expected = {
+        "eval/greedy/num_completions": 3,
+        "eval/greedy/num_errored": 1,
+        "eval/greedy/reward": 1 / 2,
+        "eval/greedy/rewards/number/mean": 1 / 2,
+        "eval/greedy/accuracy": 1 / 2,
+        "eval/greedy/completions/mean_length": (3 + 5 + 4) / 3,
+        "eval/num_completions": 8,
+        "eval/num_errored": 1,
+        "eval/num_dropped": 1,
+        "eval/reward": 3 / 6,
+        "eval/completions/mean_length": (1 + 2 + 3 + 4 + 4 * 4) / 8,
+        "eval/completions/clipped_ratio": 0,
+        "eval/avg@4": (1 / 4 + 1) / 2,
+        "eval/maj@4": (0 + 1) / 2,
+        "eval/pass@1": (1 / 4 + 1) / 2,
+        "eval/pass@2": (1 / 2 + 1) / 2,  # C(3, 2) / C(4, 2) = 1/2 draws miss the correct one
+        "eval/pass@4": 1,  # the second prompt has only two judged completions
+        "eval/pass@4/num_left_out": 1,
+    }
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+    assert "eval/pass@2/num_left_out" not in found
+    assert "eval/pass@3" not in found
+
+
+def test_a_lost_group_is_sent_again_and_a_dropped_one_counted_once() -> None:
+    evaluation = Evaluation(prompts(1), VERSION, config())
+    again = evaluation.requeue(1)
+    assert isinstance(again, GroupRequest)
+    assert (again.group_id, again.attempt) == (1, 1)
+    evaluation.drop(0)
+    evaluation.drop(0)
+    assert not evaluation.done
+    evaluation.finish(result(1, [1.0] * 4))
+    evaluation.drop(1)  # came back in time
+    assert evaluation.metrics()["eval/num_dropped"] == 1
+
+
+def test_constants_are_the_most_frequent_references() -> None:
+    asked = prompts("a", "b", "b", 3, None, *"cdefgh")
+    groups = constant_groups(asked, config(), Characters())
+    assert [group.request.group_id for group in groups] == [-1 - i for i in range(len(asked))]
+    for group, prompt in zip(groups, asked, strict=True):
+        assert group.request.prompt is prompt
+        assert [c.text for c in group.completions] == ["b", "a", "3", "c", "d", "e", "f", "g"]
+    assert groups[0].completions[2].token_ids.tolist() == [ord("3")]
+    other = config(rewards=[{"func": "number", "params": {"column": "solution"}}])
+    assert constant_groups(asked, other, Characters()) == []
+    assert constant_groups([], config(), Characters()) == []
+
+
+def test_the_best_constant_is_scored_by_the_rewards_and_reported_each_time() -> None:
+    asked = prompts("a", "b", "b")
+    section = config()
+    constants = constant_groups(asked, section, Characters())
+    evaluations = Evaluations(asked, constants, section)
+
+    def evaluate(step: int) -> tuple[dict[str, float], list[tuple[str, dict[str, Any]]]]:
+        for order in evaluations.begin(Version(1, step)):
+            if isinstance(order, GroupRequest):
+                count = order.sampling.num_completions
+                evaluations.finish(result(order.group_id, [0.0] * count))
+                continue
+            right = order.request.prompt.columns["answer"]
+            # "a" earns more where it is right: the mean decides, not the number of times.
+            values = [2.5 * (c.text == right == "a") + (c.text == right) for c in order.completions]
+            evaluations.finish(result(order.request.group_id, values))
+        assert evaluations.done
+        return evaluations.end(step)
+
+    metrics, events = evaluate(0)
+    assert metrics["eval/best_constant"] == pytest.approx(3.5 / 3)
+    assert events == [("best_constant", {"answer": "a", "value": pytest.approx(3.5 / 3)})]
+    assert metrics["eval/num_completions"] == 3 * 4
+    assert not any(isinstance(order, Group) for order in evaluations.begin(Version(1, 1)))
+    metrics, events = evaluate(1)
+    assert metrics["eval/best_constant"] == pytest.approx(3.5 / 3)
+    assert events == []
+
+
+def test_constants_whose_scores_fail_are_not_reported() -> None:
+    asked = prompts("a")
+    section = config()
+    evaluations = Evaluations(asked, constant_groups(asked, section, Characters()), section)
+    for order in evaluations.begin(VERSION):
+        if isinstance(order, Group):
+            again = evaluations.requeue(order.request.group_id)[0]
+            assert isinstance(again, Group)
+            assert again.request.attempt == 1
+            evaluations.finish(result(-1, ["raised"]))
+        else:
+            evaluations.finish(result(order.group_id, [1.0] * order.sampling.num_completions))
+    metrics, events = evaluations.end(0)
+    assert "eval/best_constant" not in metrics
+    assert events == []
+
+
+def test_an_evaluation_is_due_at_its_steps_and_at_the_end() -> None:
+    section = config(eval={"eval_steps": 4}, train={"steps": 10})
+    evaluations = Evaluations(prompts(1), [], section)
+    assert [step for step in range(11) if evaluations.due(step)] == [0, 4, 8, 10]
+    assert not Evaluations([], [], section).due(0)
+
+
+def test_what_comes_after_a_cancelled_evaluation_is_ignored() -> None:
+    evaluations = Evaluations(prompts(1), [], config())
+    evaluations.begin(VERSION)
+    evaluations.cancel()
+    evaluations.finish(result(0, [1.0]))
+    evaluations.drop(1)
+    assert evaluations.requeue(1) == []
+    assert not evaluations.under_way
+    assert not evaluations.done
+
+
+def take(best: BestSoFar, section: RunConfig, *values: float | None) -> BestSoFar:
+    for value in values:
+        step = 0 if best.step < 0 else best.step + best.num_since + 1
+        metrics = {} if value is None else {"eval/reward": value}
+        best = best.take(step, metrics, section)
+    return best
+
+
+def test_the_best_is_the_first_of_the_highest() -> None:
+    section = config(eval={"best": {"metric": "eval/reward"}})
+    best = take(BestSoFar(metric="eval/reward"), section, 0.1, 0.4, 0.4, math.nan, None, 0.3)
+    assert (best.step, best.value, best.num_since) == (1, 0.4, 4)
+    assert best.fact() == {"step": 1, "metric": "eval/reward", "value": 0.4}
+    lower = take(BestSoFar(metric="-eval/reward"), section, 0.4, 0.1, 0.2)
+    assert (lower.step, lower.value, lower.num_since) == (1, 0.1, 1)
+    assert take(BestSoFar(metric=""), section, 0.4) == BestSoFar(metric="")
+    assert BestSoFar(metric="eval/reward").fact() is None
+
+
+def test_patience_counts_evaluations_in_a_row() -> None:
+    section = config(eval={"best": {"metric": "eval/reward", "patience": 2}})
+    fresh = BestSoFar(metric="eval/reward")
+    assert not take(fresh, section, 0.1, 0.0).has_ended(section)
+    assert not take(fresh, section, 0.1, 0.0, 0.2, 0.0).has_ended(section)
+    ended = take(fresh, section, 0.1, 0.0, 0.2, 0.0, 0.1)
+    assert ended.has_ended(section)
+    # The same command again, or with fewer steps, does not go on.
+    assert ended.resumed(section).has_ended(section)
+    assert ended.resumed(config(eval=dict(section.eval), train={"steps": 8})).has_ended(section)
+    # With more patience it does, for as long as that lasts ...
+    patient = config(eval={"best": {"metric": "eval/reward", "patience": 3}})
+    assert not ended.resumed(patient).has_ended(patient)
+    assert take(ended.resumed(patient), patient, 0.1).has_ended(patient)
+    # ... and with more steps as if nothing had ended.
+    longer = config(eval=dict(section.eval), train={"steps": 20})
+    assert not take(ended.resumed(longer), longer, 0.1).has_ended(longer)
+    assert take(ended.resumed(longer), longer, 0.1, 0.1).has_ended(longer)
+    without = config(eval={"best": {"metric": "eval/reward", "patience": 0}})
+    assert not ended.resumed(without).has_ended(without)
+    other = config(eval={"best": {"metric": "eval/greedy/reward", "patience": 2}})
+    assert ended.resumed(other) == BestSoFar(metric="eval/greedy/reward")
+
+
+def test_every_metric_of_a_whole_evaluation_can_be_the_best() -> None:
+    section = config()
+    evaluation = Evaluation(prompts(1, 2), VERSION, section)
+    for order in evaluation.orders:
+        assert isinstance(order, GroupRequest)
+        evaluation.finish(result(order.group_id, [1.0] * order.sampling.num_completions))
+    assert metric_names(section) == set(evaluation.metrics()) - {"eval/num_dropped"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"best": {"metric": "eval/greedy/rewards"}}, "did you mean 'eval/greedy/reward'"),
+        ({"best": {"metric": "eval/pass@3"}}, "did you mean 'eval/pass@"),
+        ({"best": {"metric": "-eval/nothing"}, "num_completions": 0}, "eval/nothing"),
+        (
+            {"best": {"metric": "eval/reward"}, "num_completions": 0},
+            "did you mean 'eval/greedy/reward'",
+        ),
+        (
+            {"best": {"metric": "eval/rewards/exact/mean"}},
+            "did you mean 'eval/rewards/number/mean'",
+        ),
+        ({"best": {"metric": "eval/reward"}, "eval_steps": 0}, "set eval.eval_steps"),
+        ({"best": {"patience": 3}}, "set eval.best.metric"),
+    ],
+)
+def test_a_metric_that_cannot_be_is_refused(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_best_metric(config(eval=keys))
+
+
+@pytest.mark.parametrize(
+    "name", ["eval/reward", "-eval/completions/mean_length", "eval/maj@4", "eval/greedy/accuracy"]
+)
+def test_a_metric_that_can_be_is_taken(name: str) -> None:
+    check_best_metric(config(eval={"best": {"metric": name}}))
+
+
+def test_a_score_of_several_rewards_is_judged_by_the_first() -> None:
+    section = config(rewards=[{"func": "number"}, {"func": "format", "params": {"pattern": "x"}}])
+    evaluation = Evaluation(prompts(1), VERSION, replace_eval(section))
+    made = result(0, [0.0])
+    score = Score(value=1.0, parts={"number": 0.0, "format": 1.0})
+    evaluation.finish(replace(made, scores=(score,)))
+    found = evaluation.metrics()
+    assert (found["eval/greedy/reward"], found["eval/greedy/accuracy"]) == (1.0, 0.0)
+
+
+def replace_eval(section: RunConfig) -> RunConfig:
+    alone = section.eval.model_copy(update={"num_completions": 0})
+    return section.model_copy(update={"eval": alone})
