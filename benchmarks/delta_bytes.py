@@ -34,10 +34,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from raygrpo.config import ModelSection
 from raygrpo.models import load_model, quiet_transformers
-from raygrpo.types import ByteArray, Version, WeightsManifest
+from raygrpo.types import ByteArray, Version
 from raygrpo.weights import delta
 from raygrpo.weights.buckets import make_buckets
 from raygrpo.weights.replica import Replica
+from raygrpo.weights.types import WeightsManifest
 
 ROOT = Path(__file__).parents[1]
 Weights = tuple[WeightsManifest, list[ByteArray]]

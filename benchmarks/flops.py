@@ -61,7 +61,7 @@ def executed(microbatch: Any, layout: str) -> Work:
     """
     import torch
 
-    from raygrpo.learner.policy import policy_inputs
+    from raygrpo.learner.inputs import policy_inputs
 
     rows, width = microbatch.token_ids.shape
     tree = policy_inputs(microbatch, torch.device("cpu")).tree

@@ -170,7 +170,7 @@ def policy_scores(
 ) -> tuple[Scores, Tensor | None]:
     """Logprobs of each completion, and the flat gradient of their sum by advantage and weight,
     where gradients are on."""
-    from raygrpo.learner.policy import policy_inputs
+    from raygrpo.learner.inputs import policy_inputs
 
     policy._layout = layout
     policy.zero_grad()
@@ -200,7 +200,7 @@ def largest_gap(one: Scores, other: Scores) -> float:
 
 def load(path: Path, *, random_seed: int | None = None, dtype: str = "float32") -> Any:
     """A policy on the CPU; with a seed, of fresh weights."""
-    from raygrpo.learner.policy import load_policy
+    from raygrpo.learner.loading import load_policy
 
     section = ModelSection(path=str(path), dtype=dtype, random_init=random_seed is not None)  # type: ignore[arg-type]
     return load_policy(section, seed=random_seed or 0, dtype=getattr(torch, dtype), temperature=1.0)

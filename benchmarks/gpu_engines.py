@@ -21,7 +21,8 @@ from benchmarks.gpu_cases import (
     policy_scores,
 )
 from raygrpo.config import ModelSection
-from raygrpo.types import Group, GroupRequest, Version, WeightsManifest
+from raygrpo.types import Group, GroupRequest, Version
+from raygrpo.weights.types import WeightsManifest
 
 ENGINE_GAP = 1e-3  # the tolerance of the probe after a weight sync
 
@@ -157,7 +158,7 @@ def engine_speed(options: argparse.Namespace, directory: Path) -> Iterator[Check
 
 def check_vllm(options: argparse.Namespace, directory: Path) -> Iterator[Check]:
     """vLLM on the device: it starts, agrees with the learner, and takes new weights in place."""
-    from raygrpo.engines.select import vllm_problem
+    from raygrpo.engines.vllm.options import vllm_problem
 
     if problem := vllm_problem(options.device):
         yield Check(name="vllm", value=problem)

@@ -36,11 +36,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from raygrpo.actors.cluster.connect import connect, disconnect
 from raygrpo.actors.cluster.placement import demand_of
 from raygrpo.actors.generator import GeneratorActor
-from raygrpo.actors.process import keep_heap
-from raygrpo.actors.spawn import spawn
+from raygrpo.actors.process import keep_heap, spawn
 from raygrpo.config import RunConfig
 from raygrpo.engines.base import Engine
-from raygrpo.engines.select import make_engine, vllm_problem
+from raygrpo.engines.select import make_engine
+from raygrpo.engines.vllm.options import vllm_problem
 from raygrpo.models import DTYPES, load_model, quiet_transformers
 from raygrpo.types import Group, GroupRequest, Prompt, Sampling, Version
 from tests.tiny import tiny_tokenizer

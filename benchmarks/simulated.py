@@ -24,11 +24,10 @@ import yaml
 from raygrpo.actors.futures import Pending
 from raygrpo.actors.learner import LearnerGroup
 from raygrpo.actors.pool.pool import RolloutPool
-from raygrpo.actors.spawn import spawn
+from raygrpo.actors.process import spawn
 from raygrpo.commands.train import Session
 from raygrpo.config import RewardSection, RunConfig
 from raygrpo.types import (
-    BucketSpec,
     ByteArray,
     Completion,
     FloatArray,
@@ -38,11 +37,10 @@ from raygrpo.types import (
     StepBatch,
     StepResult,
     Stream,
-    TensorSpec,
     Version,
-    WeightsManifest,
 )
 from raygrpo.weights.publisher import PublishReport
+from raygrpo.weights.types import BucketSpec, TensorSpec, WeightsManifest
 
 WEIGHT_BYTES = 2**16
 LOOK_FRAC = 0.01  # how long a step may keep a command waiting, in times of a group

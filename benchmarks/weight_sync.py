@@ -40,15 +40,16 @@ from benchmarks.rollout_throughput import save_smollm2_shape
 from raygrpo.actors.cluster.connect import connect, disconnect
 from raygrpo.actors.cluster.placement import demand_of
 from raygrpo.actors.generator import GeneratorActor
-from raygrpo.actors.spawn import spawn
+from raygrpo.actors.process import spawn
 from raygrpo.actors.weight_store import end_store, start_store
 from raygrpo.config import ModelSection, RunConfig
 from raygrpo.config.file import load_config
-from raygrpo.engines.probe import probe_tokens
 from raygrpo.engines.select import make_engine
 from raygrpo.models import DTYPES, load_model
-from raygrpo.types import Group, GroupRequest, Probe, Prompt, Sampling, Version
+from raygrpo.types import Group, GroupRequest, Prompt, Sampling, Version
+from raygrpo.weights.probe import probe_tokens
 from raygrpo.weights.publisher import Publisher, PublishReport
+from raygrpo.weights.types import Probe
 
 TIMEOUT_S = 300.0
 # By number of generators, in memory copies of the weights.

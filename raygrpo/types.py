@@ -15,9 +15,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from raygrpo.stats import Stat as Stat
-from raygrpo.stats import merge_stats as merge_stats
-
 IntArray = npt.NDArray[np.int32]
 FloatArray = npt.NDArray[np.float32]
 BoolArray = npt.NDArray[np.bool_]
@@ -305,78 +302,46 @@ class Microbatch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TensorSpec:
-    """A tensor's place in a bucket: ``offset_bytes`` from its start; ``dtype`` in torch's names."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset_bytes: int
-    num_bytes: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BucketSpec:
-    """A run of tensors that travels as one byte array.
-
-    ``num_bytes`` and ``checksum`` (xxh3_64) are of the tensors' bytes, however they travel:
-    ``encoded_bytes`` is the size of the delta in their stead, None where they go as they are.
-    """
-
-    tensors: tuple[TensorSpec, ...]
-    num_bytes: int
-    checksum: int
-    encoded_bytes: int | None = None
-
-    @property
-    def sent_bytes(self) -> int:
-        """Size of the array that travels."""
-        return self.num_bytes if self.encoded_bytes is None else self.encoded_bytes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Probe:
-    """What the learner's weights make of a fixed sequence: ``logprobs`` [T] in nats, index 0 is 0.
-
-    They are of the policy at the run's sampling temperature.
-    """
-
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        if len(self.token_ids) != len(self.logprobs):
-            raise ValueError("token_ids and logprobs of a probe differ in length")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WeightsManifest:
-    """What a published version consists of.
-
-    A ``delta`` needs ``base_version``, whose buckets have the same tensors; the others are whole.
-    """
-
-    version: Version
-    kind: Literal["full", "delta", "adapter"]
-    base_version: Version | None
-    buckets: tuple[BucketSpec, ...]
-    probe: Probe | None = None
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of all tensors in bytes."""
-        return sum(bucket.num_bytes for bucket in self.buckets)
-
-    @property
-    def sent_bytes(self) -> int:
-        """Size of all arrays that travel."""
-        return sum(bucket.sent_bytes for bucket in self.buckets)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
     """What the learner reports of one step, which took ``seconds``."""
 
     version: Version
     stats: Mapping[str, Stat]
     seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stat:
+    """A mergeable statistic: merging is addition of sums and counts, and min and max."""
+
+    sum: float
+    count: float
+    min: float
+    max: float
+
+    @property
+    def mean(self) -> float:
+        """Sum over count; NaN when nothing was counted."""
+        return self.sum / self.count if self.count else math.nan
+
+    def __add__(self, other: Stat) -> Stat:
+        return Stat(
+            sum=self.sum + other.sum,
+            count=self.count + other.count,
+            min=min(self.min, other.min),
+            max=max(self.max, other.max),
+        )
+
+    @staticmethod
+    def of(value: float, count: float = 1.0) -> Stat:
+        """A statistic of ``count`` equal values."""
+        return Stat(sum=value * count, count=count, min=value, max=value)
+
+
+def merge_stats(parts: list[Mapping[str, Stat]]) -> dict[str, Stat]:
+    """Adds up statistics by name; a name that is missing in a part adds nothing."""
+    merged: dict[str, Stat] = {}
+    for part in parts:
+        for name, stat in part.items():
+            merged[name] = merged[name] + stat if name in merged else stat
+    return merged

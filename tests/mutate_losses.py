@@ -28,7 +28,7 @@ from typing import Any
 
 REPOSITORY = Path(__file__).parents[1]
 # Which tests hold a module.
-_LOSS = ("unit/test_loss.py",)
+_LOSS = ("algorithm/test_loss.py",)
 _LEARNER = (
     "parity/test_learner.py::test_old_logprobs_and_the_reference_follow_the_rules",
     "parity/test_learner_losses.py",
@@ -38,11 +38,11 @@ TESTS = {
     "algorithm/corrections": _LOSS,
     "algorithm/loss": _LOSS,
     "algorithm/stats": _LOSS,
-    "algorithm/entropy": ("unit/test_entropy.py", *_LOSS),
-    "algorithm/advantages": ("unit/test_advantages.py",),
-    "algorithm/overlong": ("unit/test_advantages.py",),
-    "algorithm/plan": ("unit/test_advantages.py", "unit/test_packing.py"),
-    "algorithm/packing": ("unit/test_packing.py",),
+    "algorithm/entropy": ("algorithm/test_entropy.py", *_LOSS),
+    "algorithm/advantages": ("algorithm/test_advantages.py",),
+    "algorithm/overlong": ("algorithm/test_advantages.py",),
+    "algorithm/step_plan": ("algorithm/test_advantages.py", "algorithm/test_packing.py"),
+    "algorithm/packing": ("algorithm/test_packing.py",),
     "algorithm/logprobs": ("parity/test_logprobs.py",),
     "algorithm/token_gradient": ("parity/test_logprobs.py",),
     "learner/first_pass": _LEARNER,
@@ -233,7 +233,7 @@ MUTANTS = [
         ("rewards length", "-over / buffer", "over / buffer"),
     ),
     *_of(
-        "algorithm/plan",
+        "algorithm/step_plan",
         ("overlong filter ignored", 'if section.mask_truncated and', "if False and"),
         ("filtered completions leave the denominator", "if summary.scores[index].value is not None\n    ]", "if summary.scores[index].value is not None and num_trained_tokens(summary, index, config.advantage)\n    ]"),
         ("truncated ones stay in the baseline", 'section.mask_truncated == "exclude"', "False"),

@@ -89,36 +89,31 @@ def test_libraries_stay_where_they_belong(path: Path) -> None:
             assert library not in IMPURE, f"{module} imports {library}"
 
 
-def test_no_import_cycles() -> None:
-    known = {module.removesuffix(".__init__") for module in NAMES.values()}
-    top_level = {
-        NAMES[path]: {
-            name
-            for node in ast.parse(path.read_text()).body
-            if isinstance(node, ast.ImportFrom) and node.module in known
-            for name in [node.module]
-        }
+def test_no_import_circles() -> None:
+    """Imports inside functions count: a circle that is hidden there is still one."""
+    known = {module.removesuffix(".__init__"): module for module in NAMES.values()}
+    graph = {
+        NAMES[path]: {known[name] for name in imports(path) if name in known} - {NAMES[path]}
         for path in MODULES
+        if path.parent != PACKAGE or path.stem != "__init__"  # it hands `train` on, when asked
     }
     done: set[str] = set()
 
     def visit(module: str, trail: tuple[str, ...]) -> None:
         assert module not in trail, " -> ".join((*trail, module))
         if module not in done:
-            for name in top_level.get(module, ()):
+            for name in sorted(graph.get(module, ())):
                 visit(name, (*trail, module))
             done.add(module)
 
-    for module in top_level:
+    for module in graph:
         visit(module, ())
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: NAMES[p])
-def test_sizes(path: Path) -> None:
-    text = path.read_text()
-    assert len(text.splitlines()) <= 400, f"{path.name} has over 400 lines"
+def test_functions_fit_on_a_screen(path: Path) -> None:
     assert path.stem != "utils"
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert node.end_lineno is not None
             length = node.end_lineno - node.lineno + 1
@@ -135,74 +130,10 @@ def test_public_things_are_documented(path: Path) -> None:
             assert ast.get_docstring(node), f"{NAMES[path]}.{node.name} has no docstring"
 
 
-def code_lines(path: Path) -> int:
-    """Lines of code: blank lines, comments and docstrings left out."""
-    tree = ast.parse(path.read_text())
-    prose: set[int] = set()
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        first = body[0] if isinstance(body, list) and body else None
-        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
-            prose |= set(range(first.lineno, (first.end_lineno or first.lineno) + 1))
-    lines = enumerate(path.read_text().splitlines(), start=1)
-    return sum(
-        1
-        for number, line in lines
-        if number not in prose and line.strip() and not line.strip().startswith("#")
-    )
-
-
-# What each part may grow to, in lines of code. What is not named is the core: what decides the
-# weights, from a configuration and prompts to a checkpoint.
-LIMITS = {
-    "recording": (
-        1750,
-        (
-            "raygrpo.tracking.",
-            "raygrpo.commands.model_card",
-            "raygrpo.storage.rollouts",
-            "raygrpo.actors.rollout_writer",
-            "raygrpo.actors.profiling",
-        ),
-    ),
-    "rewards": (1800, ("raygrpo.rewards.", "raygrpo.actors.reward_model")),
-    "data": (850, ("raygrpo.data.",)),
-    "commands": (2300, ()),
-    "fast rollouts": (
-        3750,
-        (
-            "raygrpo.engines.",
-            "raygrpo.weights.",
-            "raygrpo.actors.generator",
-            "raygrpo.weights.publisher",
-            "raygrpo.actors.weight_store",
-            "raygrpo.actors.cluster.colocation",
-            "raygrpo.actors.cluster.engine_probe",
-        ),
-    ),
-    "learner": (3650, ("raygrpo.learner.", "raygrpo.algorithm.", "raygrpo.checks.memory")),
-    "core": (4500, ()),
-}
-
-
-def part_of(path: Path) -> str:
-    name = NAMES[path]
-    named = (part for part, (_, prefixes) in LIMITS.items() if name.startswith(prefixes or ("-",)))
-    return next(named, "commands" if (floor_of(name) or 0) >= 5 else "core")
-
-
-@pytest.mark.parametrize("part", LIMITS)
-def test_every_part_stays_small(part: str) -> None:
-    size = sum(code_lines(path) for path in MODULES if part_of(path) == part)
-    assert 0 < size <= LIMITS[part][0], f"{part} has {size} lines"
-
-
-def test_configuration_stays_small() -> None:
+def test_every_key_is_documented() -> None:
     from raygrpo.config.file import describe_keys
 
-    rows = describe_keys()
-    assert len(rows) <= 100
-    assert all(meaning for _, _, _, meaning in rows)
+    assert all(meaning for _, _, _, meaning in describe_keys())
 
 
 @pytest.mark.parametrize(

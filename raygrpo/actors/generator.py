@@ -17,25 +17,16 @@ from typing import Any, Literal, TypeVar
 import ray.exceptions
 
 from raygrpo.actors.idle import IdleClock, IdleReading
-from raygrpo.actors.process import keep_heap
+from raygrpo.actors.process import in_new_thread, keep_heap, log_to, on_sigterm
 from raygrpo.actors.profiling import EngineTracer, ProfileRequest
-from raygrpo.actors.spawn import log_to, on_sigterm
 from raygrpo.actors.weight_store import pull
 from raygrpo.config import RunConfig
 from raygrpo.engines.base import Engine
 from raygrpo.engines.probe import ProbeCheck
 from raygrpo.errors import EngineBroken, InfraError, RayGrpoError
-from raygrpo.threads import in_new_thread
-from raygrpo.types import (
-    ByteArray,
-    Completion,
-    Group,
-    GroupRequest,
-    Stream,
-    Version,
-    WeightsManifest,
-)
+from raygrpo.types import ByteArray, Completion, Group, GroupRequest, Stream, Version
 from raygrpo.weights.replica import Link, Replica, Staged
+from raygrpo.weights.types import WeightsManifest
 
 Partials = tuple[Completion, ...]
 GroupKey = tuple[Stream, int, int]
@@ -293,7 +284,7 @@ class GeneratorActor:
     def _run(self, version: Version | None, made: asyncio.Future[None]) -> None:
         """The engine's thread, which makes it and serves until the process ends.
 
-        See `raygrpo.threads` on why no other thread does.
+        See `raygrpo.actors.process.in_new_thread` on why no other thread does.
         """
         try:
             self._engine = self._new_engine(version)

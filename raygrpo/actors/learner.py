@@ -16,9 +16,8 @@ from raygrpo.actors.cluster.colocation import Colocation
 from raygrpo.actors.cluster.placement import actor_options, labels_of, learner_threads
 from raygrpo.actors.futures import Pending
 from raygrpo.actors.native_transfer import LearnerTransfer, wanted
-from raygrpo.actors.process import keep_heap
+from raygrpo.actors.process import keep_heap, log_path, log_to, spawn
 from raygrpo.actors.profiling import ProfileRequest, Tracer
-from raygrpo.actors.spawn import log_path, log_to, spawn
 from raygrpo.algorithm.packing import make_microbatch, place
 from raygrpo.config import RunConfig
 from raygrpo.errors import ConfigError

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 from raygrpo.actors.generator import GeneratorActor, LoadReport
 from raygrpo.actors.pool.workers import Worker
 from raygrpo.config import RunConfig
-from raygrpo.engines.select import TRANSFER
-from raygrpo.types import Probe, Version, WeightsManifest
+from raygrpo.engines.vllm.options import TRANSFER
+from raygrpo.types import Version
 from raygrpo.weights.native import NativeTransfer, TransferResult
+from raygrpo.weights.types import Probe, WeightsManifest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -14,8 +14,7 @@ import ray
 import ray.exceptions
 
 from raygrpo.actors.futures import WorkerDied, resolve
-from raygrpo.actors.process import keep_heap
-from raygrpo.actors.spawn import log_to
+from raygrpo.actors.process import keep_heap, log_to
 from raygrpo.rewards.contract import Call, Reply
 from raygrpo.rewards.params import RewardModelParams
 from raygrpo.rewards.values import read_values

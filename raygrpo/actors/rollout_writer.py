@@ -18,7 +18,7 @@ import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raygrpo.actors.futures import Pending
-from raygrpo.actors.spawn import log_path, log_to, spawn
+from raygrpo.actors.process import log_path, log_to, spawn
 from raygrpo.config import RunConfig
 from raygrpo.errors import InfraError, StorageError
 from raygrpo.storage import rollouts as store

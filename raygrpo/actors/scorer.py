@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from raygrpo.actors.process import log_to
 from raygrpo.actors.reward_model import ModelDied, RemoteReward
-from raygrpo.actors.spawn import log_to
 from raygrpo.algorithm.correctness import answers_of
 from raygrpo.config import RewardSection
 from raygrpo.types import Group, GroupSummary
@@ -41,8 +41,9 @@ class ScorerActor:
     """Scores one group at a time; holds one warm child process per reward function."""
 
     def __init__(self, rewards: Sequence[RewardSection], functions: Mapping[str, bytes]) -> None:
+        from raygrpo.config.sections import reward_name
         from raygrpo.rewards.host import RewardHost
-        from raygrpo.rewards.loading import reward_models, reward_name
+        from raygrpo.rewards.loading import reward_models
 
         timeouts = {reward_name(reward): reward.timeout_s for reward in rewards}
         self._models = {name: RemoteReward(name, timeouts[name]) for name in reward_models(rewards)}

@@ -12,12 +12,13 @@ import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raygrpo.actors.spawn import spawn
+from raygrpo.actors.process import spawn
 from raygrpo.errors import WeightsCorrupt
-from raygrpo.types import ByteArray, Version, WeightsManifest
+from raygrpo.types import ByteArray, Version
 from raygrpo.weights.chain import Stored, VersionChain
 from raygrpo.weights.replica import Link
 from raygrpo.weights.shared import Address, HeldSegment, SegmentGone, read_segment
+from raygrpo.weights.types import WeightsManifest
 
 # How often buckets may be gone by the time that they are read: a publish may have overtaken it.
 _MAX_PLANS = 10

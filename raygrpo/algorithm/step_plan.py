@@ -18,7 +18,7 @@ from raygrpo.algorithm.overlong import overlong_penalty
 from raygrpo.algorithm.window import FinishedGroup
 from raygrpo.config import RunConfig
 from raygrpo.config.algorithm import AdvantageSection
-from raygrpo.rewards.loading import reward_name
+from raygrpo.config.sections import reward_name
 from raygrpo.types import GroupSummary, PlannedSample, Score, StepBatch
 
 

@@ -12,17 +12,17 @@ from typing import Any
 from raygrpo.actors.scorer import ScoreReport
 from raygrpo.algorithm.step_plan import teaches
 from raygrpo.algorithm.window import FinishedGroup
-from raygrpo.commands.export import find_checkpoint, open_run
 from raygrpo.commands.signals import Stopped
 from raygrpo.commands.train import Session
 from raygrpo.config import RunConfig
 from raygrpo.config.file import load_config
 from raygrpo.errors import ConfigError, RewardError, StorageError
 from raygrpo.rewards.contract import TrainerState
-from raygrpo.storage.checkpoint import verify
+from raygrpo.storage.checkpoint import find_checkpoint, open_run, verify
 from raygrpo.storage.run_dir import write_atomically
 from raygrpo.tracking.metrics import completion_metrics, reward_metrics
-from raygrpo.training.evaluation import Constant, Evaluation, Order, again
+from raygrpo.training.evaluation import Evaluation, Order, again
+from raygrpo.training.state import Constant
 from raygrpo.types import Group, GroupRequest, Version
 
 OnEvent = Callable[[str, Mapping[str, Any]], None]

@@ -8,8 +8,8 @@ from typing import Any
 
 from raygrpo.config import RunConfig
 from raygrpo.config.file import load_config
-from raygrpo.errors import ConfigError, StorageError
-from raygrpo.storage.checkpoint import Checkpoints, verify
+from raygrpo.errors import StorageError
+from raygrpo.storage.checkpoint import find_checkpoint, open_run, verify
 from raygrpo.storage.run_dir import RunDir
 
 
@@ -71,39 +71,3 @@ def export_run(root: Path, step: int | None = None, hub_id: str | None = None) -
     )
     example = run_dir.facts.get("example")
     return export_checkpoint(run_dir, path, config, tokenizer, example, hub_id)
-
-
-def open_run(root: Path) -> RunDir:
-    """The run on disk at ``root``, not claimed.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    run_dir = RunDir(root.expanduser().absolute())
-    if not run_dir.config_path.is_file():
-        raise ConfigError(f"{root} holds no run", "name a run directory")
-    return run_dir
-
-
-def find_checkpoint(run_dir: RunDir, step: int | str | None) -> Path:
-    """The checkpoint of a step, the ``best`` or the ``last`` one (the newest that verifies).
-
-    None: the best if there is one, else the last.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    checkpoints = Checkpoints(run_dir.checkpoints)
-    if step in (None, "best"):
-        if run_dir.best_step is None and step == "best":
-            raise ConfigError(f"{run_dir.root} has no best checkpoint", "set eval.best.metric")
-        step = "last" if run_dir.best_step is None else run_dir.best_step
-    if not isinstance(step, int):
-        path, problems = checkpoints.newest_valid()
-        reason = "; ".join(problems) or "it was stopped before its first one"
-    else:
-        path = checkpoints.path(step) if checkpoints.path(step).is_dir() else None
-        reason = f"it has {', '.join(p.name for p in checkpoints.all()) or 'none'}"
-    if path is None:
-        raise ConfigError(f"{run_dir.root} has no such checkpoint: {reason}")
-    return path

@@ -11,9 +11,10 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-from raygrpo.commands.export import export_run, find_checkpoint, open_run
+from raygrpo.commands.export import export_run
 from raygrpo.config.file import load_config
 from raygrpo.errors import ConfigError, InfraError, RayGrpoError, StorageError
+from raygrpo.storage.checkpoint import find_checkpoint, open_run
 from raygrpo.storage.run_dir import RunDir
 from raygrpo.tracking.files import read_metrics
 

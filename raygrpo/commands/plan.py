@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from raygrpo.checks.arithmetic import batch_facts, fullest_step
 from raygrpo.checks.memory import (
     BASES,
     Memory,
@@ -20,7 +21,6 @@ from raygrpo.checks.memory import (
     model_size,
     store_memory,
 )
-from raygrpo.commands.dry_run import batch_facts, fullest_step
 from raygrpo.config import RunConfig
 from raygrpo.errors import ConfigError
 
@@ -52,7 +52,7 @@ class Actor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """A run's plan; ``batch`` as `raygrpo.commands.dry_run.batch_facts` gives it."""
+    """A run's plan; ``batch`` as `raygrpo.checks.arithmetic.batch_facts` gives it."""
 
     batch: Mapping[str, str]
     actors: tuple[Actor, ...]

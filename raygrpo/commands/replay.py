@@ -14,33 +14,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from raygrpo.actors.cluster.connect import connect, disconnect, placing
 from raygrpo.actors.cluster.placement import demand_of, freed
 from raygrpo.actors.learner import LearnerGroup
 from raygrpo.actors.rollout_writer import put_groups
-from raygrpo.commands.export import open_run
 from raygrpo.commands.signals import StopSignals
 from raygrpo.config import RunConfig
 from raygrpo.config.file import load_config
 from raygrpo.errors import ConfigError, StorageError
 from raygrpo.models import anchored_model, check_model_path
-from raygrpo.storage.checkpoint import Checkpoints
-from raygrpo.storage.rollouts import FileFacts, file_path, files, read_facts, read_file
+from raygrpo.storage.checkpoint import Checkpoints, open_run
+from raygrpo.storage.rollouts import FileFacts, file_path, files, read_facts, read_step
 from raygrpo.storage.run_dir import RunDir, write_atomically
 from raygrpo.tracking.files import MetricsFile, read_metrics
 from raygrpo.tracking.metrics import stat_metrics
-from raygrpo.types import (
-    Completion,
-    Group,
-    GroupRequest,
-    PlannedSample,
-    Prompt,
-    Sampling,
-    StepBatch,
-    Version,
-)
 
 _FACTS = "replay.json"
 _WHY = (
@@ -183,91 +170,3 @@ def _changes(run_dir: RunDir) -> list[str]:
     changes = [line for line in lines if '"config_changed"' in line and line.endswith("\n")]
     events = [json.loads(line) for line in changes]
     return [e["change"] for e in events if e["change"].startswith(_STEP_KEYS)]
-
-
-def read_step(path: Path) -> StepBatch:
-    """A step's plan as it was trained; its payloads are the groups themselves.
-
-    Dataset columns, seeds and sampling settings are not stored: the groups' requests lack them.
-
-    Raises:
-        StorageError: the file cannot be read.
-    """
-    table, facts = read_file(path)
-    groups: dict[int, list[dict[str, Any]]] = {}
-    for row in table.to_pylist():
-        groups.setdefault(row["group_id"], []).append(row)
-    samples: list[list[tuple[int, PlannedSample]]] = [[] for _ in range(facts.num_minibatches)]
-    payloads = {}
-    for group_id, rows in groups.items():
-        planned = [row for row in rows if row["minibatch"] is not None]
-        if planned:
-            payloads[group_id] = _group(rows)
-        for row in planned:
-            samples[row["minibatch"]].append((row["position"], _planned(row)))
-    return StepBatch(
-        step=facts.step - 1,
-        minibatches=tuple(
-            tuple(sample for _, sample in sorted(batch, key=lambda pair: pair[0]))
-            for batch in samples
-        ),
-        payloads=payloads,
-        versions={group_id: _span(group) for group_id, group in payloads.items()},
-        has_signal=facts.has_signal,
-    )
-
-
-def _planned(row: Mapping[str, Any]) -> PlannedSample:
-    return PlannedSample(
-        group_id=row["group_id"],
-        completion_index=row["completion_index"],
-        prompt_length=len(row["prompt_token_ids"]),
-        completion_length=len(row["token_ids"]),
-        num_loss_tokens=row["num_loss_tokens"],
-        advantage=row["advantage"],
-        loss_weight=row["loss_weight"],
-    )
-
-
-def _group(rows: Sequence[Mapping[str, Any]]) -> Group:
-    first = rows[0]
-    completions = tuple(_completion(row) for row in rows)
-    prompt = Prompt(
-        id=first["prompt_id"],
-        token_ids=np.array(first["prompt_token_ids"], np.int32),
-        text=None if first["chat"] else first["prompt"],
-        messages=tuple(json.loads(first["prompt"])) if first["chat"] else None,
-        source=first["source"],
-    )
-    request = GroupRequest(
-        stream=first["stream"],
-        group_id=first["group_id"],
-        attempt=first["attempt"],
-        prompt=prompt,
-        seed=0,
-        sampling=Sampling(
-            num_completions=len(rows), max_tokens=max(len(row["token_ids"]) for row in rows)
-        ),
-        min_version=min(completion.oldest for completion in completions),
-    )
-    return Group(request=request, completions=completions, generate_s=first["generate_s"])
-
-
-def _completion(row: Mapping[str, Any]) -> Completion:
-    columns = ("version_incarnations", "version_steps", "version_counts")
-    runs = zip(*(row[name] for name in columns), strict=True)
-    return Completion(
-        token_ids=np.array(row["token_ids"], np.int32),
-        logprobs=np.array(row["sampler_logprobs"], np.float32),
-        loss_mask=np.array(row["loss_mask"], np.bool_),
-        text=row["completion"],
-        finish=row["finish"],
-        version_runs=tuple((Version(incarnation, step), n) for incarnation, step, n in runs),
-    )
-
-
-def _span(group: Group) -> tuple[Version, Version]:
-    return (
-        min(completion.oldest for completion in group.completions),
-        max(completion.newest for completion in group.completions),
-    )

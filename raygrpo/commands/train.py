@@ -15,10 +15,10 @@ from raygrpo.commands.signals import StopSignals
 from raygrpo.config import RewardSection, RunConfig
 from raygrpo.config.file import load_config
 from raygrpo.errors import ConfigError, RayGrpoError, StorageError
-from raygrpo.storage.checkpoint import Checkpoints, RunState, load_state, verify
+from raygrpo.storage.checkpoint import Checkpoints, verify
 from raygrpo.storage.run_dir import RunDir
-from raygrpo.training.eval_setup import check_best_metric, constant_groups
-from raygrpo.training.evaluation import BestSoFar, Constant, Evaluations
+from raygrpo.training.evaluation import Evaluations, check_best_metric, constant_groups
+from raygrpo.training.state import BestSoFar, Constant, RunState, load_state
 from raygrpo.types import Prompt
 
 RewardCallable = Callable[..., Any]

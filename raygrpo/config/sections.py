@@ -378,3 +378,8 @@ class RunConfig(Section):
     def changes_distribution(self) -> bool:
         """Whether sampling draws from another distribution than softmax(logits / temperature)."""
         return self.sampling.filters != Filters()
+
+
+def reward_name(section: RewardSection) -> str:
+    """The name in metrics: the section's own, else the function's."""
+    return section.name or section.func.rpartition(":")[2]

@@ -5,16 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from raygrpo.types import (
-    ByteArray,
-    Completion,
-    FloatArray,
-    Group,
-    GroupRequest,
-    Stream,
-    Version,
-    WeightsManifest,
-)
+from raygrpo.types import ByteArray, Completion, FloatArray, Group, GroupRequest, Stream, Version
+from raygrpo.weights.types import WeightsManifest
 
 
 class Engine(Protocol):

@@ -12,21 +12,14 @@ import numpy as np
 
 from raygrpo.engines.base import Engine
 from raygrpo.errors import ProbeFailed
-from raygrpo.types import Probe, Version
+from raygrpo.types import Version
+from raygrpo.weights.types import Probe
 
-PROBE_LENGTH = 16
 FACTOR = 3.0
 # Rounding of two ways to compute the same thing, in nats a token.
 FLOORS = {"float32": 1e-3, "bfloat16": 5e-2}
 # What a run's first gap may be at most, in floors: kernels differ by less, wrong weights by nats.
 FIRST_LIMIT = 10.0
-
-
-def probe_tokens(vocabulary: int, seed: int, max_length: int | None = None) -> tuple[int, ...]:
-    """The sequence of a run: a function of its seed and of the model's vocabulary."""
-    length = min(PROBE_LENGTH, max_length or PROBE_LENGTH)
-    drawn = np.random.default_rng([seed, vocabulary]).integers(0, vocabulary, length)
-    return tuple(drawn.tolist())
 
 
 class ProbeCheck:

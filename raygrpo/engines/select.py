@@ -3,36 +3,18 @@
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Final, Literal
+from typing import Literal
 
-from raygrpo.config import ModelSection, RunConfig
+from raygrpo.config import RunConfig
 from raygrpo.engines.base import Engine
+from raygrpo.engines.vllm.options import NOT_INSTALLED, OURS, vllm_problem
 from raygrpo.errors import ConfigError
 from raygrpo.types import Version
 
-TRANSFER: Final = "weight_transfer"  # ours, among vLLM's options
-NOT_INSTALLED: Final = "vLLM is not installed"
 EngineName = Literal["transformers", "vllm"]
-# What the project sets itself, so that a user's option cannot undo what it relies on.
-OURS: Final = frozenset(
-    {
-        "model", "revision", "tokenizer", "tokenizer_revision", "tokenizer_mode", "dtype", "seed",
-        "skip_tokenizer_init", "trust_remote_code", "max_num_seqs", "load_format", "logprobs_mode",
-        "generation_config", "disable_log_stats", "worker_extension_cls", "weight_transfer_config",
-        "data_parallel_size",
-    }
-)  # fmt: skip
-# setdefault: a variable that the user has set stays as it is.
-_ENVIRONMENT: Final = {
-    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # a generator shares its machine with other actors
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "VLLM_NO_USAGE_STATS": "1",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,27 +91,6 @@ def choose_engine(
     return EngineChoice(engine="transformers", reason=problem)
 
 
-def vllm_problem(device: str, model: ModelSection | None = None) -> str | None:
-    """Why vLLM cannot be used in this process on ``device`` (cpu or cuda); None where it can.
-
-    A ``model`` must be of an architecture that vLLM has itself. It imports vLLM, which takes
-    seconds, where that is installed.
-    """
-    if find_spec("vllm") is None:
-        return NOT_INSTALLED
-    try:
-        _prepare()
-        requests = importlib.import_module("raygrpo.engines.vllm.requests")
-        built_for = requests.device_type()
-    except (ImportError, OSError, RuntimeError, AttributeError) as error:
-        first = (str(error).splitlines() or [""])[0]
-        return f"vLLM does not import: {type(error).__name__}: {first}"
-    if built_for != device:
-        return f"vLLM computes on {built_for or 'nothing'} here"
-    unknown = requests.unknown_architecture(model) if model is not None else None
-    return f"vLLM does not have {unknown}" if unknown else None
-
-
 def planned_engine(config: RunConfig) -> str:
     """The engine of a run that has not started, and why; vLLM is not tried."""
     problem = NOT_INSTALLED if find_spec("vllm") is None else None
@@ -182,8 +143,3 @@ def make_engine(config: RunConfig, *, threads: int, version: Version | None) -> 
         device=device,
         version=version,
     )
-
-
-def _prepare() -> None:
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)

@@ -21,9 +21,10 @@ from raygrpo.config import RunConfig
 from raygrpo.errors import ConfigError, NumericError, RayGrpoError, StorageError
 from raygrpo.learner.attention.ulysses import sequence_ranks
 from raygrpo.learner.first_pass import Held, first_pass
+from raygrpo.learner.inputs import PolicyInputs, policy_inputs
 from raygrpo.learner.lora import adapter_off, adapter_parameters, base_parameters
 from raygrpo.learner.moving_reference import MovingReference
-from raygrpo.learner.policy import PolicyInputs, PolicyModel, policy_inputs
+from raygrpo.learner.policy import PolicyModel
 from raygrpo.learner.schedule import learning_rate
 from raygrpo.learner.shards import (
     Layout,

@@ -17,8 +17,10 @@ from raygrpo.errors import ConfigError
 from raygrpo.learner.attention.ulysses import SequenceShard, sequence_ranks
 from raygrpo.learner.base import Learner
 from raygrpo.learner.deepspeed_config import clips_itself, deepspeed_config
+from raygrpo.learner.inputs import PolicyInputs
+from raygrpo.learner.loading import load_policy
 from raygrpo.learner.lora import add_adapter
-from raygrpo.learner.policy import PolicyInputs, PolicyModel, load_policy
+from raygrpo.learner.policy import PolicyModel
 from raygrpo.learner.shards import Layout
 from raygrpo.models import DTYPES
 from raygrpo.weights.buckets import BUCKET_BYTES

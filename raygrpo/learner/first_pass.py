@@ -10,7 +10,7 @@ from torch import Tensor
 
 from raygrpo.algorithm.entropy import entropy_threshold, top_entropy_mask
 from raygrpo.algorithm.loss import LossConfig
-from raygrpo.learner.policy import PolicyInputs
+from raygrpo.learner.inputs import PolicyInputs
 
 
 @dataclass(slots=True)

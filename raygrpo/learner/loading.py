@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from itertools import accumulate, pairwise
 from typing import Any
@@ -11,9 +12,12 @@ import torch
 from torch import Tensor
 
 from raygrpo.algorithm.packing import RowLayout
+from raygrpo.config import ModelSection
 from raygrpo.errors import ConfigError
 from raygrpo.learner.attention.segments import use_segments
-from raygrpo.learner.policy import PolicyModel, TreeLayout, tree_layout
+from raygrpo.learner.inputs import TreeLayout, tree_layout
+from raygrpo.learner.policy import PolicyModel
+from raygrpo.models import load_model
 
 log = logging.getLogger(__name__)
 
@@ -119,3 +123,40 @@ def _layout(lengths: list[int], starts: list[int], parents: list[int]) -> TreeLa
 def _close(ours: Tensor, expected: Tensor) -> bool:
     scale = max(1.0, float(expected.abs().max()))
     return float((ours - expected).abs().max()) <= TOLERANCE * scale
+
+
+def load_policy(
+    section: ModelSection,
+    *,
+    seed: int,
+    dtype: torch.dtype,
+    temperature: float,
+    gradient_checkpointing: bool = False,
+) -> PolicyModel:
+    """Loads the policy on CPU and probes that it computes what the Hugging Face model computes.
+
+    Raises:
+        ConfigError: the model does not load, keeps parameters in several dtypes, or makes its
+            logits in a way that is not known here.
+    """
+    model = load_model(section, seed=seed, dtype=dtype)
+    kinds = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    if kinds != {dtype}:
+        raise ConfigError(
+            f"{section.path!r} keeps parameters in {sorted(map(str, kinds))}, not only in {dtype}",
+            "set model.dtype: float32",
+        )
+    from raygrpo.learner.loading import find_layout
+
+    # The comparison is of exact mathematics: bfloat16's rounding would hide a real difference.
+    probed = model if dtype == torch.float32 else copy.deepcopy(model).float()
+    layout = find_layout(probed)
+    if layout == "packed":
+        use_segments(model)
+    return PolicyModel(
+        model,
+        temperature=temperature,
+        layout=layout,
+        fp32_head=section.fp32_head,
+        gradient_checkpointing=gradient_checkpointing,
+    )

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,98 +15,18 @@ from raygrpo.algorithm.logprobs import (
     token_logprobs_by,
 )
 from raygrpo.algorithm.packing import RowLayout
-from raygrpo.config import ModelSection
 from raygrpo.errors import ConfigError
-from raygrpo.learner.attention.segments import SegmentPlan, make_plan, use_segments, window_marks
-from raygrpo.learner.attention.ulysses import SequenceShard
-from raygrpo.models import attention_masks, load_model, logit_transform
-from raygrpo.types import IntArray, Microbatch
+from raygrpo.learner.attention.segments import window_marks
+from raygrpo.learner.inputs import PolicyInputs, TreeLayout
+from raygrpo.models import attention_masks, logit_transform
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PolicyInputs:
-    """What `PolicyModel` reads of a microbatch, on its device.
+class RowShard(Protocol):
+    """This rank's part of rows whose tokens several ranks share."""
 
-    ``token_ids`` and ``loss_mask`` are [B, T]. ``rows``, ``columns`` and ``predictors`` [N] name
-    the N trained tokens and the column whose hidden state predicts each; without any, they name one
-    untrained token, so that every microbatch passes through all of the network (under ZeRO-3 ranks
-    must take the same path). ``tree`` is None where plain causal attention is exact.
-    ``token_gradient`` foretells what the loss gives each of the N tokens as gradient.
-    """
-
-    token_ids: Tensor
-    loss_mask: Tensor
-    rows: Tensor
-    columns: Tensor
-    predictors: Tensor
-    tree: TreeLayout | None
-    token_gradient: TokenGradient | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TreeLayout:
-    """Positions, segments and their parents [B, T] of rows with more than one segment."""
-
-    positions: Tensor
-    segment_ids: Tensor
-    parent_ids: Tensor
-    plan: SegmentPlan
-
-    def allowed(self) -> Tensor:
-        """[B, Q, K]: a token sees its own and its parent's segment, up to its position."""
-        query, key = self.segment_ids[:, :, None], self.segment_ids[:, None, :]
-        related = (query == key) | (self.parent_ids[:, :, None] == key)
-        causal = self.positions[:, None, :] <= self.positions[:, :, None]
-        return related & causal & (query >= 0) & (key >= 0)
-
-
-def policy_inputs(microbatch: Microbatch, device: torch.device) -> PolicyInputs:
-    """The arrays of a microbatch as tensors on ``device``."""
-    rows, columns = np.nonzero(microbatch.loss_mask)
-    if not rows.size:
-        rows = columns = np.zeros(1, np.int64)
-    tree = None
-    if not _is_plain(microbatch):
-        tree = tree_layout(
-            microbatch.positions, microbatch.segment_ids, microbatch.parent_ids, device
-        )
-    return PolicyInputs(
-        token_ids=_tensor(microbatch.token_ids, device),
-        loss_mask=torch.tensor(microbatch.loss_mask, device=device),
-        rows=_tensor(rows, device),
-        columns=_tensor(columns, device),
-        predictors=_tensor(microbatch.predictors[rows, columns], device),
-        tree=tree,
-    )
-
-
-def tree_layout(
-    positions: IntArray, segment_ids: IntArray, parent_ids: IntArray, device: torch.device
-) -> TreeLayout:
-    """The layout of a microbatch's arrays [B, T]."""
-    return TreeLayout(
-        positions=_tensor(positions, device).clamp(min=0),
-        segment_ids=_tensor(segment_ids, device),
-        parent_ids=_tensor(parent_ids, device),
-        plan=make_plan(positions, segment_ids, parent_ids, device),
-    )
-
-
-def _tensor(array: Any, device: torch.device) -> Tensor:
-    return torch.tensor(array, dtype=torch.long, device=device)
-
-
-def _is_plain(microbatch: Microbatch) -> bool:
-    """One segment a row, from column 0, padded on the right: causal attention needs no mask."""
-    real = microbatch.segment_ids >= 0
-    counted = np.broadcast_to(np.arange(real.shape[1]), real.shape)
-    alone = microbatch.segment_ids == microbatch.segment_ids[:, :1]
-    return bool(
-        (microbatch.parent_ids < 0).all()
-        and (alone | ~real).all()
-        and (microbatch.positions == counted)[real].all()
-        and (real == (counted < real.sum(1, keepdims=True))).all()
-    )
+    def forward(self, policy: PolicyModel, inputs: PolicyInputs) -> tuple[Tensor, Tensor]:
+        """Logprobs and entropies [N] of all trained tokens, with gradient, on every rank."""
+        ...
 
 
 class LogprobHead(nn.Module):
@@ -188,7 +105,7 @@ class PolicyModel(nn.Module):
         self.model = model
         self.logprob_head = LogprobHead(model, temperature, fp32=fp32_head)
         self._layout: RowLayout = layout
-        self.shard: SequenceShard | None = None
+        self.shard: RowShard | None = None
         _disable_dropout(model)
         # Transformers recomputes activations in training mode only; nothing else depends on it.
         self.train(gradient_checkpointing)
@@ -252,40 +169,3 @@ def _disable_dropout(model: nn.Module) -> None:
         for name, value in vars(module).items():
             if "dropout" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
-
-
-def load_policy(
-    section: ModelSection,
-    *,
-    seed: int,
-    dtype: torch.dtype,
-    temperature: float,
-    gradient_checkpointing: bool = False,
-) -> PolicyModel:
-    """Loads the policy on CPU and probes that it computes what the Hugging Face model computes.
-
-    Raises:
-        ConfigError: the model does not load, keeps parameters in several dtypes, or makes its
-            logits in a way that is not known here.
-    """
-    model = load_model(section, seed=seed, dtype=dtype)
-    kinds = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    if kinds != {dtype}:
-        raise ConfigError(
-            f"{section.path!r} keeps parameters in {sorted(map(str, kinds))}, not only in {dtype}",
-            "set model.dtype: float32",
-        )
-    from raygrpo.learner.loading import find_layout
-
-    # The comparison is of exact mathematics: bfloat16's rounding would hide a real difference.
-    probed = model if dtype == torch.float32 else copy.deepcopy(model).float()
-    layout = find_layout(probed)
-    if layout == "packed":
-        use_segments(model)
-    return PolicyModel(
-        model,
-        temperature=temperature,
-        layout=layout,
-        fp32_head=section.fp32_head,
-        gradient_checkpointing=gradient_checkpointing,
-    )

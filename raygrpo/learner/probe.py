@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from raygrpo.engines.probe import probe_tokens
 from raygrpo.errors import NumericError
 from raygrpo.learner.base import Learner
-from raygrpo.types import Microbatch, Probe
+from raygrpo.types import Microbatch
+from raygrpo.weights.probe import probe_tokens
+from raygrpo.weights.types import Probe
 
 
 def score_probe(learner: Learner) -> Probe:

@@ -12,8 +12,9 @@ from torch import Tensor
 from raygrpo.config import RunConfig
 from raygrpo.errors import ConfigError
 from raygrpo.learner.base import Learner
+from raygrpo.learner.inputs import PolicyInputs
+from raygrpo.learner.loading import load_policy
 from raygrpo.learner.lora import add_adapter
-from raygrpo.learner.policy import PolicyInputs, load_policy
 from raygrpo.learner.shards import Layout
 
 

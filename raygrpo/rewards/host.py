@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from raygrpo.config import RewardSection
+from raygrpo.config.sections import reward_name
 from raygrpo.errors import ConfigError, RewardError
 from raygrpo.rewards.cache import CachedReward
 from raygrpo.rewards.contract import (
@@ -32,7 +33,7 @@ from raygrpo.rewards.contract import (
     TrainerState,
     make_call,
 )
-from raygrpo.rewards.loading import anchor_reward, reward_name
+from raygrpo.rewards.loading import anchor_reward
 from raygrpo.rewards.wire import Channel
 from raygrpo.types import Group, Score
 

@@ -21,6 +21,7 @@ from typing import Any
 import cloudpickle
 
 from raygrpo.config import RewardSection
+from raygrpo.config.sections import reward_name
 from raygrpo.errors import ConfigError, RewardError, nearest
 from raygrpo.rewards.contract import RESERVED_COLUMNS, Setup
 from raygrpo.rewards.params import HttpParams, JudgeParams, Params, RewardModelParams, read_params
@@ -58,11 +59,6 @@ BUILTINS: Mapping[str, Builtin] = {
     "judge": Builtin("raygrpo.rewards.judge:JudgeReward", model=JudgeParams),
     REWARD_MODEL: Builtin("", model=RewardModelParams),
 }
-
-
-def reward_name(section: RewardSection) -> str:
-    """The name in metrics: the section's own, else the function's."""
-    return section.name or section.func.rpartition(":")[2]
 
 
 def pack_function(function: Callable[..., Any]) -> bytes:

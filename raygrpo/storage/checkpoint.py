@@ -11,40 +11,18 @@ import json
 import os
 import pickle
 import shutil
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from raygrpo.algorithm.ledger import TokenLedger
-from raygrpo.algorithm.window import WindowState
-from raygrpo.errors import StorageError
-from raygrpo.training.evaluation import BestSoFar
+from raygrpo.errors import ConfigError, StorageError
+from raygrpo.storage.run_dir import RunDir
 
 MANIFEST = "manifest.json"
-_STATE = "state.pkl"
+STATE = "state.pkl"
 _FORMAT = 1
 _CHUNK = 2**24
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunState:
-    """The driver's state at a step's boundary; the learner's lies beside it.
-
-    ``record`` are the step's metrics where their evaluation is still due, None where logged.
-    ``normal_gap`` is the probe's of the run's first version, in nats.
-    """
-
-    step: int
-    window: WindowState
-    prompts: dict[str, Any]
-    ledger: TokenLedger
-    num_tokens: int
-    buffered_tokens: int
-    record: dict[str, float] | None = None
-    normal_gap: float | None = None
-    best: BestSoFar = field(default_factory=lambda: BestSoFar(metric=""))
 
 
 class Checkpoints:
@@ -66,21 +44,23 @@ class Checkpoints:
             raise StorageError(f"cannot start a checkpoint in {self._root}: {error}") from error
         return path
 
-    def commit(self, directory: Path, state: RunState) -> Path:
-        """Makes a saved directory the checkpoint of ``state.step``; returns its final path.
+    def commit(self, directory: Path, step: int, state: Any) -> Path:
+        """Makes a saved directory the checkpoint of ``step``; returns its final path.
+
+        ``state`` is what the driver remembers, in one pickle.
 
         Raises:
             StorageError: it cannot be written; older checkpoints are untouched.
         """
-        final = self.path(state.step)
+        final = self.path(step)
         try:
-            with (directory / _STATE).open("wb") as file:
+            with (directory / STATE).open("wb") as file:
                 pickle.dump(state, file)
             files = {}
             for path in sorted(p for p in directory.rglob("*") if p.is_file()):
                 _sync(path)
                 files[str(path.relative_to(directory))] = _fingerprint(path)
-            manifest = {"format": _FORMAT, "step": state.step, "files": files}
+            manifest = {"format": _FORMAT, "step": step, "files": files}
             (directory / MANIFEST).write_text(json.dumps(manifest, indent=1))
             for folder in (directory / MANIFEST, *(p for p in directory.rglob("*") if p.is_dir())):
                 _sync(folder)
@@ -158,18 +138,6 @@ def verify(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def load_state(path: Path) -> RunState:
-    """The driver's state of a checkpoint of one's own (it is a pickle: never load a stranger's)."""
-    try:
-        with (path / _STATE).open("rb") as file:
-            state = pickle.load(file)
-    except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ImportError) as error:
-        raise StorageError(f"cannot read {path / _STATE}: {error}") from error
-    if not isinstance(state, RunState):
-        raise StorageError(f"{path / _STATE} holds no run state")
-    return state
-
-
 def _name(step: int) -> str:
     return f"step-{step:08}"
 
@@ -188,3 +156,39 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def open_run(root: Path) -> RunDir:
+    """The run on disk at ``root``, not claimed.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    run_dir = RunDir(root.expanduser().absolute())
+    if not run_dir.config_path.is_file():
+        raise ConfigError(f"{root} holds no run", "name a run directory")
+    return run_dir
+
+
+def find_checkpoint(run_dir: RunDir, step: int | str | None) -> Path:
+    """The checkpoint of a step, the ``best`` or the ``last`` one (the newest that verifies).
+
+    None: the best if there is one, else the last.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    checkpoints = Checkpoints(run_dir.checkpoints)
+    if step in (None, "best"):
+        if run_dir.best_step is None and step == "best":
+            raise ConfigError(f"{run_dir.root} has no best checkpoint", "set eval.best.metric")
+        step = "last" if run_dir.best_step is None else run_dir.best_step
+    if not isinstance(step, int):
+        path, problems = checkpoints.newest_valid()
+        reason = "; ".join(problems) or "it was stopped before its first one"
+    else:
+        path = checkpoints.path(step) if checkpoints.path(step).is_dir() else None
+        reason = f"it has {', '.join(p.name for p in checkpoints.all()) or 'none'}"
+    if path is None:
+        raise ConfigError(f"{run_dir.root} has no such checkpoint: {reason}")
+    return path

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from raygrpo.algorithm.correctness import judged, majority_correct, pass_at_k, pass_rate
 from raygrpo.types import GroupSummary, Stat
 
 # As torch.isclose(x, 0), with which TRL decides that a group's rewards do not differ.
@@ -186,10 +187,6 @@ def _reported_metrics(groups: Sequence[GroupSummary]) -> dict[str, float]:
     return metrics
 
 
-def _mean(name: str, values: Sequence[float]) -> dict[str, float]:
-    return {name: statistics.fmean(values)} if values else {}
-
-
 def _mean_and_std(mean: str, std: str, values: Sequence[float]) -> dict[str, float]:
     metrics = _mean(mean, values)
     return metrics | {std: statistics.stdev(values)} if len(values) > 1 else metrics
@@ -197,3 +194,46 @@ def _mean_and_std(mean: str, std: str, values: Sequence[float]) -> dict[str, flo
 
 def _prefixed(prefix: str, metrics: Mapping[str, float]) -> dict[str, float]:
     return {prefix + name: value for name, value in metrics.items()}
+
+
+def evaluation_metrics(
+    greedy: Sequence[GroupSummary], sampled: Sequence[GroupSummary], num_completions: int
+) -> dict[str, float]:
+    """Metrics of an evaluation with ``num_completions`` sampled completions of each prompt.
+
+    Completions without a judgement are in no rate; a prompt with fewer than k judged ones is left
+    out of pass@k and counted in ``eval/pass@k/num_left_out``.
+    """
+    metrics = _means("eval/", sampled) | _means("eval/greedy/", greedy)
+    metrics |= _mean("eval/greedy/accuracy", map(pass_rate, greedy))
+    if not sampled:
+        return metrics
+    metrics |= _mean(f"eval/avg@{num_completions}", map(pass_rate, sampled))
+    metrics |= _mean(f"eval/maj@{num_completions}", map(majority_correct, sampled))
+    verdicts = [judged(summary) for summary in sampled]
+    k = 1
+    while k <= num_completions:
+        rates = [pass_at_k(len(rights), sum(rights), k) for rights in verdicts]
+        metrics |= _mean(f"eval/pass@{k}", rates)
+        if left_out := rates.count(None):
+            metrics[f"eval/pass@{k}/num_left_out"] = float(left_out)
+        k *= 2
+    return metrics
+
+
+def _means(prefix: str, summaries: Sequence[GroupSummary]) -> dict[str, float]:
+    if not summaries:
+        return {}
+    scores = [score for summary in summaries for score in summary.scores]
+    metrics = {
+        "num_completions": float(len(scores)),
+        "num_errored": float(sum(score.error is not None for score in scores)),
+        **reward_metrics(summaries),
+        **completion_metrics(summaries),
+    }
+    return {prefix + name: value for name, value in metrics.items()}
+
+
+def _mean(name: str, values: Iterable[float | None]) -> dict[str, float]:
+    known = [value for value in values if value is not None]
+    return {name: statistics.fmean(known)} if known else {}

@@ -11,10 +11,11 @@ from raygrpo.actors.pool.pool import RolloutPool
 from raygrpo.actors.rollout_writer import RolloutLog
 from raygrpo.config import RunConfig
 from raygrpo.data.prompts import PromptStream
-from raygrpo.storage.checkpoint import Checkpoints, RunState
+from raygrpo.storage.checkpoint import Checkpoints
 from raygrpo.storage.run_dir import RunDir
 from raygrpo.tracking.tracker import Tracker
 from raygrpo.training.evaluation import Evaluations
+from raygrpo.training.state import RunState
 from raygrpo.types import Version
 
 
@@ -130,7 +131,7 @@ class Boundary:
         return replace(self._state, record=self._deferred, best=self._evaluations.best)
 
     def _commit(self, directory: Path, state: RunState) -> None:
-        path = self._checkpoints.commit(directory, state)
+        path = self._checkpoints.commit(directory, state.step, state)
         # Only now: what run.json names is on disk, before and after the older best one goes.
         if state.best.metric:
             self._run_dir.note(best=state.best.fact())

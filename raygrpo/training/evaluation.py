@@ -2,77 +2,31 @@
 
 from __future__ import annotations
 
-import math
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
-from raygrpo.algorithm.correctness import judged, majority_correct, pass_at_k, pass_rate
+import numpy as np
+
 from raygrpo.config import RunConfig
-from raygrpo.tracking.metrics import completion_metrics, reward_metrics
+from raygrpo.config.sections import reward_name
+from raygrpo.errors import ConfigError, nearest
+from raygrpo.tracking.metrics import evaluation_metrics
+from raygrpo.training.state import BestSoFar, Constant
 from raygrpo.types import (
+    Completion,
     Group,
     GroupRequest,
     GroupSummary,
     Prompt,
+    Sampling,
+    Score,
     Version,
 )
 
 Order = GroupRequest | Group
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Constant:
-    """An answer given to every prompt, and the mean reward that it earns."""
-
-    answer: str
-    value: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BestSoFar:
-    """The best evaluation so far by ``metric``; a leading ``-`` means that lower is better.
-
-    ``step`` is -1 before the first; ``num_since`` evaluations came after it. ``ended_at`` is the
-    ``train.steps`` of a run that ended early for want of a better one, else 0.
-    """
-
-    metric: str
-    step: int = -1
-    value: float = math.nan
-    num_since: int = 0
-    ended_at: int = 0
-
-    def take(self, step: int, metrics: Mapping[str, float], config: RunConfig) -> BestSoFar:
-        """After another evaluation; one without the metric is no better one."""
-        if not self.metric:
-            return self
-        value = metrics.get(self.metric.removeprefix("-"), math.nan)
-        gain = self.value - value if self.metric.startswith("-") else value - self.value
-        if math.isfinite(value) and (self.step < 0 or gain > 0):
-            return BestSoFar(metric=self.metric, step=step, value=value)
-        later = replace(self, num_since=self.num_since + 1, ended_at=config.train.steps)
-        return later if later.has_ended(config) else replace(later, ended_at=0)
-
-    def has_ended(self, config: RunConfig) -> bool:
-        """Whether a run in this state trains no further."""
-        return self.ended_at > 0 and 0 < config.eval.best.patience <= self.num_since
-
-    def resumed(self, config: RunConfig) -> BestSoFar:
-        """For a run that goes on: another metric starts anew, and so does the patience of a run
-        that ended early and is given more steps."""
-        if self.metric != (config.eval.best.metric or ""):
-            return BestSoFar(metric=config.eval.best.metric or "")
-        if 0 < self.ended_at < config.train.steps:
-            return replace(self, num_since=0, ended_at=0)
-        return self
-
-    def fact(self) -> dict[str, Any] | None:
-        """What run.json says of it."""
-        if self.step < 0:
-            return None
-        return {"step": self.step, "metric": self.metric, "value": self.value}
 
 
 class Evaluation:
@@ -247,44 +201,97 @@ class Evaluations:
         return metrics, events
 
 
-def evaluation_metrics(
-    greedy: Sequence[GroupSummary], sampled: Sequence[GroupSummary], num_completions: int
-) -> dict[str, float]:
-    """Metrics of an evaluation with ``num_completions`` sampled completions of each prompt.
+MAX_CONSTANTS = 8
 
-    Completions without a judgement are in no rate; a prompt with fewer than k judged ones is left
-    out of pass@k and counted in ``eval/pass@k/num_left_out``.
+
+def check_best_metric(config: RunConfig) -> None:
+    """Refuses a ``best.metric`` that no evaluation of this configuration gives.
+
+    Raises:
+        ConfigError: an unknown metric, no evaluations, or patience without a metric.
     """
-    metrics = _means("eval/", sampled) | _means("eval/greedy/", greedy)
-    metrics |= _mean("eval/greedy/accuracy", map(pass_rate, greedy))
-    if not sampled:
-        return metrics
-    metrics |= _mean(f"eval/avg@{num_completions}", map(pass_rate, sampled))
-    metrics |= _mean(f"eval/maj@{num_completions}", map(majority_correct, sampled))
-    verdicts = [judged(summary) for summary in sampled]
-    k = 1
-    while k <= num_completions:
-        rates = [pass_at_k(len(rights), sum(rights), k) for rights in verdicts]
-        metrics |= _mean(f"eval/pass@{k}", rates)
-        if left_out := rates.count(None):
-            metrics[f"eval/pass@{k}/num_left_out"] = float(left_out)
-        k *= 2
-    return metrics
+    best = config.eval.best
+    if best.metric is None:
+        if best.patience:
+            raise ConfigError(
+                "eval.best.patience needs a metric to wait for", "set eval.best.metric"
+            )
+        return
+    if not config.eval.eval_steps:
+        raise ConfigError("eval.best.metric needs evaluations", "set eval.eval_steps")
+    known = metric_names(config)
+    name = best.metric.removeprefix("-")
+    if name not in known:
+        raise ConfigError(
+            f"eval.best.metric: no evaluation of this run gives {name!r}", nearest(name, known)
+        )
 
 
-def _means(prefix: str, summaries: Sequence[GroupSummary]) -> dict[str, float]:
-    if not summaries:
-        return {}
-    scores = [score for summary in summaries for score in summary.scores]
-    metrics = {
-        "num_completions": float(len(scores)),
-        "num_errored": float(sum(score.error is not None for score in scores)),
-        **reward_metrics(summaries),
-        **completion_metrics(summaries),
-    }
-    return {prefix + name: value for name, value in metrics.items()}
+def metric_names(config: RunConfig) -> set[str]:
+    """The metrics that an evaluation gives in which every completion is scored."""
+    names = [reward_name(reward) for reward in config.rewards]
+    score = Score(value=1.0, parts=dict.fromkeys(names, 1.0))
+
+    def groups(size: int) -> list[GroupSummary]:
+        summary = GroupSummary(
+            stream="eval",
+            group_id=0,
+            attempt=0,
+            prompt_id="",
+            prompt_length=1,
+            lengths=(1,) * size,
+            num_loss_tokens=(1,) * size,
+            finishes=tuple("stop" for _ in range(size)),
+            oldest=(Version(0, 0),) * size,
+            newest=(Version(0, 0),) * size,
+            scores=(score,) * size,
+            answers=("",) * size,
+        )
+        return [summary, summary] if size else []
+
+    size = config.eval.num_completions
+    return set(evaluation_metrics(groups(1), groups(size), size))
 
 
-def _mean(name: str, values: Any) -> dict[str, float]:
-    known = [value for value in values if value is not None]
-    return {name: statistics.fmean(known)} if known else {}
+def constant_groups(prompts: Sequence[Prompt], config: RunConfig, tokenizer: Any) -> list[Group]:
+    """The most frequent reference answers as completions of every prompt; ids are negative.
+
+    The reference is in the first reward's ``column``, else in ``answer``; without it, none.
+    """
+    column = config.rewards[0].params.get("column", "answer")
+    references = [prompt.columns.get(column) for prompt in prompts]
+    counted = Counter(str(value) for value in references if value is not None)
+    answers = [answer for answer, _ in counted.most_common(MAX_CONSTANTS)]
+    if not answers:
+        return []
+    completions = tuple(written(answer, tokenizer) for answer in answers)
+    sampling = Sampling(num_completions=len(answers), max_tokens=config.sampling.max_tokens)
+    return [
+        Group(
+            request=GroupRequest(
+                stream="eval",
+                group_id=-1 - index,
+                attempt=0,
+                prompt=prompt,
+                seed=config.seed,
+                sampling=sampling,
+                min_version=Version(0, 0),
+            ),
+            completions=completions,
+        )
+        for index, prompt in enumerate(prompts)
+    ]
+
+
+def written(text: str, tokenizer: Any) -> Completion:
+    """A completion that nobody sampled: nothing of it is trained."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = np.array(ids or [tokenizer.eos_token_id], np.int32)
+    return Completion(
+        token_ids=ids,
+        logprobs=np.zeros(ids.size, np.float32),
+        loss_mask=np.zeros(ids.size, np.bool_),
+        text=text,
+        finish="stop",
+        version_runs=((Version(0, 0), ids.size),),
+    )

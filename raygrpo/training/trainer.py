@@ -22,10 +22,10 @@ from raygrpo.algorithm.step_plan import make_step_batch, num_trained_tokens, tea
 from raygrpo.algorithm.window import Fate, FinishedGroup, Window
 from raygrpo.errors import DataError, RewardError
 from raygrpo.rewards.contract import TrainerState
-from raygrpo.storage.checkpoint import RunState
 from raygrpo.tracking.metrics import StepFacts, step_metrics
 from raygrpo.tracking.sync_metrics import publish_metrics, with_load
 from raygrpo.training.boundary import Boundary, Parts
+from raygrpo.training.state import RunState
 from raygrpo.types import GroupRequest, GroupSummary, StepBatch, StepResult, Version
 
 _TICK_S = 1.0  # how soon a signal is noticed while nothing else happens

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from raygrpo.config import RunConfig
-from raygrpo.engines.hf.model_weights import weight_targets
 from raygrpo.errors import InfraError
 from raygrpo.models import DTYPES, load_model
-from raygrpo.types import BucketSpec, ByteArray, WeightsManifest
-from raygrpo.weights.buckets import make_buckets, unpack
+from raygrpo.types import ByteArray
+from raygrpo.weights.buckets import make_buckets, unpack, weight_targets
+from raygrpo.weights.types import BucketSpec, WeightsManifest
 
 # peft's names of an adapter's tensors, in its files as in our buckets.
 PREFIX = "base_model.model."

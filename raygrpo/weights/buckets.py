@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from raygrpo.errors import WeightsCorrupt
-from raygrpo.types import BucketSpec, ByteArray, TensorSpec
+from raygrpo.types import ByteArray
 from raygrpo.weights.delta import checksum as checksum
+from raygrpo.weights.types import BucketSpec, TensorSpec
 
 BUCKET_BYTES = 64 * 2**20
 
@@ -97,3 +99,11 @@ def _readonly(part: ByteArray) -> Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         return torch.frombuffer(part, dtype=torch.uint8)
+
+
+def weight_targets(model: Any) -> dict[str, Tensor]:
+    """The tensors that a full version consists of: parameters (tied ones once), saved buffers."""
+    saved = model.state_dict(keep_vars=True)
+    targets: dict[str, Tensor] = dict(model.named_parameters())
+    targets.update((name, buffer) for name, buffer in model.named_buffers() if name in saved)
+    return targets

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from raygrpo.errors import InfraError, WeightsLost
-from raygrpo.types import Version, WeightsManifest
+from raygrpo.types import Version
+from raygrpo.weights.types import WeightsManifest
 
 # A manifest and an opaque reference to the array of each bucket.
 Stored = tuple[WeightsManifest, tuple[Any, ...]]

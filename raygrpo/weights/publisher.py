@@ -22,9 +22,10 @@ import numpy as np
 import ray
 
 from raygrpo.errors import InfraError
-from raygrpo.types import BucketSpec, ByteArray, Probe, Version, WeightsManifest
+from raygrpo.types import ByteArray, Version
 from raygrpo.weights import delta
 from raygrpo.weights.shared import Segment, SegmentPool
+from raygrpo.weights.types import BucketSpec, Probe, WeightsManifest
 
 if TYPE_CHECKING:
     from torch import Tensor

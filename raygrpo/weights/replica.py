@@ -19,8 +19,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from raygrpo.errors import InfraError, WeightsCorrupt
-from raygrpo.types import BucketSpec, ByteArray, Version, WeightsManifest
+from raygrpo.types import ByteArray, Version
 from raygrpo.weights import delta
+from raygrpo.weights.types import BucketSpec, WeightsManifest
 
 # Where an engine's kernels expect its tensors to start.
 ALIGNMENT = 64

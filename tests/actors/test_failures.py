@@ -9,9 +9,9 @@ from raygrpo.actors.pool.failures import (
     MAX_CONSECUTIVE_LOSSES,
     Action,
     History,
-    Role,
     decide,
 )
+from raygrpo.actors.pool.workers import Role
 from raygrpo.errors import (
     ConfigError,
     DataError,

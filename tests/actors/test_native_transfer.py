@@ -18,8 +18,9 @@ from raygrpo.actors.native_transfer import ActorReceiver, ReceivingGenerator, br
 from raygrpo.actors.pool.workers import Worker
 from raygrpo.config import RunConfig
 from raygrpo.errors import ConfigError, InfraError, ProbeFailed, WeightsLost
-from raygrpo.types import Probe, Version
+from raygrpo.types import Version
 from raygrpo.weights.native import NativeTransfer
+from raygrpo.weights.types import Probe
 from tests.weights.test_native import FakeReceiver, FakeSender, buckets, held, weights
 
 TIMEOUT_S = 30.0

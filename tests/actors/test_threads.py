@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from raygrpo.threads import in_new_thread
+from raygrpo.actors.process import in_new_thread
 
 
 def test_the_thread_is_named_and_ends() -> None:

@@ -12,9 +12,10 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
+from raygrpo.checks.arithmetic import batch_facts, fullest_step
 from raygrpo.checks.memory import FullUpdate
 from raygrpo.cli import app
-from raygrpo.commands.dry_run import _table, batch_facts, dry_run, fullest_step
+from raygrpo.commands.dry_run import _table, dry_run
 from raygrpo.commands.smoke import save_tiny_twin, shrunk, smoke_changes, smoke_run
 from raygrpo.config import RunConfig
 from raygrpo.config.file import load_config

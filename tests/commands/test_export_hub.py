@@ -51,7 +51,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (directory / "model" / "pytorch_model.bin").write_bytes(b"a pickle")
         (directory / "learner").mkdir()
         (directory / "learner" / "rank-0.pt").write_bytes(b"moments")
-        Checkpoints(run_dir.checkpoints).commit(directory, state(step))
+        Checkpoints(run_dir.checkpoints).commit(directory, step, state(step))
     rows = [
         {"step": 0, "eval/reward": 0.1},
         {"step": 2, "reward": 0.5},

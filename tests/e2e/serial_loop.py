@@ -18,8 +18,9 @@ from raygrpo.data.sources import load_rows
 from raygrpo.engines.hf.engine import TransformersEngine
 from raygrpo.learner.deepspeed_learner import DeepSpeedLearner
 from raygrpo.models import load_tokenizer
-from raygrpo.types import Group, GroupRequest, GroupSummary, Score, Version, WeightsManifest
+from raygrpo.types import Group, GroupRequest, GroupSummary, Score, Version
 from raygrpo.weights.buckets import make_buckets
+from raygrpo.weights.types import WeightsManifest
 
 
 def digits(text: str) -> float:

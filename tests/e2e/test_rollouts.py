@@ -20,14 +20,14 @@ import ray
 import torch
 from safetensors.torch import load_file
 
+from raygrpo.actors.process import spawn
 from raygrpo.actors.rollout_writer import RolloutLog
-from raygrpo.actors.spawn import spawn
 from raygrpo.algorithm.window import FinishedGroup
-from raygrpo.commands.replay import read_step, replay
+from raygrpo.commands.replay import replay
 from raygrpo.config import RunConfig
 from raygrpo.config.file import load_config
 from raygrpo.errors import ConfigError, StorageError
-from raygrpo.storage.rollouts import files, read_facts
+from raygrpo.storage.rollouts import files, read_facts, read_step
 from raygrpo.types import PlannedSample, StepBatch
 from tests import builders, runs
 

@@ -17,8 +17,9 @@ from raygrpo.engines.hf.engine import TransformersEngine
 from raygrpo.engines.hf.model_weights import ALIGNMENT, ModelWeights
 from raygrpo.errors import InfraError
 from raygrpo.models import DTYPES, load_model
-from raygrpo.types import ByteArray, Version, WeightsManifest
+from raygrpo.types import ByteArray, Version
 from raygrpo.weights.buckets import make_buckets
+from raygrpo.weights.types import WeightsManifest
 from tests import builders
 from tests.tiny import Kind, save_tiny_model
 

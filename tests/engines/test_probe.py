@@ -14,13 +14,15 @@ from hypothesis import strategies as st
 
 from raygrpo.config.file import load_config
 from raygrpo.engines.hf.engine import TransformersEngine
-from raygrpo.engines.probe import FIRST_LIMIT, FLOORS, PROBE_LENGTH, ProbeCheck, probe_tokens
+from raygrpo.engines.probe import FIRST_LIMIT, FLOORS, ProbeCheck
 from raygrpo.errors import InfraError, NumericError, ProbeFailed
 from raygrpo.learner.probe import score_probe
 from raygrpo.learner.reference_learner import ReferenceLearner
 from raygrpo.models import load_model
-from raygrpo.types import Probe, Version, WeightsManifest
+from raygrpo.types import Version
 from raygrpo.weights.buckets import make_buckets
+from raygrpo.weights.probe import PROBE_LENGTH, probe_tokens
+from raygrpo.weights.types import Probe, WeightsManifest
 from tests import runs
 
 VERSION = Version(1, 3)

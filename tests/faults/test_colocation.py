@@ -12,7 +12,7 @@ import ray
 from raygrpo.actors import learner
 from raygrpo.actors.cluster.colocation import Colocation, bundles_of
 from raygrpo.actors.pool import factory
-from raygrpo.actors.spawn import spawn
+from raygrpo.actors.process import spawn
 from raygrpo.config import RunConfig
 from raygrpo.config.file import load_config
 from raygrpo.errors import ConfigError

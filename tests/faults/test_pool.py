@@ -28,9 +28,10 @@ from raygrpo.config.file import load_config
 from raygrpo.errors import ConfigError, InfraError
 from raygrpo.models import load_model
 from raygrpo.rewards.contract import TrainerState
-from raygrpo.types import GroupRequest, Prompt, Sampling, Version, WeightsManifest
+from raygrpo.types import GroupRequest, Prompt, Sampling, Version
 from raygrpo.weights.buckets import make_buckets
 from raygrpo.weights.publisher import Publisher
+from raygrpo.weights.types import WeightsManifest
 from tests import runs
 
 pytestmark = runs.RAY_IN_PROCESS

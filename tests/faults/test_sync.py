@@ -31,13 +31,15 @@ from raygrpo.actors.pool.workers import Done, Worker
 from raygrpo.actors.weight_store import WeightStoreActor, end_store, start_store
 from raygrpo.config import RunConfig
 from raygrpo.config.file import load_config
-from raygrpo.engines.probe import FIRST_LIMIT, probe_tokens
+from raygrpo.engines.probe import FIRST_LIMIT
 from raygrpo.errors import InfraError
 from raygrpo.models import load_model
 from raygrpo.rewards.contract import TrainerState
-from raygrpo.types import GroupRequest, Probe, Prompt, Sampling, Version
+from raygrpo.types import GroupRequest, Prompt, Sampling, Version
 from raygrpo.weights.buckets import make_buckets
+from raygrpo.weights.probe import probe_tokens
 from raygrpo.weights.publisher import Publisher
+from raygrpo.weights.types import Probe
 from tests import runs
 
 pytestmark = runs.RAY_IN_PROCESS

@@ -179,9 +179,9 @@ def generate(config: RunConfig, rank: int, port: int) -> dict[str, int]:
 
 def sync(engine: Any) -> int:
     """The peak while a version of the same weights is staged and put into use."""
-    from raygrpo.types import WeightsManifest
     from raygrpo.weights.buckets import make_buckets
     from raygrpo.weights.replica import Replica
+    from raygrpo.weights.types import WeightsManifest
 
     replica = Replica()
     for step in (1, 2):

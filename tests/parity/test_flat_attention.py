@@ -27,7 +27,7 @@ from raygrpo.learner.attention import flex as flat_attention
 from raygrpo.learner.attention import segments
 from raygrpo.learner.attention.flex import LayerKind, block_pairs, make_flat_row
 from raygrpo.learner.attention.segments import SegmentPlan, make_plan, segment_attention
-from raygrpo.learner.policy import tree_layout
+from raygrpo.learner.inputs import tree_layout
 from tests.parity.test_segments import (
     GROUPS,
     KINDS,

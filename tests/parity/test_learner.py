@@ -18,8 +18,9 @@ from torch import Tensor
 
 from raygrpo.config import ModelSection, OptimizerSection
 from raygrpo.errors import ConfigError, NumericError, StorageError
-from raygrpo.learner.loading import find_layout
-from raygrpo.learner.policy import PolicyModel, load_policy, policy_inputs
+from raygrpo.learner.inputs import policy_inputs
+from raygrpo.learner.loading import find_layout, load_policy
+from raygrpo.learner.policy import PolicyModel
 from raygrpo.learner.reference_learner import ReferenceLearner
 from raygrpo.learner.schedule import learning_rate
 from raygrpo.learner.watch import PATIENCE, MovementWatch

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from raygrpo.learner.first_pass import first_pass
+from raygrpo.learner.inputs import policy_inputs
 from raygrpo.learner.moving_reference import MovingReference
-from raygrpo.learner.policy import policy_inputs
 from raygrpo.learner.reference_learner import ReferenceLearner
 from raygrpo.types import Microbatch
 from tests.parity.learner_cases import (

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from raygrpo.checks.arithmetic import fullest_step
 from raygrpo.checks.memory import FullUpdate, generator_memory, learner_memory, model_size
-from raygrpo.commands.dry_run import fullest_step
 from raygrpo.config import RunConfig
 from raygrpo.config.file import load_config
 from tests.tiny import save_tiny_model, tiny_tokenizer

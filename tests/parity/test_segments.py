@@ -18,8 +18,8 @@ from raygrpo.algorithm.loss import Aggregation, loss_weights_for
 from raygrpo.algorithm.packing import RowLayout, make_microbatch, place
 from raygrpo.config import ModelSection
 from raygrpo.learner.attention.segments import segment_attention
-from raygrpo.learner.loading import expected_layout, find_layout
-from raygrpo.learner.policy import load_policy, tree_layout
+from raygrpo.learner.inputs import tree_layout
+from raygrpo.learner.loading import expected_layout, find_layout, load_policy
 from raygrpo.learner.reference_learner import ReferenceLearner
 from raygrpo.types import Group, Microbatch, PlannedSample, StepBatch
 from tests.algorithm.loss_cases import (

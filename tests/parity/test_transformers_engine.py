@@ -17,17 +17,9 @@ from raygrpo.engines.base import Engine
 from raygrpo.engines.hf.engine import TransformersEngine
 from raygrpo.errors import DataError, InfraError, NumericError
 from raygrpo.models import load_model
-from raygrpo.types import (
-    ByteArray,
-    Group,
-    GroupRequest,
-    Prompt,
-    Sampling,
-    Stream,
-    Version,
-    WeightsManifest,
-)
+from raygrpo.types import ByteArray, Group, GroupRequest, Prompt, Sampling, Stream, Version
 from raygrpo.weights.buckets import make_buckets
+from raygrpo.weights.types import WeightsManifest
 from tests.tiny import Kind, save_tiny_model, tiny_tokenizer
 
 KINDS: tuple[Kind, ...] = ("llama", "qwen2", "gemma3")

@@ -12,17 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raygrpo.config import RewardSection
+from raygrpo.config.sections import reward_name
 from raygrpo.errors import ConfigError, RewardError
 from raygrpo.rewards import text
 from raygrpo.rewards.contract import Reply, Setup
 from raygrpo.rewards.host import RewardHost, combine
-from raygrpo.rewards.loading import (
-    anchor_reward,
-    check_reward,
-    load_reward,
-    pack_function,
-    reward_name,
-)
+from raygrpo.rewards.loading import anchor_reward, check_reward, load_reward, pack_function
 
 Metrics = dict[str, float]
 

@@ -12,8 +12,9 @@ from raygrpo.algorithm.ledger import TokenLedger
 from raygrpo.algorithm.window import WindowState
 from raygrpo.config.file import load_config
 from raygrpo.errors import ConfigError, StorageError
-from raygrpo.storage.checkpoint import Checkpoints, RunState, load_state, verify
+from raygrpo.storage.checkpoint import Checkpoints, verify
 from raygrpo.storage.run_dir import RunDir
+from raygrpo.training.state import RunState, load_state
 from tests.builders import request
 
 BASE = {"model": {"path": "m"}, "data": {"source": "d"}}
@@ -35,7 +36,7 @@ def save(checkpoints: Checkpoints, step: int) -> Path:
     directory = checkpoints.begin(step)
     (directory / "learner").mkdir()
     (directory / "learner" / "rank-0.pt").write_bytes(os.urandom(1000))
-    return checkpoints.commit(directory, state(step))
+    return checkpoints.commit(directory, step, state(step))
 
 
 def test_newest_valid_wins(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raygrpo.commands.replay import read_step, stored_steps
+from raygrpo.commands.replay import stored_steps
 from raygrpo.errors import ConfigError, StorageError
 from raygrpo.storage.rollouts import (
     SCHEMA,
@@ -29,6 +29,7 @@ from raygrpo.storage.rollouts import (
     make_table,
     read_facts,
     read_file,
+    read_step,
     roll_back,
     sample_rows,
     write_file,

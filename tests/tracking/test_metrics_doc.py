@@ -12,8 +12,7 @@ import torch
 
 from raygrpo.algorithm.ledger import TokenLedger
 from raygrpo.algorithm.loss import LossConfig, LossInputs, policy_loss
-from raygrpo.tracking.metrics import StepFacts, step_metrics
-from raygrpo.training.evaluation import evaluation_metrics
+from raygrpo.tracking.metrics import StepFacts, evaluation_metrics, step_metrics
 from raygrpo.types import GroupSummary, Score, Stat, Version
 
 ROOT = Path(__file__).parents[2]

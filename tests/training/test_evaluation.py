@@ -13,8 +13,14 @@ import pytest
 from raygrpo.config import RunConfig
 from raygrpo.config.file import load_config
 from raygrpo.errors import ConfigError
-from raygrpo.training.eval_setup import check_best_metric, constant_groups, metric_names
-from raygrpo.training.evaluation import BestSoFar, Evaluation, Evaluations
+from raygrpo.training.evaluation import (
+    Evaluation,
+    Evaluations,
+    check_best_metric,
+    constant_groups,
+    metric_names,
+)
+from raygrpo.training.state import BestSoFar
 from raygrpo.types import Group, GroupRequest, GroupSummary, Prompt, Score, Version
 from tests.builders import summary
 

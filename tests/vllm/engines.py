@@ -14,21 +14,12 @@ import torch
 from torch import Tensor
 
 from raygrpo.config import RunConfig
-from raygrpo.engines.hf.model_weights import weight_targets
 from raygrpo.engines.hf.sampling import penalise, truncate
 from raygrpo.engines.select import make_engine
 from raygrpo.models import load_model, stop_token_ids
-from raygrpo.types import (
-    ByteArray,
-    Completion,
-    Group,
-    GroupRequest,
-    Prompt,
-    Sampling,
-    Version,
-    WeightsManifest,
-)
-from raygrpo.weights.buckets import make_buckets
+from raygrpo.types import ByteArray, Completion, Group, GroupRequest, Prompt, Sampling, Version
+from raygrpo.weights.buckets import make_buckets, weight_targets
+from raygrpo.weights.types import WeightsManifest
 
 ROOT = Path(__file__).parents[2]
 SMOLLM2 = ROOT / "weights" / "smollm2-135m"

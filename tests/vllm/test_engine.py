@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from raygrpo.engines.probe import PROBE_LENGTH
 from raygrpo.errors import DataError, InfraError
 from raygrpo.types import Completion, Version
+from raygrpo.weights.probe import PROBE_LENGTH
 from tests.vllm.engines import (
     SMOLLM2,
     drain,

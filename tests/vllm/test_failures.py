@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from raygrpo.config import ModelSection
-from raygrpo.engines.select import OURS, vllm_problem
+from raygrpo.engines.vllm.options import OURS, vllm_problem
 from raygrpo.errors import ConfigError, InfraError, NumericError
 from raygrpo.models import load_model
 from raygrpo.types import Version

@@ -17,7 +17,7 @@ import torch
 
 from raygrpo.actors import weight_store
 from raygrpo.errors import InfraError, WeightsCorrupt, WeightsLost
-from raygrpo.types import Version, WeightsManifest
+from raygrpo.types import Version
 from raygrpo.weights import buckets
 from raygrpo.weights import publisher as publishing
 from raygrpo.weights.buckets import make_buckets, tensor_bytes
@@ -25,6 +25,7 @@ from raygrpo.weights.chain import VersionChain
 from raygrpo.weights.publisher import Publisher, PublishReport
 from raygrpo.weights.replica import ALIGNMENT, Link, Replica
 from raygrpo.weights.shared import Address, read_segment
+from raygrpo.weights.types import WeightsManifest
 
 make_small_buckets = partial(make_buckets, bucket_bytes=20_000)
 

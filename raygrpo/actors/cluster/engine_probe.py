@@ -8,13 +8,8 @@ import ray
 
 from raygrpo.actors.cluster.placement import actor_options, labels_of
 from raygrpo.config import RunConfig
-from raygrpo.engines.select import (
-    NOT_INSTALLED,
-    EngineChoice,
-    choose_engine,
-    engine_device,
-    vllm_problem,
-)
+from raygrpo.engines.select import EngineChoice, choose_engine, engine_device
+from raygrpo.engines.vllm.options import NOT_INSTALLED, vllm_problem
 from raygrpo.errors import InfraError
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from raygrpo.config import Gpus, RunConfig, Threads
-from raygrpo.engines.select import TRANSFER
+from raygrpo.engines.vllm.options import TRANSFER
 from raygrpo.errors import ConfigError
 from raygrpo.rewards.loading import reward_models
 

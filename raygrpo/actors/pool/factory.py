@@ -11,12 +11,11 @@ from raygrpo.actors.cluster.colocation import Colocation
 from raygrpo.actors.cluster.placement import actor_options, generator_threads, labels_of
 from raygrpo.actors.generator import GeneratorActor
 from raygrpo.actors.native_transfer import ReceivingGenerator, wanted
-from raygrpo.actors.pool.failures import Role
-from raygrpo.actors.pool.workers import Worker
+from raygrpo.actors.pool.workers import Role, Worker
+from raygrpo.actors.process import log_path, spawn
 from raygrpo.actors.profiling import ProfileRequest
 from raygrpo.actors.reward_model import RewardModelActor
 from raygrpo.actors.scorer import ScorerActor
-from raygrpo.actors.spawn import log_path, spawn
 from raygrpo.config import RewardSection, RunConfig
 from raygrpo.engines.base import Engine
 from raygrpo.rewards.loading import reward_models

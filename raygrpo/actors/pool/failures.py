@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Literal
 
+from raygrpo.actors.pool.workers import Role
 from raygrpo.errors import DataError, InfraError
-
-Role = Literal["generator", "scorer", "reward_model", "learner", "store"]
 
 MAX_ATTEMPTS = 3
 MAX_DEATHS = 4

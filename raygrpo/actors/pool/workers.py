@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from raygrpo.actors.futures import Pending
 from raygrpo.actors.generator import GenerationReport, LoadReport
 from raygrpo.actors.idle import IdleShare
-from raygrpo.actors.pool.failures import Role
 from raygrpo.actors.scorer import ScoreReport
 from raygrpo.algorithm.window import FinishedGroup
 from raygrpo.types import GroupRequest, Stream
@@ -127,3 +126,6 @@ def choose_models(models: Sequence[Worker], turn: int) -> dict[str, Worker] | No
             return None
         chosen[reward] = ready[turn % len(ready)]
     return chosen
+
+
+Role = Literal["generator", "scorer", "reward_model", "learner", "store"]

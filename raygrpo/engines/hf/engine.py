@@ -31,8 +31,8 @@ from raygrpo.types import (
     Sampling,
     Stream,
     Version,
-    WeightsManifest,
 )
+from raygrpo.weights.types import WeightsManifest
 
 FIRST_ROOM = 256
 # The share of new weights that is packed in a step that others wait for.

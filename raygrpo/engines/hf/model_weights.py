@@ -27,8 +27,9 @@ from torch import Tensor
 
 from raygrpo.engines.hf.linear import PackedLinear, can_pack, use_packed_linears
 from raygrpo.errors import InfraError
-from raygrpo.types import ByteArray, TensorSpec, Version, WeightsManifest
-from raygrpo.weights.buckets import unpack
+from raygrpo.types import ByteArray, Version
+from raygrpo.weights.buckets import unpack, weight_targets
+from raygrpo.weights.types import TensorSpec, WeightsManifest
 
 ALIGNMENT = 64
 
@@ -153,14 +154,6 @@ class ModelWeights:
                 self._spare[name].copy_(view, non_blocking=True)
         stream.synchronize()
         return self._spare
-
-
-def weight_targets(model: Any) -> dict[str, Tensor]:
-    """The tensors that a full version consists of: parameters (tied ones once), saved buffers."""
-    saved = model.state_dict(keep_vars=True)
-    targets: dict[str, Tensor] = dict(model.named_parameters())
-    targets.update((name, buffer) for name, buffer in model.named_buffers() if name in saved)
-    return targets
 
 
 def check_manifest(

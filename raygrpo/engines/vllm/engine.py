@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from raygrpo.config import ModelSection
-from raygrpo.engines.hf.model_weights import check_manifest, weight_targets
+from raygrpo.engines.hf.model_weights import check_manifest
 from raygrpo.engines.randomness import row_keys, uniforms
 from raygrpo.engines.requests import check_request
 from raygrpo.engines.stops import StopStrings
@@ -24,17 +24,9 @@ from raygrpo.engines.vllm.requests import engine_arguments, make_completion, sam
 from raygrpo.engines.vllm.shared_memory import SharedBuckets
 from raygrpo.errors import InfraError, NumericError
 from raygrpo.models import DTYPES, load_model, load_tokenizer, stop_token_ids
-from raygrpo.types import (
-    ByteArray,
-    Completion,
-    FloatArray,
-    Group,
-    GroupRequest,
-    Stream,
-    Version,
-    WeightsManifest,
-)
-from raygrpo.weights.buckets import make_buckets
+from raygrpo.types import ByteArray, Completion, FloatArray, Group, GroupRequest, Stream, Version
+from raygrpo.weights.buckets import make_buckets, weight_targets
+from raygrpo.weights.types import WeightsManifest
 
 Key = tuple[Stream, int]
 # How long a step waits for a group, and so how long a command to the engine may have to wait.

@@ -15,12 +15,12 @@ from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 
 from raygrpo.config import ModelSection
-from raygrpo.engines.probe import PROBE_LENGTH
-from raygrpo.engines.select import TRANSFER
 from raygrpo.engines.stops import StopStrings
+from raygrpo.engines.vllm.options import TRANSFER
 from raygrpo.engines.vllm.worker import BACKEND, WorkerExtension
 from raygrpo.errors import ConfigError
 from raygrpo.types import Completion, FloatArray, Sampling, Version
+from raygrpo.weights.probe import PROBE_LENGTH
 
 Run = tuple[Version, int]
 

@@ -10,8 +10,9 @@ import numpy as np
 from torch import Tensor
 
 from raygrpo.errors import InfraError
-from raygrpo.types import BucketSpec, ByteArray, WeightsManifest
+from raygrpo.types import ByteArray
 from raygrpo.weights.buckets import unpack
+from raygrpo.weights.types import BucketSpec, WeightsManifest
 
 ALIGNMENT = 64
 

@@ -20,7 +20,8 @@ from raygrpo.errors import ConfigError
 from raygrpo.models import attention_masks, refuse_unknown
 
 if TYPE_CHECKING:
-    from raygrpo.learner.policy import PolicyInputs, PolicyModel
+    from raygrpo.learner.inputs import PolicyInputs
+    from raygrpo.learner.policy import PolicyModel
 
 KEY = "sequence_parallel_size"
 _ATTENTION = "raygrpo_ulysses"
