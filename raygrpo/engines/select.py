@@ -5,12 +5,11 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Literal
 
 from raygrpo.config import RunConfig
 from raygrpo.engines.base import Engine
-from raygrpo.engines.vllm.options import NOT_INSTALLED, OURS, vllm_problem
+from raygrpo.engines.vllm.options import NOT_INSTALLED, OURS, is_installed, vllm_problem
 from raygrpo.errors import ConfigError
 from raygrpo.types import Version
 
@@ -93,7 +92,7 @@ def choose_engine(
 
 def planned_engine(config: RunConfig) -> str:
     """The engine of a run that has not started, and why; vLLM is not tried."""
-    problem = NOT_INSTALLED if find_spec("vllm") is None else None
+    problem = None if is_installed() else NOT_INSTALLED
     choice = choose_engine(config, None, lambda: problem)
     reason = choice.reason if choice.engine != "vllm" else "tried when the run starts"
     return f"{choice.engine} ({reason})"

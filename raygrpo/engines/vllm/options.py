@@ -35,13 +35,18 @@ _ENVIRONMENT: Final = {
 }
 
 
+def is_installed() -> bool:
+    """Whether there is a vLLM to import."""
+    return find_spec("vllm") is not None
+
+
 def vllm_problem(device: str, model: ModelSection | None = None) -> str | None:
     """Why vLLM cannot be used in this process on ``device`` (cpu or cuda); None where it can.
 
     A ``model`` must be of an architecture that vLLM has itself. It imports vLLM, which takes
     seconds, where that is installed.
     """
-    if find_spec("vllm") is None:
+    if not is_installed():
         return NOT_INSTALLED
     try:
         _prepare()
