@@ -11,8 +11,6 @@ tokens; then the gradients of hidden states and weight are formed in the forward
 chunk, from logits that are there anyway. The backward pass compares the gradient that arrives with
 the one foretold and only scales; should they differ, or without a foretelling, it *recomputes* the
 logits, which costs a fourth matrix product beside three.
-
-Where Liger's kernel serves (`liger_head`), it takes the place of all this.
 """
 
 from __future__ import annotations
@@ -24,8 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-
-from raygrpo.algorithm import liger_head
 
 # Logits that a chunk may hold: 64 MiB in bfloat16, 128 MiB in float32.
 MAX_CHUNK_LOGITS = 2**25
@@ -109,11 +105,7 @@ def token_logprobs(
         entropy_gradient: whether entropies carry a gradient.
         token_gradient: foretells the gradients that will arrive, up to a common factor.
     """
-    targets, transform = targets.long(), settings.transform
-    if liger_head.serves(hidden, weight, bias, cap=transform.cap, fp32=settings.fp32):
-        temperature = settings.temperature / transform.scale
-        chosen, spread = liger_head.fused_logprobs(hidden, weight, targets, temperature)
-        return chosen, spread if entropy_gradient else spread.detach()
+    targets = targets.long()
     if not torch.is_grad_enabled():
         token_gradient = None
     output: tuple[Tensor, Tensor] = _HeadLogprobs.apply(  # type: ignore[no-untyped-call]
