@@ -1,19 +1,29 @@
-"""What a start has to say before its first step, as events: (kind, fields)."""
+"""What a start tells the user before the first step, as events: (kind, fields)."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
+from raygrpo.actors.cluster.placement import address_of
 from raygrpo.config import RunConfig
 
 Event = tuple[str, dict[str, Any]]
 
-# Processors without units for bfloat16 multiply it 5 to 20 times as slowly as float32.
-_SLOW = 2.0
-_SIZE = 384
-_ROUNDS = 3
+CPUINFO = Path("/proc/cpuinfo")
+# Each flag stands for instructions that multiply bfloat16 numbers.
+_BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16"}
+
+
+class Prompts(Protocol):
+    """A stream's source of prompts: how many prompts were too long."""
+
+    @property
+    def num_dropped(self) -> int: ...
+
+    @property
+    def num_truncated(self) -> int: ...
 
 
 def start_events(
@@ -22,15 +32,15 @@ def start_events(
     refused: Sequence[str],
     changed: Sequence[str],
     revisions: Sequence[str],
-    sources: Mapping[str, Any],
+    sources: Mapping[str, Prompts],
 ) -> Iterator[Event]:
-    """All of them.
+    """All events of a start, such as ``("config_changed", {"change": "seed: 1 -> 2"})``.
 
     Args:
-        refused: what is wrong with checkpoints that were passed over.
-        changed: keys whose values are not those of the start before.
-        revisions: models and data sets that are not those of the start before.
-        sources: the prompts by stream.
+        refused: why the start passed checkpoints over.
+        changed: keys whose values differ from the previous start's.
+        revisions: models and data sets whose revisions differ from the previous start's.
+        sources: the sources of prompts by stream.
     """
     for problem in refused:
         yield "checkpoint_refused", {"reason": problem}
@@ -49,43 +59,36 @@ def start_events(
 
 
 def dtype_problem(config: RunConfig) -> str | None:
-    """Why ``model.dtype`` should be another one on this machine's CPU; None where it is fine, or
-    where the learner is not on it."""
-    from raygrpo.actors.cluster.placement import address_of
+    """Why the learner should use another ``model.dtype`` on this machine's CPU.
 
+    None if the dtype suits the CPU, if the learner runs elsewhere, or if the CPU is unknown.
+    """
     if config.model.dtype != "bfloat16" or config.ray.gpus.learner or address_of(config) != "local":
         return None
-    ratio = bfloat16_cost()
-    if ratio < _SLOW:
+    if not CPUINFO.is_file() or not lacks_bfloat16(CPUINFO.read_text()):
         return None
-    return f"bfloat16 takes {ratio:.0f} times as long as float32 here: set model.dtype: float32"
+    return "this CPU has no instructions for bfloat16: set model.dtype: float32"
+
+
+def lacks_bfloat16(cpuinfo: str) -> bool:
+    """Whether the text of ``/proc/cpuinfo`` lists an x86 CPU's flags, and none for bfloat16."""
+    lists = [line.partition(":")[2] for line in cpuinfo.splitlines() if line.startswith("flags")]
+    return bool(lists) and not any(_BFLOAT16_FLAGS & set(flags.split()) for flags in lists)
 
 
 def eval_problem(config: RunConfig) -> str | None:
-    """Why evaluations say little of what was learnt; None where they read rows of their own, or
-    where that is not known (a mixture, a data set given in Python)."""
-    from raygrpo.data.sources import eval_section, split_of
+    """Why evaluations say little about what the model learnt: they read the training rows.
+
+    None if evaluations read other rows, or if the rows are unknown (a mixture, or a data set that
+    was passed in Python).
+    """
+    from raygrpo.data.sources import eval_section, split_of  # loads datasets, a heavy library
 
     data = config.data
     if not config.eval.eval_steps or data.mixture or data.source == "python":
         return None
     read = eval_section(data, config.eval, seed=config.seed)
-    where = [(d.source, {**d.params, "split": split_of(d)}) for d in (data, read)]
-    if where[0] != where[1]:
+    rows = [(d.source, {**d.params, "split": split_of(d)}) for d in (data, read)]
+    if rows[0] != rows[1]:
         return None
     return f"evaluations read the rows of {data.source} that are trained on: set eval.data"
-
-
-def bfloat16_cost() -> float:
-    """How many times as long as a float32 one a bfloat16 matrix product takes on this CPU."""
-    import torch
-
-    wide = torch.ones(_SIZE, _SIZE)
-    best = dict.fromkeys((torch.float32, torch.bfloat16), float("inf"))
-    for _ in range(_ROUNDS):
-        for dtype in best:
-            matrix = wide.to(dtype)
-            started = time.perf_counter()
-            torch.mm(matrix, matrix)
-            best[dtype] = min(best[dtype], time.perf_counter() - started)
-    return best[torch.bfloat16] / best[torch.float32]
