@@ -99,7 +99,6 @@ def make_request(
     return GroupRequest(
         stream="train",
         group_id=group_id,
-        attempt=0,
         prompt=Prompt(id="p", token_ids=np.array(prompt, np.int32), text=""),
         seed=0,
         sampling=Sampling(

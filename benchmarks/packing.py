@@ -101,7 +101,6 @@ def make_group(group_id: int, prompt: int, lengths: list[int]) -> Group:
     request = GroupRequest(
         stream="train",
         group_id=group_id,
-        attempt=0,
         prompt=Prompt(id="p", token_ids=np.zeros(prompt, np.int32), text=""),
         seed=0,
         sampling=Sampling(num_completions=len(lengths), max_tokens=max(lengths)),

@@ -121,7 +121,6 @@ def make_requests(args: argparse.Namespace, prompts: np.ndarray) -> list[GroupRe
         GroupRequest(
             stream="train",
             group_id=next(_group_ids),
-            attempt=0,
             prompt=Prompt(id="benchmark", text="", token_ids=prompt.astype(np.int32)),
             seed=0,
             sampling=sampling,

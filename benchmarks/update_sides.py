@@ -73,14 +73,14 @@ def our_step(spec: dict[str, Any], config: Any) -> tuple[Any, dict[int, Any]]:
     """The plan of the step, and its groups."""
     from raygrpo.algorithm.step_plan import make_step_batch
     from raygrpo.algorithm.window import FinishedGroup
-    from raygrpo.types import Completion, Group, GroupRequest, GroupSummary, Prompt, Score, Version
+    from raygrpo.types import Completion, Group, GroupRequest, Prompt, Score, Version, summarise
 
     version = Version(1, 0)
     finished, payloads = [], {}
     for number, stored in enumerate(spec["groups"]):
         prompt = Prompt(id="p", token_ids=np.array(stored["prompt"], np.int32), text="?")
         request = GroupRequest(
-            stream="train", group_id=number, attempt=0, prompt=prompt, seed=0,
+            stream="train", group_id=number, prompt=prompt, seed=0,
             sampling=config.sampling.settings(), min_version=version,
         )  # fmt: skip
         completions = tuple(
@@ -92,14 +92,8 @@ def our_step(spec: dict[str, Any], config: Any) -> tuple[Any, dict[int, Any]]:
             for ids in stored["completions"]
         )  # fmt: skip
         payloads[number] = Group(request=request, completions=completions)
-        lengths = tuple(len(ids) for ids in stored["completions"])
-        count = len(lengths)
-        summary = GroupSummary(
-            stream="train", group_id=number, attempt=0, prompt_id="p",
-            prompt_length=len(stored["prompt"]), lengths=lengths, num_loss_tokens=lengths,
-            finishes=("length",) * count, oldest=(version,) * count, newest=(version,) * count,
-            scores=tuple(Score(value=r, parts={"given": r}) for r in stored["rewards"]),
-        )  # fmt: skip
+        scores = [Score(value=r, parts={"given": r}) for r in stored["rewards"]]
+        summary = summarise(payloads[number], scores)
         finished.append(FinishedGroup(summary=summary, payload=None))
     return make_step_batch(0, finished, config), payloads
 

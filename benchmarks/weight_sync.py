@@ -232,7 +232,6 @@ class Rig:
         request = GroupRequest(
             stream="train",
             group_id=self.step,
-            attempt=0,
             prompt=Prompt(id="p", token_ids=np.arange(1, 65, dtype=np.int32), text="?"),
             seed=0,
             sampling=self._sampling,

@@ -8,7 +8,7 @@ live elsewhere are opaque (`Any`), so that the types can be tested and pickled a
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -91,11 +91,11 @@ class GroupRequest:
 
     stream: Stream
     group_id: int
-    attempt: int
     prompt: Prompt
     seed: int
     sampling: Sampling
     min_version: Version
+    attempt: int = 0
     partials: tuple[Completion, ...] = ()
 
     def __post_init__(self) -> None:
@@ -207,6 +207,38 @@ class GroupSummary:
         columns = (self.num_loss_tokens, self.finishes, self.oldest, self.newest, self.scores)
         if any(len(column) != len(self.lengths) for column in columns):
             raise ValueError(f"group {self.group_id}: summary columns differ in length")
+
+
+def summarise(
+    group: Group,
+    scores: Sequence[Score],
+    *,
+    metrics: Mapping[str, tuple[float, ...]] | None = None,
+    score_s: float = 0.0,
+    reward_s: Mapping[str, float] | None = None,
+    answers: tuple[str, ...] = (),
+) -> GroupSummary:
+    """What the driver is told of a group whose completions have these ``scores`` [G]."""
+    request, completions = group.request, group.completions
+    return GroupSummary(
+        stream=request.stream,
+        group_id=request.group_id,
+        attempt=request.attempt,
+        prompt_id=request.prompt.id,
+        prompt_length=request.prompt.token_ids.size,
+        lengths=tuple(completion.token_ids.size for completion in completions),
+        num_loss_tokens=tuple(int(completion.loss_mask.sum()) for completion in completions),
+        finishes=tuple(completion.finish for completion in completions),
+        oldest=tuple(completion.oldest for completion in completions),
+        newest=tuple(completion.newest for completion in completions),
+        scores=tuple(scores),
+        metrics=metrics or {},
+        generate_s=group.generate_s,
+        score_s=score_s,
+        reward_s=reward_s or {},
+        source=request.prompt.source,
+        answers=answers,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -36,7 +36,6 @@ def request(
     return GroupRequest(
         stream="train",
         group_id=group_id,
-        attempt=0,
         prompt=prompt(tokens),
         seed=0,
         sampling=Sampling(

@@ -12,7 +12,7 @@ from raygrpo.actors.process import log_to
 from raygrpo.actors.reward_model import ModelDied, RemoteReward
 from raygrpo.algorithm.correctness import answers_of
 from raygrpo.config import RewardSection
-from raygrpo.types import Group, GroupSummary
+from raygrpo.types import Group, GroupSummary, summarise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,27 +69,15 @@ class ScorerActor:
             scored = self._host.score(group, trainer_state)
         except ModelDied as died:
             return ModelLost(reward=died.reward, error=died.error)
-        request, completions = group.request, group.completions
-        summary = GroupSummary(
-            stream=request.stream,
-            group_id=request.group_id,
-            attempt=request.attempt,
-            prompt_id=request.prompt.id,
-            prompt_length=request.prompt.token_ids.size,
-            lengths=tuple(completion.token_ids.size for completion in completions),
-            num_loss_tokens=tuple(int(completion.loss_mask.sum()) for completion in completions),
-            finishes=tuple(completion.finish for completion in completions),
-            oldest=tuple(completion.oldest for completion in completions),
-            newest=tuple(completion.newest for completion in completions),
-            scores=scored.scores,
+        texts = [completion.text for completion in group.completions]
+        evaluates = group.request.stream == "eval"
+        summary = summarise(
+            group,
+            scored.scores,
             metrics=scored.metrics,
-            generate_s=group.generate_s,
             score_s=time.monotonic() - started,
             reward_s=scored.reward_s,
-            source=request.prompt.source,
-            answers=answers_of([completion.text for completion in completions], scored.extras)
-            if request.stream == "eval"
-            else (),
+            answers=answers_of(texts, scored.extras) if evaluates else (),
         )
         return ScoreReport(
             summary=summary,

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from raygrpo.algorithm.advantages import has_signal
-from raygrpo.types import GroupRequest, GroupSummary
+from raygrpo.config import RunConfig
+from raygrpo.types import GroupRequest, GroupSummary, Prompt, Version
 
 Fate = Literal["kept", "no_signal", "errored"]
 
@@ -48,6 +49,20 @@ class WindowState:
         """Whether a group was trained or dropped before."""
         waiting = any(request.group_id == group_id for request in self.pending)
         return group_id < self.admitted and not waiting
+
+
+def train_request(
+    config: RunConfig, group_id: int, prompt: Prompt, min_version: Version
+) -> GroupRequest:
+    """The order for a run's training group ``group_id``."""
+    return GroupRequest(
+        stream="train",
+        group_id=group_id,
+        prompt=prompt,
+        seed=config.seed,
+        sampling=config.sampling.settings(),
+        min_version=min_version,
+    )
 
 
 class Window:

@@ -240,7 +240,6 @@ def fake_group(checked: Checked, prompt: Prompt) -> Group:
     request = GroupRequest(
         stream="train",
         group_id=0,
-        attempt=0,
         prompt=prompt,
         seed=checked.config.seed,
         sampling=sampling,

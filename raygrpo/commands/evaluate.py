@@ -11,7 +11,7 @@ from typing import Any
 
 from raygrpo.actors.scorer import ScoreReport
 from raygrpo.algorithm.step_plan import teaches
-from raygrpo.algorithm.window import FinishedGroup
+from raygrpo.algorithm.window import FinishedGroup, train_request
 from raygrpo.commands.signals import Stopped
 from raygrpo.commands.train import Session
 from raygrpo.config import RunConfig
@@ -23,7 +23,7 @@ from raygrpo.storage.run_dir import write_atomically
 from raygrpo.tracking.metrics import completion_metrics, reward_metrics
 from raygrpo.training.evaluation import Evaluation, Order, again
 from raygrpo.training.state import Constant
-from raygrpo.types import Group, GroupRequest, Version
+from raygrpo.types import Group, Version
 
 OnEvent = Callable[[str, Mapping[str, Any]], None]
 _LOADED = Version(0, 0)  # what generators call the weights that they read from disk
@@ -154,7 +154,10 @@ class RolloutSession(Session):
         """
         from raygrpo.actors.futures import resolve
 
-        requests = [self._request(index) for index in range(num_groups)]
+        requests = [
+            train_request(self.config, group_id, self._prompts.next(), _LOADED)
+            for group_id in range(num_groups)
+        ]
         started = time.monotonic()
         dropped: list[int] = []
         found = self._roll(requests, dropped.append)
@@ -180,17 +183,6 @@ class RolloutSession(Session):
                 "num_dropped": float(len(dropped)),
                 "tokens_per_s": num_tokens / seconds,
             },
-        )
-
-    def _request(self, index: int) -> GroupRequest:
-        return GroupRequest(
-            stream="train",
-            group_id=index,
-            attempt=0,
-            prompt=self._prompts.next(),
-            seed=self.config.seed,
-            sampling=self.config.sampling.settings(),
-            min_version=_LOADED,
         )
 
     def _roll(

@@ -51,7 +51,6 @@ class Evaluation:
             2 * index + sampled: GroupRequest(
                 stream="eval",
                 group_id=2 * index + sampled,
-                attempt=0,
                 prompt=prompt,
                 seed=config.seed,
                 sampling=sampling,
@@ -271,7 +270,6 @@ def constant_groups(prompts: Sequence[Prompt], config: RunConfig, tokenizer: Any
             request=GroupRequest(
                 stream="eval",
                 group_id=-1 - index,
-                attempt=0,
                 prompt=prompt,
                 seed=config.seed,
                 sampling=sampling,

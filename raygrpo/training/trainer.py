@@ -19,14 +19,14 @@ from raygrpo.actors.pool.workers import Done
 from raygrpo.actors.scorer import ScoreReport
 from raygrpo.algorithm.ledger import TokenLedger, buffered_tokens
 from raygrpo.algorithm.step_plan import make_step_batch, num_trained_tokens, teaches
-from raygrpo.algorithm.window import Fate, FinishedGroup, Window
+from raygrpo.algorithm.window import Fate, FinishedGroup, Window, train_request
 from raygrpo.errors import DataError, RewardError
 from raygrpo.rewards.contract import TrainerState
 from raygrpo.tracking.metrics import StepFacts, step_metrics
 from raygrpo.tracking.sync_metrics import publish_metrics, with_load
 from raygrpo.training.boundary import Boundary, Parts
 from raygrpo.training.state import RunState
-from raygrpo.types import GroupRequest, GroupSummary, StepBatch, StepResult, Version
+from raygrpo.types import GroupSummary, StepBatch, StepResult, Version
 
 _TICK_S = 1.0  # how soon a signal is noticed while nothing else happens
 
@@ -127,15 +127,9 @@ class Trainer:
             global_step=self.step, max_steps=self._config.train.steps, epoch=self._prompts.epoch
         )
         while not self._boundary.is_last and self._window.has_room(self.step):
-            request = GroupRequest(
-                stream="train",
-                group_id=self._window.admitted,
-                attempt=0,
-                prompt=self._prompts.next(),
-                seed=self._config.seed,
-                sampling=self._config.sampling.settings(),
-                min_version=Version(self._incarnation, self.step),
-            )
+            version = Version(self._incarnation, self.step)
+            prompt = self._prompts.next()
+            request = train_request(self._config, self._window.admitted, prompt, version)
             self._pool.submit(self._window.admit(request))
 
     def _start_update(self) -> None:

@@ -11,38 +11,20 @@ from safetensors.torch import save_file
 
 from raygrpo.algorithm.packing import make_microbatch, place
 from raygrpo.algorithm.step_plan import make_step_batch
-from raygrpo.algorithm.window import FinishedGroup
+from raygrpo.algorithm.window import FinishedGroup, train_request
 from raygrpo.config.file import load_config
 from raygrpo.data.prompts import PromptSource
 from raygrpo.data.sources import load_rows
 from raygrpo.engines.hf.engine import TransformersEngine
 from raygrpo.learner.deepspeed_learner import DeepSpeedLearner
 from raygrpo.models import load_tokenizer
-from raygrpo.types import Group, GroupRequest, GroupSummary, Score, Version
+from raygrpo.types import Group, Score, Version, summarise
 from raygrpo.weights.buckets import make_buckets
 from raygrpo.weights.types import WeightsManifest
 
 
 def digits(text: str) -> float:
     return sum(c.isdigit() for c in text) / max(len(text), 1)
-
-
-def summarise(group: Group) -> GroupSummary:
-    done = group.completions
-    values = [digits(c.text) for c in done]
-    return GroupSummary(
-        stream="train",
-        group_id=group.request.group_id,
-        attempt=0,
-        prompt_id=group.request.prompt.id,
-        prompt_length=group.request.prompt.token_ids.size,
-        lengths=tuple(c.token_ids.size for c in done),
-        num_loss_tokens=tuple(int(c.loss_mask.sum()) for c in done),
-        finishes=tuple(c.finish for c in done),
-        oldest=tuple(c.oldest for c in done),
-        newest=tuple(c.newest for c in done),
-        scores=tuple(Score(value=v, parts={"digits": v}) for v in values),
-    )
 
 
 def main(config_path: str, output: str) -> None:
@@ -67,15 +49,7 @@ def main(config_path: str, output: str) -> None:
         groups: dict[int, Group] = {}
         finished = []
         while len(finished) < config.train.groups_per_step:
-            request = GroupRequest(
-                stream="train",
-                group_id=group_id,
-                attempt=0,
-                prompt=prompts.next(),
-                seed=config.seed,
-                sampling=config.sampling.settings(),
-                min_version=manifest.version,
-            )
+            request = train_request(config, group_id, prompts.next(), manifest.version)
             engine.submit(request)
             group_id += 1
             while engine.num_unfinished:
@@ -85,7 +59,8 @@ def main(config_path: str, output: str) -> None:
             values = [digits(c.text) for c in group.completions]
             mean = sum(values) / len(values)
             if any(abs(v - mean) > 1e-8 for v in values):
-                finished.append(FinishedGroup(summary=summarise(group), payload=None))
+                scores = [Score(value=v, parts={"digits": v}) for v in values]
+                finished.append(FinishedGroup(summary=summarise(group, scores), payload=None))
         batch = make_step_batch(step, finished, config)
         (plans,) = place(
             batch,

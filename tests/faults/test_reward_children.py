@@ -56,7 +56,6 @@ def make_group(
     request = GroupRequest(
         stream="train",
         group_id=0,
-        attempt=0,
         prompt=prompt,
         seed=0,
         sampling=Sampling(num_completions=len(texts), max_tokens=8),

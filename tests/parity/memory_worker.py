@@ -150,7 +150,7 @@ def full_request(config: RunConfig, number: int) -> GroupRequest:
     length = config.data.max_prompt_length
     ids = np.random.default_rng(number).integers(3, 80, length).astype(np.int32)
     return GroupRequest(
-        stream="train", group_id=number, attempt=0,
+        stream="train", group_id=number,
         prompt=Prompt(id=str(number), token_ids=ids, text=""), seed=0,
         sampling=config.sampling.settings(), min_version=_START,
     )  # fmt: skip

@@ -24,7 +24,7 @@ from raygrpo.algorithm.window import FinishedGroup
 from raygrpo.config import RunConfig
 from raygrpo.config.file import load_config
 from raygrpo.learner.reference_learner import ReferenceLearner
-from raygrpo.types import Group, GroupSummary, Microbatch, Score, Stat
+from raygrpo.types import Group, Microbatch, Score, Stat, summarise
 from tests.builders import completion, request
 from tests.tiny import Kind, save_tiny_model, tiny_tokenizer
 
@@ -163,19 +163,8 @@ def finished_groups(
             for tokens, mask in zip(rollout.completions, rollout.masks, strict=True)
         )
         payloads[group_id] = Group(request=order, completions=done)
-        summary = GroupSummary(
-            stream="train",
-            group_id=group_id,
-            attempt=0,
-            prompt_id="p",
-            prompt_length=len(rollout.prompt),
-            lengths=tuple(c.token_ids.size for c in done),
-            num_loss_tokens=tuple(int(c.loss_mask.sum()) for c in done),
-            finishes=tuple(c.finish for c in done),
-            oldest=tuple(c.oldest for c in done),
-            newest=tuple(c.newest for c in done),
-            scores=tuple(Score(value=r, parts={"given": r}) for r in rollout.rewards),
-        )
+        scores = [Score(value=r, parts={"given": r}) for r in rollout.rewards]
+        summary = summarise(payloads[group_id], scores)
         finished.append(FinishedGroup(summary=summary, payload=None))
     return finished, payloads
 

@@ -78,7 +78,6 @@ def request(ids: Any, *, min_version: Version = FIRST, **sampling: Any) -> Group
     return GroupRequest(
         stream="train",
         group_id=next(_group_ids),
-        attempt=0,
         prompt=Prompt(id="p", text="", token_ids=np.asarray(ids, np.int32)),
         seed=SEED,
         sampling=Sampling(**settings),
