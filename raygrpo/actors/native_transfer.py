@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from raygrpo.actors.generator import GeneratorActor, LoadReport
 from raygrpo.actors.pool.workers import Worker
 from raygrpo.config import RunConfig
-from raygrpo.engines.vllm.options import TRANSFER
 from raygrpo.types import Version
 from raygrpo.weights.native import NativeTransfer, TransferResult
 from raygrpo.weights.types import Probe, WeightsManifest
@@ -74,7 +73,7 @@ class LearnerTransfer:
         if rank == 0:
             from raygrpo.engines.vllm.native import make_sender
 
-            sender = make_sender(options[TRANSFER], host)
+            sender = make_sender(config.weights.transport, host)
             self._native = NativeTransfer(sender, config.ray.timeouts_s.sync)
 
     def send(
@@ -102,7 +101,7 @@ class LearnerTransfer:
 
 def wanted(config: RunConfig) -> bool:
     """Whether versions are to go to generators directly."""
-    return TRANSFER in config.generators.options
+    return config.weights.transport != "store"
 
 
 class ReceivingGenerator(GeneratorActor):

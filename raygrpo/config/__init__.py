@@ -13,6 +13,7 @@ from raygrpo.config.sections import (
     RunConfig,
     SamplingSection,
     Threads,
+    Transport,
 )
 
 __all__ = [
@@ -29,4 +30,5 @@ __all__ = [
     "RunConfig",
     "SamplingSection",
     "Threads",
+    "Transport",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -12,36 +12,9 @@ from pydantic import BaseModel, ValidationError
 
 from raygrpo.config import RunConfig
 from raygrpo.config.base import Values
+from raygrpo.config.moved import MOVED
 from raygrpo.config.recipes import RECIPES
 from raygrpo.errors import ConfigError, nearest
-
-# Names that are no keys, and where it is that they mean.
-MOVED = {
-    "advantage.rewards": "advantage.scale: gdpo",
-    "data.chat_template_kwargs": "data.chat",
-    "data.split": "data.params.split",
-    "eval.best_metric": "eval.best.metric",
-    "eval.patience": "eval.best.patience",
-    "generators.gpus": "ray.gpus.generator",
-    "generators.threads": "ray.threads.generator",
-    "learner.gpus_per_rank": "ray.gpus.learner",
-    "learner.threads": "ray.threads.learner",
-    "optimizer.betas": "optimizer.adamw.betas",
-    "optimizer.eps": "optimizer.adamw.eps",
-    "optimizer.weight_decay": "optimizer.adamw.weight_decay",
-    "ray.generate_timeout_s": "ray.timeouts_s.generate",
-    "ray.start_timeout_s": "ray.timeouts_s.start",
-    "ray.update_timeout_s": "ray.timeouts_s.update",
-    "sampling.min_p": "sampling.filters.min_p",
-    "sampling.min_tokens": "sampling.filters.min_tokens",
-    "sampling.repetition_penalty": "sampling.filters.repetition_penalty",
-    "sampling.top_k": "sampling.filters.top_k",
-    "sampling.top_p": "sampling.filters.top_p",
-    "tracking.completions_frac": "tracking.completions.frac",
-    "tracking.completions_max_gb": "tracking.completions.max_gb",
-    "tracking.name": "the environment's WANDB_NAME",
-    "tracking.project": "the environment's WANDB_PROJECT",
-}
 
 
 def load_config(source: Path | str | Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
@@ -56,6 +29,7 @@ def load_config(source: Path | str | Mapping[str, Any], overrides: Sequence[str]
     user = deepcopy(dict(source)) if isinstance(source, Mapping) else _read_yaml(Path(source))
     for override in overrides:
         _apply_override(user, override)
+    _refuse_moved(user)
     recipe = str(user.get("recipe", "default"))
     overridden = recipe_overrides(recipe)
     try:
@@ -113,6 +87,15 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {override!r}: {error}") from None
 
 
+def _refuse_moved(user: Mapping[str, Any]) -> None:
+    for old, new in MOVED.items():
+        found: Any = user
+        for name in old.split("."):
+            found = found.get(name) if isinstance(found, Mapping) else None
+        if found is not None:
+            raise ConfigError(f"unknown key {old}", f"the key is {new} now")
+
+
 def merged_sections(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     """``top`` over ``base``, section by section."""
     merged = dict(base)
@@ -130,7 +113,7 @@ def _explain(error: ValidationError) -> ConfigError:
         location = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
             lines.append(f"unknown key {location}")
-            fixes.append(meant(location, _known_keys(item["loc"][:-1])))
+            fixes.append(nearest(str(item["loc"][-1]), _known_keys(item["loc"][:-1])))
         elif item["type"] == "missing":
             lines.append(f"missing key {location}")
             fixes.append(f"set {location}")
@@ -140,13 +123,6 @@ def _explain(error: ValidationError) -> ConfigError:
             if location:
                 fixes.append(f"it is {item['input']!r} now")
     return ConfigError("; ".join(lines), "; ".join(fixes))
-
-
-def meant(location: str, known: Iterable[str]) -> str:
-    """The fix for an unknown key: where its meaning is, else the nearest of its section's keys."""
-    if location in MOVED:
-        return f"it is {MOVED[location]}"
-    return nearest(location.rpartition(".")[2], known)
 
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:

@@ -13,6 +13,8 @@ from raygrpo.config.algorithm import AdvantageSection, LossSection
 from raygrpo.config.base import Section, Values, key
 from raygrpo.types import Sampling
 
+Transport = Literal["store", "nccl", "ipc"]
+
 
 class ModelSection(Section):
     """The policy's model."""
@@ -220,12 +222,22 @@ class GeneratorsSection(Section):
     engine: Literal["auto", "transformers", "vllm"] = key(
         "auto", "Inference engine; auto: vllm where it is installed and loads, else transformers."
     )
-    options: dict[str, Any] = key({}, "Arguments of vLLM (vllm.AsyncEngineArgs).")
+    options: dict[str, Any] = key({}, "Arguments of vLLM (vllm.AsyncEngineArgs), by name.")
     placement: Literal["disaggregate", "colocate"] = key(
         "disaggregate",
         "colocate: generators share the learner's GPUs and sleep while it trains; on-policy only.",
     )
     max_rows: int = key(64, "Completions decoded at once by a generator.", "completions", ge=1)
+
+
+class WeightsSection(Section):
+    """How weights reach the generators."""
+
+    transport: Transport = key(
+        "store",
+        "store: through the weight store. nccl, ipc: from the learner's GPU to vLLM directly, and "
+        "through the store for the other generators.",
+    )
 
 
 class ScorersSection(Section):
@@ -316,6 +328,7 @@ class RunConfig(Section):
     optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
     learner: LearnerSection = Field(default_factory=LearnerSection)
     generators: GeneratorsSection = Field(default_factory=GeneratorsSection)
+    weights: WeightsSection = Field(default_factory=WeightsSection)
     scorers: ScorersSection = Field(default_factory=ScorersSection)
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
     tracking: TrackingSection = Field(default_factory=TrackingSection)

@@ -14,7 +14,6 @@ import datasets
 from pydantic import ValidationError
 
 from raygrpo.config import DataSection, EvalSection
-from raygrpo.config.file import meant
 from raygrpo.errors import ConfigError, DataError, nearest
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -112,7 +111,7 @@ def changed_section(data: DataSection, changes: Mapping[str, Any], where: str, k
         ConfigError: an unknown key, or a value that does not fit it.
     """
     if unknown := [name for name in changes if name not in kind.model_fields]:
-        fix = meant(f"data.{unknown[0]}", kind.model_fields)
+        fix = nearest(unknown[0], kind.model_fields)
         raise ConfigError(f"unknown key {where}.{unknown[0]}", fix)
     inherited = data.model_dump()
     if changes.get("source", data.source) != data.source:

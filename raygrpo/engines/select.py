@@ -126,6 +126,7 @@ def make_engine(config: RunConfig, *, threads: int, version: Version | None) -> 
             max_rows=max(section.max_rows, config.sampling.num_completions),
             device=device,
             options={**({"enable_sleep_mode": True} if colocated else {}), **section.options},
+            transport=config.weights.transport,
             version=version,
         )
         return fast

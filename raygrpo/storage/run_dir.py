@@ -27,6 +27,7 @@ _MAY_CHANGE = (
     "generators.engine",  # the session compares it with the engine that was used
     "generators.options",
     "generators.max_rows",
+    "weights.",
     "train.steps",
     "train.tokens_per_microbatch",
     "eval.",

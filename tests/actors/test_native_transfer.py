@@ -33,8 +33,8 @@ def run_config(**sections: Any) -> RunConfig:
 
 def configured(kind: str = "nccl", **sections: Any) -> RunConfig:
     gpus = {"learner": 1, "generator": 1} if kind == "nccl" else {"learner": 0.5, "generator": 0.25}
-    generators = {"engine": "vllm", "count": 2, "options": {"weight_transfer": kind}}
-    given = {"ray": {"gpus": gpus}, **sections}
+    generators = {"engine": "vllm", "count": 2}
+    given = {"ray": {"gpus": gpus}, "weights": {"transport": kind}, **sections}
     return run_config(generators=generators | given.pop("generators", {}), **given)
 
 
@@ -47,7 +47,6 @@ def test_what_can_work_is_taken() -> None:
 @pytest.mark.parametrize(
     ("kind", "sections", "problem"),
     [
-        ("tcp", {}, "it is nccl or ipc"),
         ("nccl", {"generators": {"engine": "transformers"}}, "generators.engine: vllm"),
         ("nccl", {"generators": {"engine": "auto"}}, "generators.engine: vllm"),
         ("nccl", {"ray": {}}, "needs CUDA devices: set ray.gpus.learner and ray.gpus.generator"),
@@ -66,7 +65,7 @@ def test_what_can_work_is_taken() -> None:
 def test_what_cannot_work_is_refused_by_name(
     kind: str, sections: dict[str, Any], problem: str
 ) -> None:
-    with pytest.raises(ConfigError, match=rf"options.weight_transfer is {kind}.*{problem}"):
+    with pytest.raises(ConfigError, match=rf"weights.transport is {kind}.*{problem}"):
         check_transfer(configured(kind, **sections))
 
 

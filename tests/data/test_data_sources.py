@@ -156,7 +156,7 @@ def test_evaluation_reads_the_test_split_of_the_hub_unless_told(
 ) -> None:
     train = section("a/b", params={"name": "main", "split": "train[:90%]"})
     assert eval_section(train, EvalSection(data=data), seed=0).params == params
-    with pytest.raises(ConfigError, match=r"eval\.data\.split\n.*data\.params\.split"):
+    with pytest.raises(ConfigError, match=r"eval\.data\.split"):
         eval_section(train, EvalSection(data={"split": "dev"}), seed=0)
 
 

@@ -23,7 +23,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from raygrpo.actors.native_transfer import ActorReceiver
-from raygrpo.config import ModelSection
+from raygrpo.config import ModelSection, Transport
 from raygrpo.engines.vllm import native as vllm_native
 from raygrpo.engines.vllm import worker as vllm_weights
 from raygrpo.engines.vllm.engine import VllmEngine
@@ -242,11 +242,12 @@ def test_the_store_stays_open_to_a_worker_that_could_take_more() -> None:
     assert isinstance(update, vllm_weights.SharedMemoryUpdateInfo)
 
 
-def test_the_option_chooses_the_workers_engine_and_is_not_an_argument_of_vllm() -> None:
+def test_the_transport_chooses_the_workers_engine() -> None:
     model = ModelSection(path=str(ECHO), random_init=True)
-    for kind, engine in {"nccl": NcclEngine, "ipc": IpcEngine}.items():
+    engines: dict[Transport, type] = {"nccl": NcclEngine, "ipc": IpcEngine}
+    for kind, engine in engines.items():
         arguments = engine_arguments(
-            model, seed=0, max_rows=1, device="cpu", options={"weight_transfer": kind}
+            model, seed=0, max_rows=1, device="cpu", options={}, transport=kind
         )
         backend = arguments.weight_transfer_config.backend
         assert WeightTransferEngineFactory._registry[backend]() is engine

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from raygrpo.config import Gpus, RunConfig, Threads
-from raygrpo.engines.vllm.options import TRANSFER
 from raygrpo.errors import ConfigError
 from raygrpo.rewards.loading import reward_models
 
@@ -197,18 +196,17 @@ def check_run_dir(config: RunConfig) -> None:
 
 
 def check_transfer(config: RunConfig) -> None:
-    """Refuses ``generators.options.weight_transfer`` where it cannot work.
+    """Refuses ``weights.transport`` where it cannot work.
 
     Raises:
-        ConfigError: a transport that is not known, or that this engine or these devices lack.
+        ConfigError: this engine or these devices do not have the transport.
     """
     section, gpus = config.generators, config.ray.gpus
-    if TRANSFER not in section.options:
+    kind = config.weights.transport
+    if kind == "store":
         return
-    kind = section.options[TRANSFER]
     together = gpus.learner * config.learner.num_ranks + gpus.generator * section.count
     problems = {
-        "it is nccl or ipc": kind not in ("nccl", "ipc"),
         "that needs generators.engine: vllm": section.engine != "vllm",
         "that needs CUDA devices: set ray.gpus.learner and ray.gpus.generator": (
             not (gpus.learner and gpus.generator)
@@ -230,6 +228,5 @@ def check_transfer(config: RunConfig) -> None:
     for problem, found in problems.items():
         if found:
             raise ConfigError(
-                f"generators.options.weight_transfer is {kind}, but {problem}",
-                "or remove it: versions then come through the weight store",
+                f"weights.transport is {kind}, but {problem}", "or set weights.transport: store"
             )

@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from raygrpo.config import ModelSection
+from raygrpo.config import ModelSection, Transport
 from raygrpo.engines.hf.model_weights import check_manifest
 from raygrpo.engines.randomness import row_keys, uniforms
 from raygrpo.engines.requests import check_request
@@ -71,6 +71,7 @@ class VllmEngine:
         max_rows: int,
         device: str = "cpu",
         options: Mapping[str, Any] | None = None,
+        transport: Transport = "store",
         version: Version | None = None,
     ) -> None:
         with torch.device("meta"):  # what the model consists of, without its weights
@@ -94,7 +95,12 @@ class VllmEngine:
         self._version: Version | None = None
         self._client = VllmClient(
             engine_arguments(
-                model, seed=seed, max_rows=max_rows, device=device, options=options or {}
+                model,
+                seed=seed,
+                max_rows=max_rows,
+                device=device,
+                options=options or {},
+                transport=transport,
             )
         )
         if version is not None:

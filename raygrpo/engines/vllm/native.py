@@ -45,8 +45,8 @@ def make_sender(kind: str, host: str) -> Sender:
     """
     if not torch.cuda.is_available():
         raise ConfigError(
-            f"generators.options.weight_transfer is {kind}, but the learner has no CUDA device",
-            "remove it: versions then come through the weight store",
+            f"weights.transport is {kind}, but the learner has no CUDA device",
+            "set weights.transport: store",
         )
     device = torch.accelerator.current_device_index()
     if kind == "nccl":

@@ -9,9 +9,6 @@ from typing import Final
 
 from raygrpo.config import ModelSection
 
-TRANSFER: Final = "weight_transfer"  # ours, among vLLM's options
-
-
 NOT_INSTALLED: Final = "vLLM is not installed"
 
 

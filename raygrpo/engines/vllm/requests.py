@@ -14,9 +14,8 @@ from vllm.outputs import CompletionOutput
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 
-from raygrpo.config import ModelSection
+from raygrpo.config import ModelSection, Transport
 from raygrpo.engines.stops import StopStrings
-from raygrpo.engines.vllm.options import TRANSFER
 from raygrpo.engines.vllm.worker import BACKEND, WorkerExtension
 from raygrpo.errors import ConfigError
 from raygrpo.types import Completion, FloatArray, Sampling, Version
@@ -51,14 +50,14 @@ def engine_arguments(
     max_rows: int,
     device: str,
     options: Mapping[str, Any],
+    transport: Transport = "store",
 ) -> AsyncEngineArgs:
     """vLLM's arguments: ours, and the user's ``generators.options`` in place of the defaults.
 
     Raises:
         ConfigError: an option that this vLLM does not have, or a value that it refuses.
     """
-    backend = f"{BACKEND}-{options[TRANSFER]}" if TRANSFER in options else BACKEND
-    options = {name: value for name, value in options.items() if name != TRANSFER}
+    backend = BACKEND if transport == "store" else f"{BACKEND}-{transport}"
     known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
     if unknown := sorted(set(options) - known):
         raise ConfigError(

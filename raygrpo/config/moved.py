@@ -1,0 +1,12 @@
+"""Keys that got another name: the error for an unknown key names the new one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+MOVED: Mapping[str, str] = MappingProxyType(
+    {
+        "generators.options.weight_transfer": "weights.transport",
+    }
+)
