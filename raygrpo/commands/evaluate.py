@@ -16,7 +16,8 @@ from raygrpo.commands.signals import Stopped
 from raygrpo.commands.train import Session
 from raygrpo.config import RunConfig
 from raygrpo.config.file import load_config
-from raygrpo.errors import ConfigError, RewardError, StorageError
+from raygrpo.errors import ConfigError, StorageError
+from raygrpo.rewards.budget import ScoreBudget
 from raygrpo.rewards.contract import TrainerState
 from raygrpo.storage.checkpoint import find_checkpoint, open_run, verify
 from raygrpo.storage.run_dir import write_atomically
@@ -190,8 +191,10 @@ class RolloutSession(Session):
     ) -> Iterator[tuple[FinishedGroup, ScoreReport]]:
         """Yields groups as they finish; ``drop`` gets the ids of those that cannot be served."""
         waiting = {_id(order): order for order in orders}
-        scores = errored = 0
-        first: str | None = None
+        budget = ScoreBudget(
+            max_error_frac=self.config.scorers.max_reward_error_frac,
+            num_planned=sum(_num_completions(order) for order in orders),
+        )
         for order in orders:
             self._pool.submit(order)
         while waiting:
@@ -210,20 +213,10 @@ class RolloutSession(Session):
                 drop(group_id)
             for group, report in done.groups:
                 del waiting[group.summary.group_id]
-                scores += len(group.summary.scores)
-                errors = [s.error for s in group.summary.scores if s.error is not None]
-                errored += len(errors)
-                first = first or report.traceback or next(iter(errors), None)
+                budget.take(group.summary.scores, report.traceback)
                 counts = {"finished": len(orders) - len(waiting), "of": len(orders)}
                 self._on_event("group", counts)
                 yield group, report
-        limit = self.config.scorers.max_reward_error_frac
-        if errored > limit * scores:
-            raise RewardError(
-                f"{errored} of {scores} scores failed (scorers.max_reward_error_frac is "
-                f"{limit:g}); the first:\n{first}",
-                "correct the reward function, or raise its timeout_s",
-            )
 
 
 def evaluate(
@@ -277,6 +270,11 @@ def write_json(path: Path, found: Evaluated) -> None:
 
 def _id(order: Order) -> int:
     return order.request.group_id if isinstance(order, Group) else order.group_id
+
+
+def _num_completions(order: Order) -> int:
+    request = order.request if isinstance(order, Group) else order
+    return request.sampling.num_completions
 
 
 def _write(
