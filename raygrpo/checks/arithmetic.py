@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from raygrpo.algorithm.packing import MicrobatchPlan, RowLayout, place, row_length, trees_of
 from raygrpo.checks.memory import FullUpdate
 from raygrpo.config import RunConfig
-from raygrpo.learner.attention.ulysses import sequence_ranks
 from raygrpo.learner.schedule import learning_rate
 from raygrpo.types import PlannedSample, StepBatch, Version
 
@@ -70,11 +69,11 @@ def fullest_step(
         payloads=everything,
         versions=dict.fromkeys(everything, (_START, _START)),
     )
-    shared = sequence_ranks(config) > 1 and layout == "packed"
+    shared = config.learner.sequence_parallel > 1 and layout == "packed"
     used: RowLayout = "shared" if shared else layout
     plan = place(
         batch,
-        config.learner.num_ranks // sequence_ranks(config),
+        config.learner.num_ranks // config.learner.sequence_parallel,
         tokens_per_microbatch=train.tokens_per_microbatch,
         layout=used,
         attention_length=6.0 * hidden_size,

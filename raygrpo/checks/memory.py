@@ -18,7 +18,6 @@ from raygrpo.algorithm.logprobs import chunk_tokens_for
 from raygrpo.algorithm.packing import RowLayout
 from raygrpo.config import ModelSection, RunConfig
 from raygrpo.engines.select import planned_engine
-from raygrpo.learner.attention.ulysses import sequence_ranks
 from raygrpo.learner.deepspeed_config import BUCKET_ELEMENTS
 from raygrpo.learner.loading import expected_layout
 from raygrpo.models import DTYPES
@@ -205,7 +204,7 @@ def _training_parts(config: RunConfig, size: ModelSize, update: FullUpdate) -> P
     section, stage, num_ranks = config.learner, config.learner.zero_stage, config.learner.num_ranks
     shard = _shard(config, size)
     held = size.parameters * size.dtype_bytes
-    tokens = update.tokens // sequence_ranks(config)
+    tokens = update.tokens // section.sequence_parallel
     away = _offloaded(config)
     activations = _activation_bytes(config, size, tokens, update)
     gradients = _gradients(stage, size, shard)

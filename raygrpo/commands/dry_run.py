@@ -18,7 +18,7 @@ from raygrpo.commands.train import Session
 from raygrpo.config import RewardSection, RunConfig
 from raygrpo.engines.select import planned_engine
 from raygrpo.errors import ConfigError, RewardError
-from raygrpo.learner.attention.ulysses import check_attention, sequence_ranks
+from raygrpo.learner.attention.ulysses import check_attention
 from raygrpo.learner.deepspeed_config import check_learner
 from raygrpo.learner.loading import expected_layout
 from raygrpo.storage.run_dir import RunDir
@@ -128,7 +128,7 @@ def check_model(checked: Checked, longest_prompt: int) -> Any:
     )
     nowhere = torch.zeros(1, 1, dtype=torch.long)
     attention_masks(config, torch.ones(1, 1, 1, dtype=torch.bool), nowhere, nowhere, torch.float32)
-    check_attention(config, sequence_ranks(checked.config))
+    check_attention(config, checked.config.learner.sequence_parallel)
     text = config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None)
     if limit is not None and longest_prompt + sampling.max_tokens > limit:

@@ -7,6 +7,7 @@ from types import MappingProxyType
 
 MOVED: Mapping[str, str] = MappingProxyType(
     {
+        "learner.deepspeed.sequence_parallel_size": "learner.sequence_parallel",
         "generators.options.weight_transfer": "weights.transport",
     }
 )

@@ -200,9 +200,21 @@ class LearnerSection(Section):
     lora: dict[str, Any] = key(
         {}, "Arguments of peft's LoraConfig (r, lora_alpha, target_modules, ...); empty trains all."
     )
-    deepspeed: dict[str, Any] = key(
-        {}, "DeepSpeed's zero_optimization, checkpoint and logging; sequence_parallel_size."
+    sequence_parallel: int = key(
+        1, "Ranks that share the tokens of a row; a divisor of num_ranks.", "ranks", ge=1
     )
+    deepspeed: dict[str, Any] = key(
+        {}, "DeepSpeed's own configuration: zero_optimization, checkpoint and logging."
+    )
+
+    @model_validator(mode="after")
+    def _whole_groups_of_ranks(self) -> LearnerSection:
+        if self.num_ranks % self.sequence_parallel:
+            raise ValueError(
+                f"num_ranks ({self.num_ranks}) is no multiple of sequence_parallel "
+                f"({self.sequence_parallel})"
+            )
+        return self
 
     @model_validator(mode="after")
     def _ref_sync(self) -> LearnerSection:

@@ -19,7 +19,6 @@ from raygrpo.algorithm.step_plan import loss_config
 from raygrpo.algorithm.token_gradient import token_gradient
 from raygrpo.config import RunConfig
 from raygrpo.errors import ConfigError, NumericError, RayGrpoError, StorageError
-from raygrpo.learner.attention.ulysses import sequence_ranks
 from raygrpo.learner.first_pass import Held, first_pass
 from raygrpo.learner.inputs import PolicyInputs, policy_inputs
 from raygrpo.learner.lora import adapter_off, adapter_parameters, base_parameters
@@ -85,7 +84,7 @@ class Learner(ABC):
         if reference is not None and config.learner.ref_sync:
             self._moving = MovingReference(reference.model)
         self._layout = layout
-        self._sequence_ranks = sequence_ranks(config)
+        self._sequence_ranks = config.learner.sequence_parallel
         if not config.learner.lora:
             check_trainable(policy.model)
         self._loss_config = loss_config(config)

@@ -8,7 +8,6 @@ from typing import Any
 from raygrpo.config import RunConfig
 from raygrpo.config.file import merged_sections
 from raygrpo.errors import ConfigError
-from raygrpo.learner.attention.ulysses import KEY, sequence_ranks
 
 # Elements of a communication bucket; DeepSpeed's own 5e8 would hold 2 GB of fp32 for one.
 BUCKET_ELEMENTS = 50_000_000
@@ -32,7 +31,7 @@ _REFUSED = {
 }
 # Where the state lies, how it travels, and what is logged; DeepSpeed itself says nothing of a
 # top-level key that it does not know.
-_SUPPORTED = {KEY, "zero_optimization", "checkpoint", "comms_logger", "flops_profiler",
+_SUPPORTED = {"zero_optimization", "checkpoint", "comms_logger", "flops_profiler",
               "steps_per_print", "wall_clock_breakdown"}  # fmt: skip
 
 
@@ -48,8 +47,7 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
         ConfigError: a key in ``learner.deepspeed`` that would change what an update is, or that is
             not supported.
     """
-    sequence_ranks(config)
-    user = {name: value for name, value in config.learner.deepspeed.items() if name != KEY}
+    user = config.learner.deepspeed
     _refuse(user)
     stage = config.learner.zero_stage
     bf16 = config.model.dtype == "bfloat16"

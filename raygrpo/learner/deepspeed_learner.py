@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from raygrpo.config import RunConfig
 from raygrpo.errors import ConfigError
-from raygrpo.learner.attention.ulysses import SequenceShard, sequence_ranks
+from raygrpo.learner.attention.ulysses import SequenceShard
 from raygrpo.learner.base import Learner
 from raygrpo.learner.deepspeed_config import clips_itself, deepspeed_config
 from raygrpo.learner.inputs import PolicyInputs
@@ -93,7 +93,7 @@ class DeepSpeedLearner(Learner):
             **section.adamw.model_dump(),
         )
         _init_distributed(config, place)
-        if (size := sequence_ranks(config)) > 1:
+        if (size := config.learner.sequence_parallel) > 1:
             shard = SequenceShard(
                 policy.model, rank=rank, num_ranks=config.learner.num_ranks, size=size
             )

@@ -107,8 +107,8 @@ def test_packed_rows_of_a_full_update(directory: Path, budget: int, shares_token
     Each of the 4 completions of a tree copies the prompt's 11 tokens. Ranks that share tokens have
     a row a tree instead, under a mask over each row.
     """
-    deepspeed = {"sequence_parallel_size": 2} if shares_tokens else {}
-    learner = {"num_ranks": 2 if shares_tokens else 1, "deepspeed": deepspeed}
+    ranks = 2 if shares_tokens else 1
+    learner = {"num_ranks": ranks, "sequence_parallel": ranks}
     config = run_config(directory, learner=learner)
     train = config.train.model_copy(update={"tokens_per_microbatch": budget})
     config = config.model_copy(update={"train": train})
@@ -135,8 +135,8 @@ MISTAKES: list[tuple[dict[str, Any], list[str]]] = [
     ({"ray": {"gpus": {"learner": 900}}}, ["900 GPUs", "this machine has"]),
     ({"learner": {"deepspeed": {"fp16": {"enabled": True}}}}, ["fp16", "model.dtype"]),
     (
-        {"learner": {"num_ranks": 3, "deepspeed": {"sequence_parallel_size": 3}}},
-        ["sequence_parallel_size 3", "4 heads"],
+        {"learner": {"num_ranks": 3, "sequence_parallel": 3}},
+        ["sequence_parallel 3", "4 heads"],
     ),
     (
         {"learner": {"deepspeed": {"zero_optimisation": {}}}},

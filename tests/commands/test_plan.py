@@ -128,9 +128,7 @@ def test_each_remedy_lowers_its_part(models: dict[str, Path]) -> None:
     assert recomputed["activations"] < plain["activations"]
     fewer = parts(replace(FULL, tokens=1024))
     assert fewer["activations"] == plain["activations"] // 4
-    halved = parts(
-        learner={"num_ranks": 2, "deepspeed": {"sequence_parallel_size": 2}},
-    )
+    halved = parts(learner={"num_ranks": 2, "sequence_parallel": 2})
     assert halved["activations"] == plain["activations"] // 2
     assert parts(model={"dtype": "bfloat16"})["parameters"] == plain["parameters"] // 2
     assert plain["reference"] == 0

@@ -61,6 +61,7 @@ def test_dump_loads_to_the_same(tmp_path: Path) -> None:
         ({"rewards": [{"func": "exact"}, {"func": "exact"}]}, "distinct names"),
         ({"optimizer": {"lr": -1}}, "optimizer.lr"),
         ({"learner": {"zero_stage": 4}}, "learner.zero_stage"),
+        ({"learner": {"num_ranks": 3, "sequence_parallel": 2}}, "num_ranks (3) is no multiple"),
         ({"train": "fast"}, "train"),
     ],
     ids=str,

@@ -13,9 +13,7 @@ from raygrpo.learner.attention.ulysses import (
     SequenceShard,
     _UlyssesAttention,
     check_attention,
-    sequence_ranks,
 )
-from raygrpo.learner.deepspeed_config import deepspeed_config
 from raygrpo.models import refuse_unknown
 from raygrpo.types import merge_stats
 from tests.parity.learner_cases import make_config
@@ -23,7 +21,7 @@ from tests.parity.test_deepspeed import make_case, reference_run, relative, run_
 from tests.tiny import save_tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.timeout(600)
-SHARED: dict[str, Any] = {"deepspeed": {"sequence_parallel_size": 2}}
+SHARED: dict[str, Any] = {"sequence_parallel": 2}
 SHARDED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 # Several updates, a KL, and a ratio of whole sequences, which are cut in the middle. Llama has a
 # head of its own, Qwen2 a tied one, and Gemma 3 a sliding window shorter than its rows.
@@ -54,7 +52,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def two_ranks(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
     cases = {}
     for name, (kind, stage, settings, config) in CASES.items():
-        learner = {"deepspeed": {**SHARED["deepspeed"], **settings}}
+        learner = {**SHARED, "deepspeed": settings}
         learner["gradient_checkpointing"] = name.startswith("recompute")
         cases[name] = make_case(models[kind], stage, "train", **config, learner=learner)
     root = tmp_path_factory.mktemp("ranks")
@@ -131,26 +129,13 @@ def test_offloaded_state_resumes_bit_for_bit(stage: int, two_ranks: Any) -> None
 @pytest.mark.parametrize("size", [2, 4])
 def test_four_ranks(size: int, models: dict[str, Path], tmp_path: Path) -> None:
     """Two groups of two, and one of four, which is more than there are key heads (2)."""
-    learner = {"deepspeed": {"sequence_parallel_size": size, **SHARDED}}
+    learner = {"sequence_parallel": size, "deepspeed": SHARDED}
     cases = {"four": make_case(models["llama"], 3, "train", **MANY, learner=learner)}
     ranks = run_ranks(tmp_path / "four", 4, cases)
     _, expected = reference_run(models["llama"], **MANY)
     for rank in ranks:
         assert relative(rank["four"]["after"], expected) < 1e-5
     assert [not any(rank["four"]["history"]) for rank in ranks] == [r % size > 0 for r in range(4)]
-
-
-@pytest.mark.parametrize(("size", "num_ranks"), [(2, 3), (0, 2), ("two", 2), (4, 2)])
-def test_a_size_that_does_not_divide_the_ranks_is_refused(size: Any, num_ranks: int) -> None:
-    learner = {"num_ranks": num_ranks, "deepspeed": {"sequence_parallel_size": size}}
-    with pytest.raises(ConfigError, match=r"no divisor of learner\.num_ranks"):
-        deepspeed_config(make_config("model", learner=learner))
-
-
-def test_deepspeed_does_not_see_the_key() -> None:
-    config = make_config("model", learner={"num_ranks": 4, **SHARED})
-    assert sequence_ranks(config) == 2
-    assert "sequence_parallel_size" not in deepspeed_config(config)
 
 
 def gemma2(path: Path, **changes: Any) -> Path:
@@ -173,7 +158,7 @@ def test_an_attention_that_does_more_is_refused(tmp_path: Path) -> None:
 
     path = gemma2(tmp_path)
     config = AutoConfig.from_pretrained(path)
-    with pytest.raises(ConfigError, match=r"sequence_parallel_size 2: .*'gemma2' caps its logits"):
+    with pytest.raises(ConfigError, match=r"sequence_parallel is 2, .*'gemma2' caps its logits"):
         check_attention(config, 2)
     check_attention(config, 1)
     # What has no name in the configuration shows in what the model was loaded with.

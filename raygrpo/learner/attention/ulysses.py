@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from raygrpo.algorithm.logprobs import TokenGradient
-from raygrpo.config import RunConfig
 from raygrpo.errors import ConfigError
 from raygrpo.models import attention_masks, refuse_unknown
 
@@ -23,24 +22,7 @@ if TYPE_CHECKING:
     from raygrpo.learner.inputs import PolicyInputs
     from raygrpo.learner.policy import PolicyModel
 
-KEY = "sequence_parallel_size"
 _ATTENTION = "raygrpo_ulysses"
-
-
-def sequence_ranks(config: RunConfig) -> int:
-    """Ranks that share a row's tokens: ``learner.deepspeed.sequence_parallel_size``, or 1.
-
-    Raises:
-        ConfigError: no divisor of the number of ranks.
-    """
-    size = config.learner.deepspeed.get(KEY, 1)
-    ranks = config.learner.num_ranks
-    if not isinstance(size, int) or size < 1 or ranks % size:
-        raise ConfigError(
-            f"learner.deepspeed.{KEY} is {size!r}, no divisor of learner.num_ranks ({ranks})",
-            f"set learner.num_ranks to a multiple of {size}",
-        )
-    return size
 
 
 def check_attention(config: Any, size: int) -> None:
@@ -54,7 +36,7 @@ def check_attention(config: Any, size: int) -> None:
     text = config.get_text_config()
     if text.num_attention_heads % size:
         raise ConfigError(
-            f"learner.deepspeed.{KEY} {size} does not divide the model's "
+            f"learner.sequence_parallel {size} does not divide the model's "
             f"{text.num_attention_heads} heads",
             "choose a divisor",
         )
@@ -63,9 +45,9 @@ def check_attention(config: Any, size: int) -> None:
     if capped or getattr(config, "_attn_implementation", None) == "eager":
         what = "caps its logits" if capped else "is not that of SDPA"
         raise ConfigError(
-            f"learner.deepspeed.{KEY} {size}: the attention of models of type "
-            f"{text.model_type!r} {what}, which it does not know",
-            f"leave {KEY} out",
+            f"learner.sequence_parallel is {size}, but the attention of models of type "
+            f"{text.model_type!r} {what}",
+            "set learner.sequence_parallel: 1",
         )
 
 
