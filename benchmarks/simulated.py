@@ -25,6 +25,7 @@ from raygrpo.actors.futures import Pending
 from raygrpo.actors.learner import LearnerGroup
 from raygrpo.actors.pool.pool import RolloutPool
 from raygrpo.actors.process import spawn
+from raygrpo.actors.weight_store import StoreHandle
 from raygrpo.commands.train import Session
 from raygrpo.config import RewardSection, RunConfig
 from raygrpo.types import (
@@ -39,8 +40,7 @@ from raygrpo.types import (
     Stream,
     Version,
 )
-from raygrpo.weights.publisher import PublishReport
-from raygrpo.weights.types import BucketSpec, TensorSpec, WeightsManifest
+from raygrpo.weights.types import BucketSpec, PublishReport, TensorSpec, WeightsManifest
 
 WEIGHT_BYTES = 2**16
 LOOK_FRAC = 0.01  # how long a step may keep a command waiting, in times of a group
@@ -204,7 +204,7 @@ class SimulatedLearnerActor:
         seconds = time.monotonic() - started
         return StepResult(version=version, stats={"loss": Stat.of(0.0)}, seconds=seconds)
 
-    def publish(self, version: Version, store: Any) -> PublishReport:
+    def publish(self, version: Version, store: StoreHandle) -> PublishReport:
         """Gives the store a whole version, a small one."""
         data = np.full(WEIGHT_BYTES, version.step % 251, np.uint8)
         tensor = TensorSpec(
@@ -214,8 +214,8 @@ class SimulatedLearnerActor:
             tensors=(tensor,), num_bytes=data.size, checksum=xxhash.xxh3_64_intdigest(data.data)
         )
         manifest = WeightsManifest(version=version, kind="full", base_version=None, buckets=(spec,))
-        ray.get(store.put.remote(version, 0, data))
-        ray.get(store.commit.remote(manifest))
+        store.put(version, 0, data, encoded=False)()
+        store.commit(manifest)
         return PublishReport(
             version=version,
             kind="full",
@@ -257,7 +257,7 @@ class SimulatedLearner(LearnerGroup):
         readings: the CPU time used when each step's update began.
     """
 
-    def __init__(self, store: Any, update_s: float) -> None:
+    def __init__(self, store: StoreHandle, update_s: float) -> None:
         self._store = store
         self.readings: dict[int, CpuReading] = {}
         self._actor = spawn(SimulatedLearnerActor, update_s, num_cpus=0)

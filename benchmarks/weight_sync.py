@@ -41,15 +41,15 @@ from raygrpo.actors.cluster.connect import connect, disconnect
 from raygrpo.actors.cluster.placement import demand_of
 from raygrpo.actors.generator import GeneratorActor
 from raygrpo.actors.process import spawn
-from raygrpo.actors.weight_store import end_store, start_store
+from raygrpo.actors.weight_store import StoreHandle, start_store
 from raygrpo.config import ModelSection, RunConfig
 from raygrpo.config.file import load_config
 from raygrpo.engines.select import make_engine
 from raygrpo.models import DTYPES, load_model
 from raygrpo.types import Group, GroupRequest, Prompt, Sampling, Version
 from raygrpo.weights.probe import probe_tokens
-from raygrpo.weights.publisher import Publisher, PublishReport
-from raygrpo.weights.types import Probe
+from raygrpo.weights.publisher import Publisher
+from raygrpo.weights.types import Probe, PublishReport
 
 TIMEOUT_S = 300.0
 # By number of generators, in memory copies of the weights.
@@ -91,10 +91,10 @@ class CountingGenerator(GeneratorActor):
 class Source:
     """Publishes a model's weights as a learner's rank 0 does, without the learner's memory."""
 
-    def __init__(self, model: ModelSection, store: Any, threads: int) -> None:
+    def __init__(self, model: ModelSection, store: StoreHandle, threads: int) -> None:
         torch.set_num_threads(threads)
         self._model = load_model(model, seed=0, dtype=DTYPES[model.dtype]).requires_grad_(False)
-        self._publisher = Publisher(store, local=True, timeout_s=TIMEOUT_S)
+        self._publisher = Publisher(store, local=True)
 
     def change(self, share: float) -> None:
         """Changes the bits of this share of all weights, at random places, by one unit."""
@@ -243,7 +243,7 @@ class Rig:
         """Ends all actors."""
         for actor in (self.source, *self.generators):
             ray.kill(actor)
-        end_store(self.store)
+        self.store.close()
 
 
 def medians(rows: list[dict[str, float]]) -> dict[str, float]:

@@ -33,15 +33,15 @@ class DependencyDied(InfraError):
     """A call failed because a process that it needs is gone; the called one is well."""
 
 
-def resolve(ref: Any, what: str) -> Any:
-    """The value of a finished call.
+def resolve(ref: Any, what: str, timeout_s: float = 60.0) -> Any:
+    """The value of a call, which has finished or finishes within ``timeout_s``.
 
     Raises:
         WorkerDied, AnswerLost: the process or its answer is gone.
         RayGrpoError: what the call raised on purpose; anything else is raised as it was.
     """
     try:
-        return ray.get(ref, timeout=60)
+        return ray.get(ref, timeout=timeout_s)
     except ray.exceptions.RayTaskError as error:  # first: it is of its cause's class too
         raise _raised_inside(error, what) from None
     except _DEAD as error:

@@ -19,13 +19,13 @@ import ray.exceptions
 from raygrpo.actors.idle import IdleClock, IdleReading
 from raygrpo.actors.process import in_new_thread, keep_heap, log_to, on_sigterm
 from raygrpo.actors.profiling import EngineTracer, ProfileRequest
-from raygrpo.actors.weight_store import pull
+from raygrpo.actors.weight_store import StoreHandle
 from raygrpo.config import RunConfig
 from raygrpo.engines.base import Engine
 from raygrpo.engines.probe import ProbeCheck
 from raygrpo.errors import EngineBroken, InfraError, RayGrpoError
 from raygrpo.types import ByteArray, Completion, Group, GroupRequest, Stream, Version
-from raygrpo.weights.replica import Link, Replica, Staged
+from raygrpo.weights.replica import Replica, Staged, WeightLink
 from raygrpo.weights.types import WeightsManifest
 
 Partials = tuple[Completion, ...]
@@ -83,7 +83,7 @@ class GeneratorActor:
     def __init__(
         self,
         config: RunConfig,
-        store: Any,
+        store: StoreHandle | None,
         threads: int,
         profile: ProfileRequest | None = None,
         make_engine: Callable[..., Engine] | None = None,
@@ -179,8 +179,9 @@ class GeneratorActor:
 
     async def _load(self) -> LoadReport:
         started = time.monotonic()
+        assert self._store is not None, "without a store there is nothing to load"
         async with self._loading:
-            links = await pull(self._store, self._replica.version)
+            links = await self._store.pull(self._replica.version)
             if self._asleep:  # only now: where the pull fails, the learner publishes again first
                 await self._on_engine(self._engine.wake)
             stall_s = probe_s = 0.0
@@ -222,7 +223,7 @@ class GeneratorActor:
                 await self._on_engine(self._engine.sleep)
             self._asleep = True
 
-    def _stage(self, links: Sequence[Link]) -> Staged:
+    def _stage(self, links: Sequence[WeightLink]) -> Staged:
         staged = self._replica.stage(links)
         self._engine.stage_weights(*self._whole(staged))
         return staged

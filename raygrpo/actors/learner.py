@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
@@ -18,6 +18,7 @@ from raygrpo.actors.futures import Pending
 from raygrpo.actors.native_transfer import LearnerTransfer, wanted
 from raygrpo.actors.process import keep_heap, log_path, log_to, spawn
 from raygrpo.actors.profiling import ProfileRequest, Tracer
+from raygrpo.actors.weight_store import StoreHandle
 from raygrpo.algorithm.packing import make_microbatch, place
 from raygrpo.config import RunConfig
 from raygrpo.errors import ConfigError
@@ -29,7 +30,10 @@ from raygrpo.types import (
     Version,
     merge_stats,
 )
-from raygrpo.weights.publisher import Publisher, PublishReport, WholeKind
+from raygrpo.weights.types import PublishReport, WholeKind
+
+if TYPE_CHECKING:
+    from raygrpo.weights.publisher import Publisher
 
 
 class LearnerActor:
@@ -100,13 +104,18 @@ class LearnerActor:
         )
 
     def publish(
-        self, version: Version, store: Any, local: bool, generators: Mapping[str, Any]
+        self,
+        version: Version,
+        store: StoreHandle | None,
+        local: bool,
+        generators: Mapping[str, Any],
     ) -> PublishReport | None:
         """Publishes the weights; rank 0 sends, others help gather. ``local``: on one machine.
 
         ``generators`` are sent them directly before.
         """
         from raygrpo.learner.probe import score_probe
+        from raygrpo.weights.publisher import Publisher
 
         probe = score_probe(self._learner)
         lora = bool(self._config.learner.lora)
@@ -121,9 +130,8 @@ class LearnerActor:
                 pass
             return None
         if self._publisher is None:
-            self._publisher = Publisher(
-                store, local=local, timeout_s=self._config.ray.timeouts_s.sync
-            )
+            assert store is not None, "a learner without a store publishes nothing"
+            self._publisher = Publisher(store, local=local)
         kind: WholeKind = "adapter" if lora else "full"
         return replace(self._publisher.publish(version, tensors, kind, probe), broken=broken)
 
@@ -181,7 +189,7 @@ class LearnerGroup:
     def __init__(
         self,
         config: RunConfig,
-        store: Any,
+        store: StoreHandle | None,
         *,
         local: bool,
         logs: Path | None = None,

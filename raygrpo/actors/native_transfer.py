@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from raygrpo.actors.generator import GeneratorActor, LoadReport
 from raygrpo.actors.pool.workers import Worker
+from raygrpo.actors.process import in_new_thread
 from raygrpo.config import RunConfig
 from raygrpo.types import Version
 from raygrpo.weights.native import NativeTransfer, TransferResult
@@ -135,7 +136,8 @@ class ReceivingGenerator(GeneratorActor):
                 sent = self._sent
                 await self._prove(sent)
                 self._sent = replace(sent, probe=None)
-                newest = await self._store.newest.remote()
+                assert self._store is not None
+                newest = await asyncio.wrap_future(in_new_thread(self._store.newest, "newest"))
             if newest is not None and newest <= sent.version:
                 return LoadReport(
                     version=sent.version,

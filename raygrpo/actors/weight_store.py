@@ -1,10 +1,15 @@
-"""The weight store: a long-lived actor that owns published weights, so that a dead learner loses
-nothing and generators pull whenever they need to."""
+"""The weight store: a long-lived actor that owns published weights, and its handle.
+
+A dead learner loses nothing, since the store copies or maps each bucket. Generators pull whenever
+they need to. The store waits for nobody; a publish unblocks the loads that the driver asks for.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -12,16 +17,17 @@ import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from raygrpo.actors.futures import resolve
 from raygrpo.actors.process import spawn
 from raygrpo.errors import WeightsCorrupt
 from raygrpo.types import ByteArray, Version
-from raygrpo.weights.chain import Stored, VersionChain
-from raygrpo.weights.replica import Link
+from raygrpo.weights.chain import StoredVersion, VersionChain
+from raygrpo.weights.replica import WeightLink
 from raygrpo.weights.shared import Address, HeldSegment, SegmentGone, read_segment
 from raygrpo.weights.types import WeightsManifest
 
-# How often buckets may be gone by the time that they are read: a publish may have overtaken it.
-_MAX_PLANS = 10
+# How often buckets may be gone when they are read: newer publishes may overtake a reader.
+_MAX_PULLS = 10
 
 
 class WeightStoreActor:
@@ -31,13 +37,13 @@ class WeightStoreActor:
         self._chain = VersionChain()
         self._held: WeakValueDictionary[bytes, _Held] = WeakValueDictionary()
 
-    def put(self, version: Version, index: int, data: ByteArray, encoded: bool = False) -> None:
+    def put(self, version: Version, index: int, data: ByteArray, encoded: bool) -> None:
         """Takes bucket ``index`` of a version under way, as a delta (``encoded``) or whole."""
         self._chain.refuse_older(version)
         self._chain.put(version, index, ray.put(data), encoded=encoded)
 
     def adopt(self, version: Version, index: int, address: Address) -> bool:
-        """Takes a whole bucket that is in this host's memory where it is; False: it is not."""
+        """Maps a whole bucket in this host's shared memory; False if it is on another host."""
         self._chain.refuse_older(version)
         try:
             held = _Held(address)
@@ -52,30 +58,32 @@ class WeightStoreActor:
         self._chain.commit(manifests)
 
     def forget(self) -> None:
-        """Drops all versions, which are not what was published; a version under way stays."""
+        """Drops all versions, which are corrupt; a version under way stays."""
         self._chain.forget()
 
     def newest(self) -> Version | None:
         """The newest version; None while nothing has been published."""
         return self._chain.version
 
-    def plan(self, have: Version | None = None) -> list[Stored]:
-        """What to apply to get from ``have`` to the newest version, with references to buckets, or
-        addresses (see `pull`)."""
+    def plan(self, have: Version | None = None) -> list[StoredVersion]:
+        """The versions to apply on ``have`` to reach the newest one.
+
+        Each bucket is a reference to an object, or an address in shared memory.
+        """
         return [
             (manifest, tuple(r.address if isinstance(r, _Held) else r for r in refs))
             for manifest, refs in self._chain.plan(have)
         ]
 
     def fetch(self, mark: bytes) -> list[Any]:
-        """A reference to a bucket for those to whom its address means nothing.
+        """A reference to a bucket in shared memory, for a reader on another host.
 
         Raises:
-            SegmentGone: it is not kept any more.
+            SegmentGone: the store has let go of the bucket.
         """
         held = self._held.get(mark)
         if held is None:
-            raise SegmentGone("a bucket of the weights is not kept any more")
+            raise SegmentGone("a bucket of the weights is gone")
         held.ref = held.ref or ray.put(held.read())
         return [held.ref]
 
@@ -86,54 +94,91 @@ class _Held(HeldSegment):
     ref: Any = None
 
 
-async def pull(store: Any, have: Version | None) -> list[Link]:
-    """What leads from ``have`` to the store's newest version: empty where that is the newest.
+@dataclass(frozen=True, slots=True)
+class StoreHandle:
+    """The weight store as the driver, the learner and the generators see it.
 
-    Buckets in memory of this host are read in place; the others come through Ray. What is gone by
-    then (newer versions have come, or the store has lost its process) is asked for anew.
-
-    Raises:
-        WeightsLost: the store is empty.
-        WeightsCorrupt: the store does not give what it says it has.
+    ``actor`` is a `WeightStoreActor`; ``timeout_s`` is the deadline of each blocking call.
     """
-    for _ in range(_MAX_PLANS):
-        plan = await store.plan.remote(have)
-        try:
-            return [
-                (manifest, await asyncio.gather(*(_open(store, part) for part in parts)))
-                for manifest, parts in plan
-            ]
-        except (SegmentGone, ray.exceptions.ObjectLostError) as error:
-            last = error
-    raise WeightsCorrupt(f"buckets of the weights were gone {_MAX_PLANS} times: {last}")
+
+    actor: Any
+    timeout_s: float
+
+    def newest(self) -> Version | None:
+        """The newest version; None in an empty store."""
+        version: Version | None = self._answer(self.actor.newest.remote())
+        return version
+
+    def put(
+        self, version: Version, index: int, data: ByteArray, *, encoded: bool
+    ) -> Callable[[], None]:
+        """Sends a bucket; returns a function that waits until the store has it."""
+        return partial(self._answer, self.actor.put.remote(version, index, data, encoded))
+
+    def adopt(self, version: Version, index: int, address: Address) -> Callable[[], bool]:
+        """Offers a bucket in shared memory; the answer of a store on another host is False."""
+        return partial(self._answer, self.actor.adopt.remote(version, index, address))
+
+    def commit(self, *manifests: WeightsManifest) -> None:
+        """Makes a version readable."""
+        self._answer(self.actor.commit.remote(*manifests))
+
+    def forget(self) -> None:
+        """Has the store drop all versions; does not wait."""
+        self.actor.forget.remote()
+
+    async def pull(self, have: Version | None) -> list[WeightLink]:
+        """The links from ``have`` to the newest version; none if ``have`` is the newest.
+
+        Buckets in this host's memory are read in place, others come through Ray. A bucket may be
+        gone when it is read, because newer versions came or the store lost its process. Then the
+        pull starts again.
+
+        Raises:
+            WeightsLost: the store is empty.
+            WeightsCorrupt: the store does not give the buckets that it lists.
+        """
+        for _ in range(_MAX_PULLS):
+            versions: list[StoredVersion] = await self.actor.plan.remote(have)
+            try:
+                return [
+                    (manifest, await asyncio.gather(*map(self._read, parts)))
+                    for manifest, parts in versions
+                ]
+            except (SegmentGone, ray.exceptions.ObjectLostError) as error:
+                last = error
+        raise WeightsCorrupt(f"buckets of the weights were gone {_MAX_PULLS} times: {last}")
+
+    async def _read(self, part: Any) -> ByteArray:
+        if isinstance(part, Address):
+            try:
+                return read_segment(part)
+            except SegmentGone:
+                (part,) = await self.actor.fetch.remote(part.mark)
+        data: ByteArray = await part
+        return data
+
+    def close(self) -> None:
+        """Ends the store, and with it the weights in it."""
+        ray.kill(self.actor)
+
+    def _answer(self, ref: Any) -> Any:
+        return resolve(ref, "weight store", self.timeout_s)
 
 
-async def _open(store: Any, part: Any) -> ByteArray:
-    if isinstance(part, Address):
-        try:
-            return read_segment(part)
-        except SegmentGone:
-            (part,) = await store.fetch.remote(part.mark)
-    data: ByteArray = await part
-    return data
-
-
-def start_store(labels: Mapping[str, str] | None = None) -> Any:
+def start_store(
+    labels: Mapping[str, str] | None = None, *, timeout_s: float = 600.0
+) -> StoreHandle:
     """Starts the store on a node with these labels (the learner's), else on the driver's node.
 
-    It restarts by itself, without what it held, and calls under way are made again: an empty store
-    refuses deltas, and says to generators that the weights are lost, so that the learner publishes
-    them whole. It holds bytes and needs no core of its own, so without a place it could land on any
-    node: on one that is preempted, say, with all published weights.
+    Ray restarts the store by itself, empty, and makes calls under way again. An empty store refuses
+    deltas and tells generators that the weights are lost, so that the learner publishes a whole
+    version. The store needs no core of its own. Without a place it could land on any node, for
+    example on a preemptible one, which would take all published weights along.
     """
     restarts = {"max_restarts": -1, "max_task_retries": -1}
-    if labels:
-        return spawn(WeightStoreActor, num_cpus=0, label_selector=dict(labels), **restarts)
-    here = ray.get_runtime_context().get_node_id()
-    place = NodeAffinitySchedulingStrategy(here, soft=False)
-    return spawn(WeightStoreActor, num_cpus=0, scheduling_strategy=place, **restarts)
-
-
-def end_store(store: Any) -> None:
-    """Ends the store, and with it what it holds."""
-    ray.kill(store)
+    place: dict[str, Any] = {"label_selector": dict(labels)} if labels else {}
+    if not labels:
+        here = ray.get_runtime_context().get_node_id()
+        place["scheduling_strategy"] = NodeAffinitySchedulingStrategy(here, soft=False)
+    return StoreHandle(spawn(WeightStoreActor, num_cpus=0, **place, **restarts), timeout_s)

@@ -331,7 +331,7 @@ class Session:
         from raygrpo.actors.cluster.connect import connect, disconnect, placing
         from raygrpo.actors.cluster.engine_probe import settle_engine
         from raygrpo.actors.cluster.placement import demand_of, labels_of
-        from raygrpo.actors.weight_store import end_store, start_store
+        from raygrpo.actors.weight_store import start_store
 
         with self._signals.kept():
             connection = connect(self._placed, demand_of(self._placed))
@@ -340,8 +340,10 @@ class Session:
             connection.config, self.run_dir.engine, local=connection.local
         )
         self.run_dir.note(engine=choice.engine)
-        store = start_store(labels_of(self._placed, "learner"))
-        self._closers.callback(end_store, store)
+        store = start_store(
+            labels_of(self._placed, "learner"), timeout_s=self._placed.ray.timeouts_s.sync
+        )
+        self._closers.callback(store.close)
         # Elsewhere the run directory may not exist: there, output stays in Ray's own logs.
         where: dict[str, Any] = {
             "local": connection.local,

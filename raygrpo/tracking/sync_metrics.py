@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from raygrpo.actors.generator import LoadReport
-from raygrpo.weights.publisher import PublishReport
+from raygrpo.weights.types import PublishReport
 
 
 def publish_metrics(report: PublishReport, publish_s: float) -> dict[str, float]:

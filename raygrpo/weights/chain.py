@@ -10,7 +10,7 @@ from raygrpo.types import Version
 from raygrpo.weights.types import WeightsManifest
 
 # A manifest and an opaque reference to the array of each bucket.
-Stored = tuple[WeightsManifest, tuple[Any, ...]]
+StoredVersion = tuple[WeightsManifest, tuple[Any, ...]]
 
 
 class VersionChain:
@@ -22,8 +22,8 @@ class VersionChain:
     """
 
     def __init__(self) -> None:
-        self._whole: Stored | None = None
-        self._deltas: list[Stored] = []  # each on the version before
+        self._whole: StoredVersion | None = None
+        self._deltas: list[StoredVersion] = []  # each on the version before
         self._incoming: dict[tuple[int, bool], Any] = {}
         self._incoming_version: Version | None = None
 
@@ -69,7 +69,7 @@ class VersionChain:
         """Drops all versions, but for what has come of one under way."""
         self._whole, self._deltas = None, []
 
-    def plan(self, have: Version | None) -> list[Stored]:
+    def plan(self, have: Version | None) -> list[StoredVersion]:
         """What to apply, oldest first, to get from ``have`` to the newest with the fewest bytes.
 
         Empty where that is the newest; deltas alone where they begin at ``have``: a chain that was
@@ -96,7 +96,7 @@ class VersionChain:
                 "a learner of an older incarnation is still publishing"
             )
 
-    def _gather(self, manifest: WeightsManifest) -> Stored:
+    def _gather(self, manifest: WeightsManifest) -> StoredVersion:
         keys = [(i, spec.encoded_bytes is not None) for i, spec in enumerate(manifest.buckets)]
         refs = [self._incoming.get(key) for key in keys]
         # A bucket too many is as wrong as one too few.
@@ -113,5 +113,5 @@ class VersionChain:
             self._deltas.remove(before.pop(0))
 
 
-def _num_bytes(links: Sequence[Stored]) -> int:
+def _num_bytes(links: Sequence[StoredVersion]) -> int:
     return sum(manifest.sent_bytes for manifest, _ in links)

@@ -1,60 +1,66 @@
 """Publishing: from the learner's tensors to a version in the weight store, whole or as a delta.
 
-The rule. The first version of a process, and so of an incarnation, is whole. After that a bucket
-travels as a delta unless more than a certain share of its elements changed, or the delta is
-not the smaller: on one machine (LOCAL_FRAC) past what coding and applying cost more time than
-copies through shared memory; over a network (`delta.DENSE_FRAC`) past what a link of 1 Gbit/s
-carries as soon. A version of which no bucket is a delta is whole. Once the deltas since the last
-whole version outweigh it, a version goes both ways: the whole one serves those who come late or lag
-far, the delta everybody else.
+The publisher owns the bytes that it published last, and waits for the store only.
+
+The first version of a publisher is whole, and so the first one of an incarnation. Later a bucket
+travels as a delta, unless too many of its elements changed or the delta is not the smaller one.
+The limit on one machine is LOCAL_FRAC: above it, coding and applying a delta cost more time than
+copies through shared memory. The limit over a network is `delta.DENSE_FRAC`: above it, a link of
+1 Gbit/s carries the whole bucket as soon. A version without any delta is whole.
+
+When the deltas since the last whole version outweigh that version, the next version goes both ways.
+The whole one serves generators that join late or lag far behind, the delta serves all others.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Protocol
 
 import numpy as np
-import ray
+from torch import Tensor
 
 from raygrpo.errors import InfraError
 from raygrpo.types import ByteArray, Version
 from raygrpo.weights import delta
-from raygrpo.weights.shared import Segment, SegmentPool
-from raygrpo.weights.types import BucketSpec, Probe, WeightsManifest
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-WholeKind = Literal["full", "adapter"]
+from raygrpo.weights.buckets import BUCKET_BYTES, make_buckets
+from raygrpo.weights.shared import Address, Segment, SegmentPool
+from raygrpo.weights.types import BucketSpec, Probe, PublishReport, WeightsManifest, WholeKind
 
 LOCAL_FRAC = 0.03
 _PUTS_IN_FLIGHT = 2
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PublishReport:
-    """A finished publish: ``num_bytes`` are what a generator pulls that holds the version before.
+class Store(Protocol):
+    """The weight store, as its publisher uses it.
 
-    ``changed_frac`` is the share of elements whose bits changed; None without a version before.
-    ``broken`` generators were sent it directly, and may be half-loaded: their names, and reasons.
+    `put` and `adopt` return at once, with a function that waits for the store's answer. Every wait
+    has a deadline.
     """
 
-    version: Version
-    kind: Literal["full", "delta", "adapter"]
-    num_bytes: int
-    full_bytes: int
-    changed_frac: float | None
-    broken: Mapping[str, str] = field(default_factory=dict)
+    def newest(self) -> Version | None:
+        """The newest version; None in an empty store."""
+
+    def put(
+        self, version: Version, index: int, data: ByteArray, *, encoded: bool
+    ) -> Callable[[], None]:
+        """Sends bucket ``index`` of a version, as a delta (``encoded``) or whole."""
+
+    def adopt(self, version: Version, index: int, address: Address) -> Callable[[], bool]:
+        """Offers a whole bucket in shared memory; the answer of a store elsewhere is False."""
+
+    def commit(self, *manifests: WeightsManifest) -> None:
+        """Makes a version readable."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Compared:
-    """A bucket of the version under way, and what comparing it with the base brought."""
+    """A bucket of the version under way, and its delta on the version before, if it has one."""
 
     spec: BucketSpec
     segment: Segment
@@ -68,20 +74,20 @@ class _Compared:
 class Publisher:
     """Publishes one model's versions; keeps the bytes that it published last.
 
-    They are written into shared memory, where a store on this host takes them from, and compared
-    with what was written the time before: bucket i on a thread of its own while bucket i + 1 is
-    gathered. A store on another host is sent them.
+    The publisher writes each bucket into shared memory, and compares it with the same bucket of the
+    version before: bucket i on a thread of its own, while bucket i + 1 is gathered. A store on this
+    host maps the shared memory; a store on another host is sent the bytes.
     """
 
-    def __init__(self, store: Any, *, local: bool, timeout_s: float) -> None:
-        self._store, self._timeout_s = store, timeout_s
+    def __init__(self, store: Store, *, local: bool, bucket_bytes: int = BUCKET_BYTES) -> None:
+        self._store, self._bucket_bytes = store, bucket_bytes
         self._max_changed_frac = LOCAL_FRAC if local else delta.DENSE_FRAC
         self._base: list[tuple[BucketSpec, Segment]] = []
         self._base_version: Version | None = None
         self._chain_bytes = 0
         self._segments = SegmentPool()
-        self._same_host = True  # as far as is known
-        self._puts: deque[tuple[Any, Callable[[], Any]]] = deque()
+        self._same_host = True  # until the store says otherwise
+        self._puts: deque[Callable[[], object]] = deque()  # each waits for one bucket's arrival
 
     def publish(
         self,
@@ -95,13 +101,12 @@ class Publisher:
         ``kind`` is what a whole version of these tensors is.
 
         Raises:
-            InfraError: the store refuses it; the next version is whole then.
-            GetTimeoutError: the store does not answer within the deadline.
+            InfraError: the store refuses the version, or is silent; the next version is whole then.
         """
-        # Until the store has this version, there is nothing that a delta could be based on.
+        # Until the store has this version, a delta has no base.
         base, self._base = self._base, []
         self._puts.clear()
-        newest = self._get(self._store.newest.remote())  # none where the store was lost meanwhile
+        newest = self._store.newest()  # None if the store was lost meanwhile
         if newest is None or newest != self._base_version or version.incarnation != newest[0]:
             self._give_back(base)
             base = []
@@ -114,11 +119,11 @@ class Publisher:
         self._finish_puts(0)
         link, manifests = _manifests(version, self._base_version, buckets, kind, probe, whole=whole)
         try:
-            self._get(self._store.commit.remote(*manifests))
+            self._store.commit(*manifests)
         except InfraError:
-            if self._get(self._store.newest.remote()) is not None:
+            if self._store.newest() is not None:
                 raise
-            # The store was lost in the midst of this: the kept bytes are the version's own.
+            # The store was lost during this publish. The kept bytes are this version's.
             link = self._send_again(link, [bucket.segment for bucket in buckets], kind)
             manifests = [link]
         self._base = [(bucket.spec, bucket.segment) for bucket in buckets]
@@ -130,9 +135,7 @@ class Publisher:
     def _compare_all(
         self, tensors: Iterable[tuple[str, Tensor]], base: list[tuple[BucketSpec, Segment]]
     ) -> Iterator[_Compared]:
-        """Packs buckets into segments, and compares each with the base's."""
-        from raygrpo.weights.buckets import make_buckets
-
+        """Packs buckets into shared memory, and compares each with the base's."""
         taken: deque[Segment] = deque()
 
         def take(num_bytes: int) -> ByteArray:
@@ -142,7 +145,7 @@ class Publisher:
         held = iter(base)
         with ThreadPoolExecutor(1, "compare") as worker:
             before: Future[_Compared] | None = None
-            for spec, _ in make_buckets(tensors, take=take):
+            for spec, _ in make_buckets(tensors, self._bucket_bytes, take):
                 after = worker.submit(self._compare, spec, taken.popleft(), next(held, None))
                 if before is not None:
                     yield before.result()
@@ -173,20 +176,25 @@ class Publisher:
     def _send(self, version: Version, index: int, bucket: _Compared, *, whole: bool) -> None:
         coded = bucket.encoded.data if bucket.encoded else None
         if coded is not None:
-            ref = self._store.put.remote(version, index, np.frombuffer(coded, np.uint8), True)
-            self._puts.append((ref, lambda: ref))
+            data = np.frombuffer(coded, np.uint8)
+            self._puts.append(self._store.put(version, index, data, encoded=True))
         if coded is None or whole:
             self._send_whole(version, index, bucket.segment)
         self._finish_puts(_PUTS_IN_FLIGHT)
 
     def _send_whole(self, version: Version, index: int, segment: Segment) -> None:
-        def put() -> Any:
-            return self._store.put.remote(version, index, segment.data)
+        put = partial(self._store.put, version, index, segment.data, encoded=False)
+        if not self._same_host:
+            self._puts.append(put())
+            return
+        adopted = self._store.adopt(version, index, segment.show())
 
-        def adopt() -> Any:
-            return self._store.adopt.remote(version, index, segment.show())
+        def finish() -> None:
+            if not adopted():
+                self._same_host = False
+                put()()
 
-        self._puts.append((adopt() if self._same_host else put(), put))
+        self._puts.append(finish)
 
     def _send_again(
         self, link: WeightsManifest, segments: Sequence[Segment], kind: WholeKind
@@ -198,18 +206,12 @@ class Publisher:
             self._send_whole(link.version, index, segment)
             self._finish_puts(_PUTS_IN_FLIGHT)
         self._finish_puts(0)
-        self._get(self._store.commit.remote(whole))
+        self._store.commit(whole)
         return whole
 
     def _finish_puts(self, num_left: int) -> None:
         while len(self._puts) > num_left:
-            ref, put = self._puts.popleft()
-            if self._get(ref) is False:  # a store on another host
-                self._same_host = False
-                self._get(put())
-
-    def _get(self, ref: Any) -> Any:
-        return ray.get(ref, timeout=self._timeout_s)
+            self._puts.popleft()()
 
 
 def _manifests(
@@ -221,7 +223,7 @@ def _manifests(
     *,
     whole: bool,
 ) -> tuple[WeightsManifest, list[WeightsManifest]]:
-    """What an up-to-date generator takes, and all that the store is given."""
+    """The manifest for a generator that is up to date, and all manifests for the store."""
     specs = tuple(bucket.spec for bucket in buckets)
     complete = WeightsManifest(
         version=version, kind=kind, base_version=None, buckets=specs, probe=probe
@@ -251,7 +253,7 @@ def _report(link: WeightsManifest, buckets: Sequence[_Compared]) -> PublishRepor
 
 
 def _itemsize(spec: BucketSpec) -> int:
-    """The width, of those that deltas know, that most of a bucket's bytes have."""
+    """The width in bytes of most of a bucket's elements; 1 if deltas do not know that width."""
     widths: Counter[int] = Counter()
     for tensor in spec.tensors:
         width = tensor.num_bytes // max(math.prod(tensor.shape), 1)

@@ -29,7 +29,7 @@ ALIGNMENT = 64
 MAX_TRAIL_FRAC = 0.03
 
 # A published version and the array of each of its buckets.
-Link = tuple[WeightsManifest, Sequence[ByteArray]]
+WeightLink = tuple[WeightsManifest, Sequence[ByteArray]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,8 +47,8 @@ class Replica:
         self._threads = threads
         self._current: Staged | None = None
         self._spare: Staged | None = None
-        self._trail: tuple[Link, ...] = ()  # what takes the spare to the version in use
-        self._links: tuple[Link, ...] = ()  # what takes the version in use to the staged one
+        self._trail: tuple[WeightLink, ...] = ()  # what takes the spare to the version in use
+        self._links: tuple[WeightLink, ...] = ()  # what takes the version in use to the staged one
         self._staged: Staged | None = None
 
     @property
@@ -71,7 +71,7 @@ class Replica:
         """The arrays of the version in use; none before the first commit."""
         return list(self._current.buckets) if self._current else []
 
-    def stage(self, links: Sequence[Link]) -> Staged:
+    def stage(self, links: Sequence[WeightLink]) -> Staged:
         """Builds the version that the last link is of.
 
         Args:
@@ -123,10 +123,10 @@ class Replica:
         self._trail, self._links = self._links, ()
 
     @staticmethod
-    def _is_whole(links: Sequence[Link]) -> bool:
+    def _is_whole(links: Sequence[WeightLink]) -> bool:
         return links[0][0].kind != "delta"
 
-    def _check(self, links: Sequence[Link]) -> None:
+    def _check(self, links: Sequence[WeightLink]) -> None:
         """Refuses a chain that does not fit, before anything is written."""
         held = self._current.manifest if self._current else None
         for number, (manifest, arrays) in enumerate(links):
@@ -161,7 +161,7 @@ class Replica:
         return room[start : start + spec.num_bytes]
 
     def _build(
-        self, index: int, out: ByteArray, links: Sequence[Link], trail: Sequence[Link]
+        self, index: int, out: ByteArray, links: Sequence[WeightLink], trail: Sequence[WeightLink]
     ) -> None:
         whole = [i for i, link in enumerate(links) if link[0].buckets[index].encoded_bytes is None]
         if whole:
@@ -183,7 +183,7 @@ class Replica:
         _patch(index, out, in_use.manifest.buckets[index], links)
 
 
-def _serves(link: Link, index: int) -> bool:
+def _serves(link: WeightLink, index: int) -> bool:
     """Whether a whole bucket can be used where it is, since nobody writes to it."""
     data = link[1][index]
     is_whole = link[0].buckets[index].encoded_bytes is None
@@ -199,7 +199,7 @@ def _writable(held: Staged | None) -> Staged | None:
     return replace(held, buckets=buckets)
 
 
-def _patch(index: int, out: ByteArray, held: BucketSpec, links: Sequence[Link]) -> None:
+def _patch(index: int, out: ByteArray, held: BucketSpec, links: Sequence[WeightLink]) -> None:
     """Applies one bucket's deltas in order to the bytes that ``held`` describes."""
     expected = held.checksum
     for manifest, arrays in links:
@@ -209,7 +209,7 @@ def _patch(index: int, out: ByteArray, held: BucketSpec, links: Sequence[Link]) 
             raise WeightsCorrupt(f"{_name(spec)} is corrupt: its delta is of another version")
 
 
-def _deltas(link: Link) -> Link:
+def _deltas(link: WeightLink) -> WeightLink:
     """A link without its whole buckets, which would stay in shared memory for nothing."""
     manifest, arrays = link
     none = np.empty(0, np.uint8)

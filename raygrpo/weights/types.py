@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from raygrpo.types import Version
+
+WholeKind = Literal["full", "adapter"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,3 +78,22 @@ class WeightsManifest:
     def sent_bytes(self) -> int:
         """Size of all arrays that travel."""
         return sum(bucket.sent_bytes for bucket in self.buckets)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublishReport:
+    """A finished publish.
+
+    Attributes:
+        num_bytes: what a generator pulls that holds the version before.
+        changed_frac: the share of elements whose bits changed; None without a version before.
+        broken: generators that a direct transfer may have left half-loaded, with the reason, such
+            as ``{"generator-1/4711": "receive: no answer"}``.
+    """
+
+    version: Version
+    kind: Literal["full", "delta", "adapter"]
+    num_bytes: int
+    full_bytes: int
+    changed_frac: float | None
+    broken: Mapping[str, str] = field(default_factory=dict)

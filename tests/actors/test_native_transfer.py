@@ -115,11 +115,8 @@ class Handle:
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
 
-        async def newest() -> Version | None:
-            return store_has[-1]
-
-        store = SimpleNamespace(newest=SimpleNamespace(remote=newest))
-        self.actor = ReceivingGenerator(configured(), store, threads=1)
+        self.store: Any = SimpleNamespace(newest=lambda: store_has[-1])
+        self.actor = ReceivingGenerator(configured(), self.store, threads=1)
         self.engine = FakeEngine()
         self.actor._engine = self.actor._traced = self.engine  # type: ignore[assignment]
         self.actor._loop = self.loop
@@ -247,7 +244,7 @@ def test_nothing_is_answered_before_weights_that_are_loaded_again_are_proven(
         future = handle.actor._waiting["train", 0, 0] = handle.loop.create_future()
         future.add_done_callback(lambda done: answers.append(done.result()))
 
-    monkeypatch.setattr("raygrpo.actors.generator.pull", nothing_newer)
+    handle.store.pull = nothing_newer
     monkeypatch.setattr("raygrpo.engines.probe.ProbeCheck.check", write_and_fail)
     engine: Any = handle.engine
     engine.wake, engine.load_weights = lambda: None, load_weights
@@ -262,7 +259,7 @@ def test_nothing_is_answered_before_weights_that_are_loaded_again_are_proven(
 
 
 def test_an_engine_sleeps_on_where_the_weights_are_lost(
-    store: list[Version | None], monkeypatch: pytest.MonkeyPatch
+    store: list[Version | None],
 ) -> None:
     """The learner publishes again, and may need the room on a device that they share."""
     handle, woken = Handle(store), []
@@ -270,7 +267,7 @@ def test_an_engine_sleeps_on_where_the_weights_are_lost(
     async def lost(*_: Any) -> list[Any]:
         raise WeightsLost("the store was restarted")
 
-    monkeypatch.setattr("raygrpo.actors.generator.pull", lost)
+    handle.store.pull = lost
     handle.engine.wake = lambda: woken.append(True)  # type: ignore[attr-defined]
     handle.actor._asleep = True
     with pytest.raises(WeightsLost):

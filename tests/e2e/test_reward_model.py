@@ -15,7 +15,7 @@ from raygrpo.actors.cluster.connect import connect, disconnect
 from raygrpo.actors.cluster.placement import demand_of
 from raygrpo.actors.pool.pool import RolloutPool
 from raygrpo.actors.scorer import ScoreReport
-from raygrpo.actors.weight_store import end_store, start_store
+from raygrpo.actors.weight_store import start_store
 from raygrpo.config import RunConfig
 from raygrpo.config.file import load_config
 from raygrpo.rewards.contract import TrainerState
@@ -145,4 +145,4 @@ def test_a_model_that_hangs_is_an_errored_score_and_is_replaced(joined: RunConfi
         assert EVENTS == ["worker_replaced"] * 2
     finally:
         pool.close()
-        end_store(store)
+        store.close()

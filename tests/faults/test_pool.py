@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import sys
@@ -22,7 +23,7 @@ from raygrpo.actors.futures import resolve
 from raygrpo.actors.pool.failures import MAX_DEATHS
 from raygrpo.actors.pool.pool import RolloutPool
 from raygrpo.actors.pool.workers import Done
-from raygrpo.actors.weight_store import end_store, start_store
+from raygrpo.actors.weight_store import StoreHandle, start_store
 from raygrpo.config import RunConfig
 from raygrpo.config.file import load_config
 from raygrpo.errors import ConfigError, InfraError
@@ -50,7 +51,7 @@ def gated(completions, gate, **_):
 @dataclass
 class Cluster:
     config: RunConfig
-    store: Any
+    store: StoreHandle
     pool: RolloutPool
     gate: Path
 
@@ -59,12 +60,12 @@ class Cluster:
         model = load_model(self.config.model, seed=0, dtype=torch.float32)
         specs = []
         for index, (spec, data) in enumerate(make_buckets(model.named_parameters())):
-            resolve(self.store.put.remote(version, index, data), "store")
+            self.store.put(version, index, data, encoded=False)()
             specs.append(spec)
         manifest = WeightsManifest(
             version=version, kind="full", base_version=None, buckets=tuple(specs)
         )
-        resolve(self.store.commit.remote(manifest), "store")
+        self.store.commit(manifest)
 
     def wait_until(self, condition: Callable[[Done], bool]) -> list[Done]:
         """Waits of the pool until one brings what is asked for."""
@@ -102,7 +103,7 @@ def cluster(joined: RunConfig) -> Iterator[Cluster]:
     pool.start()
     yield Cluster(config=joined, store=store, pool=pool, gate=gate)
     pool.close()
-    end_store(store)
+    store.close()
 
 
 def order(group_id: int, version: Version, attempt: int = 0) -> GroupRequest:
@@ -179,7 +180,7 @@ def test_more_gpus_than_the_cluster_has_are_refused(joined: RunConfig) -> None:
 def test_deltas_leave_an_engine_with_the_learners_very_bits(cluster: Cluster) -> None:
     pool = cluster.pool
     model = load_model(cluster.config.model, seed=0, dtype=torch.float32)
-    publisher = Publisher(cluster.store, local=True, timeout_s=60.0)
+    publisher = Publisher(cluster.store, local=True)
     kinds = []
     for step in (2, 3, 4):
         change_bits(model, seed=step, frac=0.002)
@@ -237,21 +238,21 @@ def test_a_generator_that_is_told_to_end_hands_on_what_it_wrote(cluster: Cluster
 def test_the_store_keeps_order(cluster: Cluster) -> None:
     data = np.arange(8, dtype=np.uint8)
     with pytest.raises(InfraError, match="empty"):
-        resolve(cluster.store.plan.remote(), "store")
+        asyncio.run(cluster.store.pull(None))
     cluster.publish(Version(2, 5))
     for stale in (Version(2, 5), Version(2, 4), Version(1, 9)):
         with pytest.raises(InfraError, match="not newer"):
-            resolve(cluster.store.put.remote(stale, 0, data), "store")
-    ((manifest, refs),) = resolve(cluster.store.plan.remote(), "store")
+            cluster.store.put(stale, 0, data, encoded=False)()
+    ((manifest, buckets),) = asyncio.run(cluster.store.pull(None))
     incomplete = replace(manifest, version=Version(3, 5))
-    resolve(cluster.store.put.remote(Version(3, 5), len(refs) + 3, data), "store")
+    cluster.store.put(Version(3, 5), len(buckets) + 3, data, encoded=False)()
     with pytest.raises(InfraError, match="incomplete"):
-        resolve(cluster.store.commit.remote(incomplete), "store")
-    assert resolve(cluster.store.newest.remote(), "store") == Version(2, 5)
+        cluster.store.commit(incomplete)
+    assert cluster.store.newest() == Version(2, 5)
 
 
 def test_a_dead_store_is_not_the_generators_fault(cluster: Cluster) -> None:
-    end_store(cluster.store)
+    cluster.store.close()
     cluster.pool.load()
     with pytest.raises(InfraError, match="lost a process that it needs"):
         cluster.wait_until(lambda d: bool(d.events))

@@ -6,7 +6,6 @@ damage, and leaves a generator that serves.
 
 from __future__ import annotations
 
-import functools
 import os
 import signal
 import sys
@@ -23,23 +22,23 @@ import torch
 
 from raygrpo.actors.cluster.connect import connect, disconnect
 from raygrpo.actors.cluster.placement import demand_of
-from raygrpo.actors.futures import resolve
 from raygrpo.actors.generator import GeneratorActor
 from raygrpo.actors.pool import factory
 from raygrpo.actors.pool.pool import RolloutPool
 from raygrpo.actors.pool.workers import Done, Worker
-from raygrpo.actors.weight_store import WeightStoreActor, end_store, start_store
+from raygrpo.actors.weight_store import StoreHandle, WeightStoreActor, start_store
 from raygrpo.config import RunConfig
 from raygrpo.config.file import load_config
 from raygrpo.engines.probe import FIRST_LIMIT
 from raygrpo.errors import InfraError
 from raygrpo.models import load_model
 from raygrpo.rewards.contract import TrainerState
-from raygrpo.types import GroupRequest, Prompt, Sampling, Version
+from raygrpo.types import ByteArray, GroupRequest, Prompt, Sampling, Version
 from raygrpo.weights.buckets import make_buckets
 from raygrpo.weights.probe import probe_tokens
-from raygrpo.weights.publisher import Publisher
-from raygrpo.weights.types import Probe
+from raygrpo.weights.publisher import Publisher, Store
+from raygrpo.weights.shared import Address
+from raygrpo.weights.types import Probe, WeightsManifest
 from tests import runs
 
 pytestmark = runs.RAY_IN_PROCESS
@@ -112,7 +111,7 @@ class StoreWithPid(WeightStoreActor):
 @dataclass
 class Cluster:
     config: RunConfig
-    store: Any
+    store: StoreHandle
     pool: RolloutPool
     place: Path
     step: int = -1
@@ -123,8 +122,11 @@ class Cluster:
         self.model = load_model(self.config.model, seed=0, dtype=torch.float32)
         self.publisher = self.new_publisher()
 
-    def new_publisher(self) -> Publisher:
-        return Publisher(self.store, timeout_s=60.0, local=True)
+    def new_publisher(self, store: Store | None = None, **options: Any) -> Publisher:
+        return Publisher(store or self.store, local=True, **options)
+
+    def kill_store(self) -> None:
+        os.kill(ray.get(self.store.actor.pid.remote(), timeout=60), signal.SIGKILL)
 
     def publish(self) -> Version:
         """A newer version, a little different, as a learner would publish it."""
@@ -229,7 +231,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         pool.start()
         yield Cluster(config=config, store=store, pool=pool, place=directory / "model")
         pool.close()
-        end_store(store)
+        store.close()
         disconnect(connection)
 
 
@@ -275,7 +277,7 @@ def test_weights_that_were_slept_away_come_back_after_a_lost_store(cluster: Clus
     cluster.wait_for_load(version)
     (cluster.place / "forget").touch()
     cluster.wait_until(lambda _: cluster.pool.sleep())
-    os.kill(ray.get(cluster.store.pid.remote(), timeout=60), signal.SIGKILL)
+    cluster.kill_store()
     cluster.pool.load()
     cluster.wait_until(lambda d: d.weights_lost)
     cluster.publish_again()
@@ -428,8 +430,8 @@ def test_a_generator_stopped_during_a_decode_is_replaced(cluster: Cluster) -> No
 
 
 def test_a_store_that_dies_is_filled_again(cluster: Cluster) -> None:
-    pid, generator = ray.get(cluster.store.pid.remote(), timeout=60), cluster.generator.pid
-    os.kill(pid, signal.SIGKILL)
+    generator = cluster.generator.pid
+    cluster.kill_store()
     cluster.pool.load()
     done = cluster.wait_until(lambda d: d.weights_lost)
     assert [kind for kind, _ in done.events] == ["weights_lost"]
@@ -443,26 +445,49 @@ def test_a_store_that_dies_is_filled_again(cluster: Cluster) -> None:
     cluster.take_events()
 
 
-def test_a_store_that_dies_during_a_publish_gets_it_all(
-    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@dataclass
+class SpoiledStore:
+    """The cluster's store, and what a publish does to it on the way.
+
+    It dies before bucket ``dies_at`` is sent; ``corrupt`` changes a byte of each whole bucket.
+    """
+
+    cluster: Cluster
+    dies_at: int = -1
+    corrupt: bool = False
+
+    def newest(self) -> Version | None:
+        return self.cluster.store.newest()
+
+    def commit(self, *manifests: WeightsManifest) -> None:
+        self.cluster.store.commit(*manifests)
+
+    def put(
+        self, version: Version, index: int, data: ByteArray, *, encoded: bool
+    ) -> Callable[[], None]:
+        if self.corrupt:
+            data = data.copy()
+            data[data.size // 2] ^= 1
+        return self.cluster.store.put(version, index, data, encoded=encoded)
+
+    def adopt(self, version: Version, index: int, address: Address) -> Callable[[], bool]:
+        if self.corrupt:
+            return lambda: False
+        if index == self.dies_at:
+            self.dies_at = -1
+            self.cluster.kill_store()
+        answer = self.cluster.store.adopt(version, index, address)()
+        return lambda: answer
+
+
+def test_a_store_that_dies_during_a_publish_gets_it_all(cluster: Cluster) -> None:
     """Killed before the last bucket is sent: the restarted one has that bucket alone."""
-    pid = ray.get(cluster.store.pid.remote(), timeout=60)
-    publisher = cluster.publisher = cluster.new_publisher()
-    compare = publisher._compare_all
-
-    def killing(*arguments: Any) -> Iterator[Any]:
-        *first, last = compare(*arguments)
-        yield from first
-        publisher._finish_puts(0)
-        os.kill(pid, signal.SIGKILL)
-        yield last
-
-    with monkeypatch.context() as patch:
-        many = functools.partial(make_buckets, bucket_bytes=2**14)
-        patch.setattr("raygrpo.weights.buckets.make_buckets", many)
-        patch.setattr(publisher, "_compare_all", killing)
-        version = cluster.publish()
+    size = 2**14
+    num_buckets = len(list(make_buckets(cluster.model.named_parameters(), size)))
+    assert num_buckets > 1
+    store = SpoiledStore(cluster, dies_at=num_buckets - 1)
+    cluster.publisher = cluster.new_publisher(store, bucket_bytes=size)
+    version = cluster.publish()
     cluster.pool.load()
     assert cluster.wait_for_load(version).kind == "full"
     cluster.submit()
@@ -471,20 +496,11 @@ def test_a_store_that_dies_during_a_publish_gets_it_all(
     cluster.publisher = cluster.new_publisher()
 
 
-def test_a_corrupt_version_is_published_again(
-    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = cluster.new_publisher()
-
-    def damaged(version: Version, index: int, bucket: Any, **_: Any) -> None:
-        data = bucket.data.copy()
-        data[data.size // 2] ^= 1
-        resolve(cluster.store.put.remote(version, index, data), "store")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(whole, "_send", damaged)
-        cluster.publisher = whole
-        cluster.publish()
+def test_a_corrupt_version_is_published_again(cluster: Cluster) -> None:
+    store = SpoiledStore(cluster, corrupt=True)
+    cluster.publisher = cluster.new_publisher(store)
+    cluster.publish()
+    store.corrupt = False
     cluster.pool.load()
     done = cluster.wait_until(lambda d: bool(d.events))
     assert [kind for kind, _ in done.events] == ["weights_corrupt", "worker_replaced"]

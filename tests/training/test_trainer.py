@@ -13,7 +13,7 @@ from raygrpo.algorithm.ledger import TokenLedger
 from raygrpo.config.file import load_config
 from raygrpo.training.trainer import Trainer
 from raygrpo.types import Version
-from raygrpo.weights.publisher import PublishReport
+from raygrpo.weights.types import PublishReport
 
 REPORT = PublishReport(
     version=Version(1, 3), kind="full", num_bytes=1, full_bytes=1, changed_frac=None

@@ -1,5 +1,4 @@
-"""Versions from publisher to replica: the chain, the plan, and what is refused. Without Ray: the
-publisher's calls go straight to the store's chain."""
+"""Versions from publisher to replica, without Ray: the publisher calls a store in this process."""
 
 from __future__ import annotations
 
@@ -15,49 +14,44 @@ import pytest
 import ray.exceptions
 import torch
 
-from raygrpo.actors import weight_store
+from raygrpo.actors.weight_store import StoreHandle
 from raygrpo.errors import InfraError, WeightsCorrupt, WeightsLost
-from raygrpo.types import Version
-from raygrpo.weights import buckets
-from raygrpo.weights import publisher as publishing
+from raygrpo.types import ByteArray, Version
 from raygrpo.weights.buckets import make_buckets, tensor_bytes
 from raygrpo.weights.chain import VersionChain
-from raygrpo.weights.publisher import Publisher, PublishReport
-from raygrpo.weights.replica import ALIGNMENT, Link, Replica
+from raygrpo.weights.publisher import Publisher
+from raygrpo.weights.replica import ALIGNMENT, Replica, WeightLink
 from raygrpo.weights.shared import Address, read_segment
-from raygrpo.weights.types import WeightsManifest
+from raygrpo.weights.types import PublishReport, WeightsManifest
 
-make_small_buckets = partial(make_buckets, bucket_bytes=20_000)
+BUCKET_BYTES = 20_000
 
 
 class Store:
-    """A `VersionChain` behind the calls of an actor, on the same host or not: each runs at once."""
+    """The store in memory, on the publisher's host or on another one."""
 
     def __init__(self, *, same_host: bool) -> None:
         self.chain, self.same_host = VersionChain(), same_host
 
-    def __getattr__(self, name: str) -> Any:
-        return SimpleNamespace(remote=getattr(self, f"_{name}"))
-
-    def _newest(self) -> Version | None:
+    def newest(self) -> Version | None:
         return self.chain.version
 
-    def _put(self, version: Version, index: int, data: Any, encoded: bool = False) -> None:
-        self.chain.put(version, index, data.copy(), encoded=encoded)
+    def put(
+        self, version: Version, index: int, data: ByteArray, *, encoded: bool
+    ) -> Callable[[], None]:
+        return partial(self.chain.put, version, index, data.copy(), encoded=encoded)
 
-    def _adopt(self, version: Version, index: int, address: Address) -> bool:
+    def adopt(self, version: Version, index: int, address: Address) -> Callable[[], bool]:
         if self.same_host:
             self.chain.put(version, index, read_segment(address))
-        return self.same_host
+        return lambda: self.same_host
 
-    def _commit(self, *manifests: WeightsManifest) -> None:
+    def commit(self, *manifests: WeightsManifest) -> None:
         self.chain.commit(manifests)
 
 
 @pytest.fixture(params=[True, False], ids=["same host", "another host"])
-def store(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Store:
-    monkeypatch.setattr(publishing, "ray", SimpleNamespace(get=lambda value, timeout: value))
-    monkeypatch.setattr(buckets, "make_buckets", make_small_buckets)
+def store(request: pytest.FixtureRequest) -> Store:
     return Store(same_host=request.param)
 
 
@@ -72,7 +66,7 @@ class Learner:
             name: self._random(8_000 + 7 * i, dtype)
             for i, (name, dtype) in enumerate(sizes.items())
         }
-        self._publisher = Publisher(store, local=False, timeout_s=1.0)
+        self._publisher = Publisher(store, local=False, bucket_bytes=BUCKET_BYTES)
         self.snapshots: dict[Version, list[bytes]] = {}
 
     def _random(self, count: int, dtype: torch.dtype) -> torch.Tensor:
@@ -91,7 +85,7 @@ class Learner:
         self.step += 1
         version = Version(self.incarnation, self.step)
         self.snapshots[version] = [
-            data.tobytes() for _, data in make_buckets(self._named(), 20_000)
+            data.tobytes() for _, data in make_buckets(self._named(), BUCKET_BYTES)
         ]
         return self._publisher.publish(version, self._named())
 
@@ -225,7 +219,7 @@ def assert_holds_bytes(replica: Replica, links: list[Any]) -> None:
     assert [b.tobytes() for b in replica.current.buckets] == [b.tobytes() for b in links[0][1]]
 
 
-def flipped(links: list[Link], place: int) -> list[Link]:
+def flipped(links: list[WeightLink], place: int) -> list[WeightLink]:
     """The last link with one byte of its first bucket changed."""
     manifest, arrays = links[-1]
     data = arrays[0].copy()
@@ -233,17 +227,17 @@ def flipped(links: list[Link], place: int) -> list[Link]:
     return [*links[:-1], (manifest, [data, *arrays[1:]])]
 
 
-def without_base(links: list[Link]) -> list[Link]:
+def without_base(links: list[WeightLink]) -> list[WeightLink]:
     return links[1:]
 
 
-def other_base(links: list[Link]) -> list[Link]:
+def other_base(links: list[WeightLink]) -> list[WeightLink]:
     """Deltas that claim to be on what is held, but are not: the content's checksum tells."""
     manifest, arrays = links[1]
     return [(replace(manifest, base_version=Version(1, 1)), arrays)]
 
 
-def other_sum(links: list[Link]) -> list[Link]:
+def other_sum(links: list[WeightLink]) -> list[WeightLink]:
     """The right bytes under the manifest of others."""
     manifest, arrays = links[0]
     first, *rest = manifest.buckets
@@ -251,11 +245,11 @@ def other_sum(links: list[Link]) -> list[Link]:
     return [(replace(manifest, buckets=other), arrays), *links[1:]]
 
 
-def too_few(links: list[Link]) -> list[Link]:
+def too_few(links: list[WeightLink]) -> list[WeightLink]:
     return [(links[0][0], links[0][1][:-1]), *links[1:]]
 
 
-BAD: dict[str, tuple[Callable[[list[Link]], list[Link]], str]] = {
+BAD: dict[str, tuple[Callable[[list[WeightLink]], list[WeightLink]], str]] = {
     "a delta's byte": (lambda links: flipped(links, 70), "corrupt"),
     "a delta's checksum": (lambda links: flipped(links, 5), "corrupt"),
     "a whole bucket's byte": (lambda links: flipped(links[:1], 70), "corrupt|another base"),
@@ -375,11 +369,11 @@ class Forgetful:
 
 def test_buckets_that_died_with_the_store_are_asked_for_anew() -> None:
     store = Forgetful(2)
-    ((_, (data,)),) = asyncio.run(weight_store.pull(store, None))
+    ((_, (data,)),) = asyncio.run(StoreHandle(store, 1.0).pull(None))
     assert store.num_plans == 3
     assert data.tolist() == [0, 1, 2]
     with pytest.raises(WeightsCorrupt, match="were gone"):
-        asyncio.run(weight_store.pull(Forgetful(10**6), None))
+        asyncio.run(StoreHandle(Forgetful(10**6), 1.0).pull(None))
 
 
 def test_a_publish_that_failed_leaves_no_base(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from raygrpo.actors.cluster.colocation import Colocation
 from raygrpo.actors.cluster.placement import actor_options, generator_threads, labels_of
@@ -16,6 +15,7 @@ from raygrpo.actors.process import log_path, spawn
 from raygrpo.actors.profiling import ProfileRequest
 from raygrpo.actors.reward_model import RewardModelActor
 from raygrpo.actors.scorer import ScorerActor
+from raygrpo.actors.weight_store import StoreHandle
 from raygrpo.config import RewardSection, RunConfig
 from raygrpo.engines.base import Engine
 from raygrpo.rewards.loading import reward_models
@@ -31,7 +31,7 @@ class WorkerFactory:
     def __init__(
         self,
         config: RunConfig,
-        store: Any,
+        store: StoreHandle | None,
         rewards: Sequence[RewardSection],
         functions: Mapping[str, bytes],
         *,
@@ -41,12 +41,17 @@ class WorkerFactory:
         make_engine: Callable[..., Engine] | None = None,
         places: Colocation | None = None,
     ) -> None:
-        self._config, self.store = config, store
+        self._config, self._store = config, store
         self._rewards, self._functions = rewards, functions
         self._local, self._logs, self._profile = local, logs, profile
         self._make_engine, self._places = make_engine, places
         models = reward_models(rewards)
         self._models = [item for item in models.items() for _ in range(item[1].count)]
+
+    def forget_weights(self) -> None:
+        """Has the store drop its versions, which are corrupt."""
+        assert self._store is not None
+        self._store.forget()
 
     def all(self, role: Role) -> list[Worker]:
         """All workers of a role, as the configuration asks for."""
@@ -84,7 +89,7 @@ class WorkerFactory:
         actor = spawn(
             ReceivingGenerator if wanted(config) else GeneratorActor,
             config,
-            self.store,
+            self._store,
             threads,
             profile,
             self._make_engine,

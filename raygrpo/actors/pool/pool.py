@@ -25,6 +25,7 @@ from raygrpo.actors.pool.factory import WorkerFactory
 from raygrpo.actors.pool.failures import MAX_DEATHS, Action
 from raygrpo.actors.pool.workers import Done, Flight, GroupKey, Worker
 from raygrpo.actors.scorer import ModelLost, ScoreReport
+from raygrpo.actors.weight_store import StoreHandle
 from raygrpo.algorithm.window import FinishedGroup
 from raygrpo.config import RewardSection, RunConfig
 from raygrpo.errors import InfraError, ProbeFailed, WeightsCorrupt, WeightsLost
@@ -40,7 +41,7 @@ class RolloutPool:
     def __init__(
         self,
         config: RunConfig,
-        store: Any,
+        store: StoreHandle | None,
         rewards: Sequence[RewardSection],
         functions: Mapping[str, bytes],
         *,
@@ -246,7 +247,7 @@ class RolloutPool:
     def _forget_weights(self, worker: Worker, error: WeightsCorrupt) -> None:
         """Has the weights published anew, whole, unless newer ones have come meanwhile."""
         if worker.loading_publish == self._num_publishes:
-            self._factory.store.forget.remote()
+            self._factory.forget_weights()
             self._weights_lost = True
         self._events.append(("weights_corrupt", {"worker": worker.name, "error": str(error)}))
 
