@@ -214,7 +214,7 @@ def _training_parts(config: RunConfig, size: ModelSize, update: FullUpdate) -> P
         # flat copies, which the holes that activations leave are too small for.
         gradients = max(0, gradients - activations)
     # A reference that moves is averaged in float32.
-    average = 4 * size.parameters if section.ref_sync and size.dtype_bytes < 4 else 0
+    average = 4 * size.parameters if section.reference.sync_steps and size.dtype_bytes < 4 else 0
     parts = {
         "parameters": held if stage < 3 else held // num_ranks,
         "gathered": _gathered(config, size) if stage == 3 else 0,

@@ -188,15 +188,24 @@ class OptimizerSection(Section):
     max_grad_norm: float = key(1.0, "Gradient clipping by global norm; 0 is none.", ge=0)
 
 
+class Reference(Section):
+    """The reference policy of the KL."""
+
+    sync_steps: int = key(
+        0, "Steps between moves of the reference to the policy; 0: it never moves.", "steps", ge=0
+    )
+    sync_alpha: float = key(
+        0.6, "A move: reference = sync_alpha * policy + (1 - sync_alpha) * reference.", gt=0, le=1
+    )
+
+
 class LearnerSection(Section):
     """The learner's ranks."""
 
     num_ranks: int = key(1, "Learner processes, one DeepSpeed rank each.", "ranks", ge=1)
     zero_stage: Literal[0, 1, 2, 3] = key(1, "DeepSpeed ZeRO stage.")
     gradient_checkpointing: bool = key(False, "Recompute activations in the backward pass.")
-    ref_sync: dict[Literal["steps", "alpha"], float] = key(
-        {}, "{steps: k, alpha: a}: every k steps reference = a * policy + (1 - a) * reference."
-    )
+    reference: Reference = Reference()
     lora: dict[str, Any] = key(
         {}, "Arguments of peft's LoraConfig (r, lora_alpha, target_modules, ...); empty trains all."
     )
@@ -208,22 +217,17 @@ class LearnerSection(Section):
     )
 
     @model_validator(mode="after")
-    def _whole_groups_of_ranks(self) -> LearnerSection:
+    def _fits_together(self) -> LearnerSection:
         if self.num_ranks % self.sequence_parallel:
             raise ValueError(
                 f"num_ranks ({self.num_ranks}) is no multiple of sequence_parallel "
                 f"({self.sequence_parallel})"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _ref_sync(self) -> LearnerSection:
-        sync = self.ref_sync
-        if not sync:
-            return self
-        steps, alpha = sync.get("steps", 0), sync.get("alpha", 0)
-        if steps < 1 or steps % 1 or not 0 < alpha <= 1:
-            raise ValueError("ref_sync needs steps (whole, from 1) and alpha (above 0, up to 1)")
+        if self.lora and self.reference.sync_steps:
+            raise ValueError(
+                "reference.sync_steps with lora: the reference is the model without the adapter; "
+                "leave out one of the two"
+            )
         return self
 
 
@@ -382,8 +386,10 @@ class RunConfig(Section):
                 f"loss.loss: reinforce has no ratio, so it is right for one update a step, not "
                 f"{updates}: set loss.loss: clip, or train.num_iterations and num_minibatches to 1"
             )
-        if self.learner.ref_sync and not self.loss.beta:
-            raise ValueError("learner.ref_sync moves the reference of the KL: set loss.beta too")
+        if self.learner.reference.sync_steps and not self.loss.beta:
+            raise ValueError(
+                "learner.reference.sync_steps moves the reference of the KL: set loss.beta too"
+            )
         return self
 
     def _check_colocation(self) -> None:

@@ -81,7 +81,7 @@ class Learner(ABC):
         self._policy = policy
         self._reference = reference
         self._moving: MovingReference | None = None
-        if reference is not None and config.learner.ref_sync:
+        if reference is not None and config.learner.reference.sync_steps:
             self._moving = MovingReference(reference.model)
         self._layout = layout
         self._sequence_ranks = config.learner.sequence_parallel
@@ -307,9 +307,9 @@ class Learner(ABC):
 
     def _sync_reference(self) -> None:
         """Moves the reference towards the policy, every so many steps."""
-        sync, step = self.config.learner.ref_sync, self.num_updates // self._updates_per_step
-        if self._moving is not None and step % int(sync["steps"]) == 0:
-            self._moving.move(self.named_weights(), sync["alpha"])
+        section, step = self.config.learner.reference, self.num_updates // self._updates_per_step
+        if self._moving is not None and step % section.sync_steps == 0:
+            self._moving.move(self.named_weights(), section.sync_alpha)
 
     def _extra_state(self) -> dict[str, Any]:
         """What the loss remembers: the entropy's coefficient, and a reference that moves."""

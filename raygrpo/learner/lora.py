@@ -37,11 +37,6 @@ def lora_config(config: RunConfig) -> Any:
     from peft import LoraConfig
 
     given = config.learner.lora
-    if config.learner.ref_sync:
-        raise ConfigError(
-            "learner.ref_sync with learner.lora: the reference is the model without adapter",
-            "leave out one of the two",
-        )
     known = {field.name for field in dataclasses.fields(LoraConfig)}
     for name in given:
         if name not in known:

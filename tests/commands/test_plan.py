@@ -133,7 +133,7 @@ def test_each_remedy_lowers_its_part(models: dict[str, Path]) -> None:
     assert parts(model={"dtype": "bfloat16"})["parameters"] == plain["parameters"] // 2
     assert plain["reference"] == 0
     assert parts(loss={"beta": 0.1})["reference"] == plain["parameters"]
-    moves = {"loss": {"beta": 0.1}, "learner": {"ref_sync": {"steps": 1, "alpha": 0.5}}}
+    moves = {"loss": {"beta": 0.1}, "learner": {"reference": {"sync_steps": 1, "sync_alpha": 0.5}}}
     assert parts(**moves)["reference"] == plain["parameters"]
     # In bfloat16 its average is in float32 beside it.
     low = parts(model={"dtype": "bfloat16"}, **moves)["reference"]

@@ -61,7 +61,7 @@ FORKS = {
         "off_policy_threshold": 0.5,
     },
     "train": {"num_minibatches": 2},
-    "learner": {"ref_sync": {"steps": 2, "alpha": 0.3}},
+    "learner": {"reference": {"sync_steps": 2, "sync_alpha": 0.3}},
     "optimizer": {"max_grad_norm": 0.005},
 }
 
@@ -353,7 +353,7 @@ def saved_case(name: str, model: Path, root: Path, scenario: str, **job: Any) ->
     config: dict[str, Any] = {
         "loss": {"beta": 0.1, **bonus},
         "model": {"dtype": dtype},
-        "learner": {"ref_sync": {"steps": 1, "alpha": 0.5}},
+        "learner": {"reference": {"sync_steps": 1, "sync_alpha": 0.5}},
     }
     case = make_case(model, stage, scenario, **config)
     return {**case, "directory": str(root / name), **job}

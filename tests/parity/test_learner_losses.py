@@ -181,7 +181,7 @@ def test_the_reference_moves_every_few_steps(model: Path) -> None:
     config = make_config(
         model,
         loss={"beta": 0.1},
-        learner={"ref_sync": {"steps": 2, "alpha": 0.25}},
+        learner={"reference": {"sync_steps": 2, "sync_alpha": 0.25}},
         train={"num_iterations": 2},
     )
     learner = ReferenceLearner(config)
@@ -222,7 +222,7 @@ def test_what_the_loss_remembers_is_in_the_checkpoint(model: Path, tmp_path: Pat
     config = make_config(
         model,
         loss={"beta": 0.1, "entropy_coef": 0.01, "entropy_target": 9.0},
-        learner={"ref_sync": {"steps": 1, "alpha": 0.5}},
+        learner={"reference": {"sync_steps": 1, "sync_alpha": 0.5}},
     )
     steps = make_steps(4, 1, 1)
     first, second = ReferenceLearner(config), ReferenceLearner(config)

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from raygrpo.config import RunConfig
 from raygrpo.config.file import load_config
 from raygrpo.errors import ConfigError, InfraError
 from raygrpo.learner.lora import add_adapter, lora_config, write_adapter
@@ -234,12 +233,6 @@ def test_layers_that_cannot_carry_an_adapter_are_refused(
     model = load_model(config.model, seed=0, dtype=torch.float32)
     with pytest.raises(ConfigError, match=message):
         add_adapter(model, config)
-
-
-def test_a_synced_reference_is_refused() -> None:
-    learner = {"lora": LORA, "ref_sync": {"steps": 4, "alpha": 0.5}}
-    with pytest.raises(ConfigError, match="ref_sync"):
-        lora_config(RunConfig.model_validate(make_config("m", learner=learner, **CONFIG)))
 
 
 def test_lora_is_a_key() -> None:
