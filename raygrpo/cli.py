@@ -291,7 +291,7 @@ def show_config(
         except RayGrpoError as error:
             _fail(error)
         return
-    table = Table("key", Column("default", max_width=45), "unit", "meaning", box=None)
+    table = Table("key", Column("type", max_width=30), "default", "unit", "meaning", box=None)
     for row in describe_keys():
         table.add_row(*(escape(cell) for cell in row))
     console = Console()

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from raygrpo.config import RunConfig
-from raygrpo.config.base import Values
 from raygrpo.config.moved import MOVED
 from raygrpo.config.recipes import RECIPES
 from raygrpo.errors import ConfigError, nearest
@@ -148,28 +148,44 @@ def dump_config(config: RunConfig) -> str:
     return text
 
 
-def describe_keys() -> list[tuple[str, str, str, str]]:
-    """Every key as (path, default, unit, meaning), in the order of the sections."""
-    return _describe(RunConfig, "")
+class Key(NamedTuple):
+    """What `raygrpo config` says of a key.
+
+    Example: ``Key("train.steps", "int", "100", "steps", "Steps of the run.")``.
+    """
+
+    path: str
+    type: str
+    default: str
+    unit: str
+    meaning: str
 
 
-def _describe(model: type[BaseModel], prefix: str) -> list[tuple[str, str, str, str]]:
-    rows = []
+def describe_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[Key]:
+    """Every key of a section and of the sections in it, in their order."""
+    rows: list[Key] = []
     for name, info in model.model_fields.items():
-        section = section_of(info.annotation)
-        if section is not None and not issubclass(section, Values):
-            mark = "[]" if name == "rewards" else ""
-            rows += _describe(section, f"{prefix}{name}{mark}.")
+        if (section := section_of(info.annotation)) is not None:
+            mark = "[]" if get_origin(info.annotation) is list else ""
+            rows += describe_keys(section, f"{prefix}{name}{mark}.")
             continue
         extra = info.json_schema_extra
         unit = str(extra.get("unit", "")) if isinstance(extra, dict) else ""
-        default = "required"
-        if not info.is_required():
-            value = info.get_default(call_default_factory=True)
-            default = repr(value.model_dump() if isinstance(value, Values) else value)
-        meaning = info.description or ""
-        if section is not None:
-            named = [f"{n}: {value.description}" for n, value in section.model_fields.items()]
-            meaning += f" {'; '.join(named)}."
-        rows.append((f"{prefix}{name}", default, unit, meaning))
+        default = "required" if info.is_required() else repr(info.default)
+        kind = _type_name(info.annotation)
+        rows.append(Key(f"{prefix}{name}", kind, default, unit, info.description or ""))
     return rows
+
+
+def _type_name(annotation: Any) -> str:
+    """A type as users write its values: ``int``, ``str | None``, ``k2 | k3``, ``mapping``."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return " | ".join(map(str, arguments))
+    if origin in (Union, UnionType):
+        return " | ".join(_type_name(argument) for argument in arguments)
+    if origin is dict:
+        return "mapping"
+    if origin in (list, tuple):
+        return "list"
+    return "None" if annotation is NoneType else str(annotation.__name__)

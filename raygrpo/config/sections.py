@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from raygrpo.config.algorithm import AdvantageSection, LossSection
-from raygrpo.config.base import Section, Values, key
+from raygrpo.config.base import Section, key
 from raygrpo.types import Sampling
 
 Transport = Literal["store", "nccl", "ipc"]
@@ -75,14 +75,16 @@ class DataSection(Section):
     )
 
 
-class Filters(Values):
-    """What changes the distribution that completions are drawn from."""
+class Filters(Section):
+    """Changes to the distribution that completions are drawn from."""
 
-    top_p: float = key(1.0, "the smallest set of tokens with this mass", gt=0, le=1)
-    top_k: int = key(0, "the k likeliest tokens, 0 is all", ge=0)
-    min_p: float = key(0.0, "tokens with this share of the likeliest's mass", ge=0, lt=1)
-    repetition_penalty: float = key(1.0, "on tokens seen before, 1 is none", gt=0)
-    min_tokens: int = key(0, "no stop before this length", ge=0)
+    top_p: float = key(1.0, "Keep the smallest set of tokens with this mass.", gt=0, le=1)
+    top_k: int = key(0, "Keep the k likeliest tokens; 0 keeps all.", "tokens", ge=0)
+    min_p: float = key(
+        0.0, "Keep tokens with this share of the likeliest token's mass.", ge=0, lt=1
+    )
+    repetition_penalty: float = key(1.0, "Penalty on tokens seen before; 1 is none.", gt=0)
+    min_tokens: int = key(0, "Shortest completion: no stop before it.", "tokens", ge=0)
 
 
 class SamplingSection(Section):
@@ -92,7 +94,7 @@ class SamplingSection(Section):
     temperature: float = key(1.0, "Sampling temperature.", gt=0)
     max_tokens: int = key(256, "Longest completion.", "tokens", ge=1)
     stop: list[str] = key([], "Strings that end a completion (kept in it, and trained).")
-    filters: Filters = key(Filters(), "What is kept of the distribution.")
+    filters: Filters = Filters()
 
     @model_validator(mode="after")
     def _lengths(self) -> SamplingSection:
@@ -121,11 +123,20 @@ class RewardSection(Section):
     cache: bool = key(False, "Reuse the value of a completion of the same row that came before.")
 
 
-class Best(Values):
-    """Which evaluation is the best, and how many without a better one end the run."""
+class BestCheckpoint(Section):
+    """The checkpoint with the best evaluation."""
 
-    metric: str | None = key(None, "its best checkpoint is kept and exported, none: the last is")
-    patience: int = key(0, "evaluations in a row without a better one that end it, 0: never", ge=0)
+    metric: str | None = key(
+        None,
+        "Metric whose best checkpoint is kept and exported (-metric: lowest is best); none: the "
+        "last checkpoint is exported.",
+    )
+    patience: int = key(
+        0,
+        "Evaluations in a row without a better one that end the run; 0: never.",
+        "evaluations",
+        ge=0,
+    )
 
 
 class EvalSection(Section):
@@ -144,7 +155,7 @@ class EvalSection(Section):
     num_completions: int = key(
         0, "Sampled completions of each, as in training; 0: greedy alone.", "completions", ge=0
     )
-    best: Best = key(Best(), "The best evaluation, and when to wait no more for a better one.")
+    best: BestCheckpoint = BestCheckpoint()
 
 
 class TrainSection(Section):
@@ -169,12 +180,12 @@ class TrainSection(Section):
 _Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
-class AdamW(Values):
-    """What AdamW takes beside the learning rate."""
+class AdamW(Section):
+    """AdamW's arguments beside the learning rate."""
 
-    betas: tuple[_Decay, _Decay] = key((0.9, 0.999), "decay rates of the means")
-    weight_decay: float = key(0.0, "decoupled", ge=0)
-    eps: float = key(1e-8, "added to the denominator", gt=0)
+    betas: tuple[_Decay, _Decay] = key((0.9, 0.999), "Decay rates of AdamW's two means.")
+    weight_decay: float = key(0.0, "Decoupled weight decay.", ge=0)
+    eps: float = key(1e-8, "Number added to AdamW's denominator.", gt=0)
 
 
 class OptimizerSection(Section):
@@ -184,7 +195,7 @@ class OptimizerSection(Section):
     schedule: Literal["constant", "linear", "cosine"] = key("constant", "Decay after the warm-up.")
     min_lr_frac: float = key(0.0, "Last learning rate as a share of lr.", ge=0, le=1)
     warmup_updates: int = key(0, "Optimizer updates of linear warm-up.", "updates", ge=0)
-    adamw: AdamW = key(AdamW(), "AdamW's other settings.")
+    adamw: AdamW = AdamW()
     max_grad_norm: float = key(1.0, "Gradient clipping by global norm; 0 is none.", ge=0)
 
 
@@ -272,11 +283,11 @@ class CheckpointSection(Section):
     keep: int = key(2, "Newest checkpoints kept; 0 keeps all.", "checkpoints", ge=0)
 
 
-class CompletionsStore(Values):
-    """What completions/ takes."""
+class CompletionsStore(Section):
+    """The completions that are stored in completions/."""
 
-    frac: float = key(1.0, "share of groups; replay needs all of them", ge=0, le=1)
-    max_gb: float = key(10.0, "size at which it takes no more", ge=0)
+    frac: float = key(1.0, "Share of groups that are stored; replay needs 1.", ge=0, le=1)
+    max_gb: float = key(10.0, "Size of completions/ at which it takes no more.", "GB", ge=0)
 
 
 class TrackingSection(Section):
@@ -284,30 +295,30 @@ class TrackingSection(Section):
 
     wandb: Literal["online", "offline", "disabled"] = key("disabled", "Weights & Biases mode.")
     tensorboard: bool = key(False, "Write TensorBoard files (extra: tensorboard).")
-    completions: CompletionsStore = key(CompletionsStore(), "What completions/ keeps.")
+    completions: CompletionsStore = CompletionsStore()
 
 
-class Timeouts(Values):
-    """Deadlines, in seconds."""
+class Timeouts(Section):
+    """Deadlines."""
 
-    start: float = key(600.0, "of actors", gt=0)
-    generate: float = key(1800.0, "of one group", gt=0)
-    update: float = key(3600.0, "of one update or save", gt=0)
-    sync: float = key(600.0, "of one weight sync", gt=0)
-
-
-class Threads(Values):
-    """CPU threads of an actor, by role; 0 shares the machine's cores."""
-
-    learner: int = key(0, "of a rank", ge=0)
-    generator: int = key(0, "of each", ge=0)
+    start: float = key(600.0, "Deadline of an actor's start.", "seconds", gt=0)
+    generate: float = key(1800.0, "Deadline of the generation of one group.", "seconds", gt=0)
+    update: float = key(3600.0, "Deadline of one update or checkpoint.", "seconds", gt=0)
+    sync: float = key(600.0, "Deadline of one weight sync.", "seconds", gt=0)
 
 
-class Gpus(Values):
-    """GPUs of an actor, by role; 0 is a CPU."""
+class Threads(Section):
+    """CPU threads of an actor, by role."""
 
-    learner: float = key(0.0, "of a rank", ge=0)
-    generator: float = key(0.0, "of each", ge=0)
+    learner: int = key(0, "Of a learner rank; 0 shares the machine's cores.", "threads", ge=0)
+    generator: int = key(0, "Of a generator; 0 shares the machine's cores.", "threads", ge=0)
+
+
+class Gpus(Section):
+    """GPUs of an actor, by role."""
+
+    learner: float = key(0.0, "Of a learner rank; 0 computes on CPUs.", "GPUs", ge=0)
+    generator: float = key(0.0, "Of a generator; 0 computes on CPUs.", "GPUs", ge=0)
 
 
 class RaySection(Section):
@@ -316,9 +327,9 @@ class RaySection(Section):
     address: str = key(
         "auto", "auto: RAY_ADDRESS where set, else a local Ray of its own; local; or an address."
     )
-    timeouts_s: Timeouts = key(Timeouts(), "Deadlines.", "seconds")
-    threads: Threads = key(Threads(), "CPU threads; 0 shares the machine's cores.", "threads")
-    gpus: Gpus = key(Gpus(), "GPUs; 0 works on a CPU.", "GPUs")
+    timeouts_s: Timeouts = Timeouts()
+    threads: Threads = Threads()
+    gpus: Gpus = Gpus()
     labels: dict[Literal["learner", "generator", "scorer"], dict[str, str]] = key(
         {}, "Labels of the nodes that a role's actors run on; a role without runs anywhere."
     )
@@ -335,20 +346,20 @@ class RunConfig(Section):
     )
     model: ModelSection
     data: DataSection
-    sampling: SamplingSection = Field(default_factory=SamplingSection)
+    sampling: SamplingSection = SamplingSection()
     rewards: list[RewardSection] = key([], "Reward functions, summed by weight.")
-    eval: EvalSection = Field(default_factory=EvalSection)
-    advantage: AdvantageSection = Field(default_factory=AdvantageSection)
-    loss: LossSection = Field(default_factory=LossSection)
-    train: TrainSection = Field(default_factory=TrainSection)
-    optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
-    learner: LearnerSection = Field(default_factory=LearnerSection)
-    generators: GeneratorsSection = Field(default_factory=GeneratorsSection)
-    weights: WeightsSection = Field(default_factory=WeightsSection)
-    scorers: ScorersSection = Field(default_factory=ScorersSection)
-    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
-    tracking: TrackingSection = Field(default_factory=TrackingSection)
-    ray: RaySection = Field(default_factory=RaySection)
+    eval: EvalSection = EvalSection()
+    advantage: AdvantageSection = AdvantageSection()
+    loss: LossSection = LossSection()
+    train: TrainSection = TrainSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    learner: LearnerSection = LearnerSection()
+    generators: GeneratorsSection = GeneratorsSection()
+    weights: WeightsSection = WeightsSection()
+    scorers: ScorersSection = ScorersSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    tracking: TrackingSection = TrackingSection()
+    ray: RaySection = RaySection()
 
     @model_validator(mode="after")
     def _arithmetic(self) -> RunConfig:

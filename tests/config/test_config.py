@@ -99,7 +99,7 @@ def test_what_is_named_leaves_the_other_values_alone() -> None:
 
 
 def test_moved_keys_name_keys_that_exist() -> None:
-    keys = {path for path, *_ in describe_keys()}
+    keys = {row.path for row in describe_keys()}
     assert not keys & MOVED.keys()
     assert set(MOVED.values()) <= keys
 
@@ -138,11 +138,12 @@ def test_recipes_say_what_their_papers_say() -> None:
 
 
 def test_every_key_is_described() -> None:
-    rows = {path: (default, unit, meaning) for path, default, unit, meaning in describe_keys()}
-    assert rows["model.path"][0] == "required"
-    assert rows["train.steps"] == ("100", "steps", "Steps of the run; one step makes one version.")
+    rows = {row.path: row[1:] for row in describe_keys()}
+    assert rows["model.path"][:2] == ("str", "required")
+    meaning = "Steps of the run; one step makes one version."
+    assert rows["train.steps"] == ("int", "100", "steps", meaning)
+    assert rows["loss.kl_estimator"][0] == "k2 | k3"
+    assert rows["data.template"][0] == "str | None"
     assert "rewards[].timeout_s" in rows
-    assert rows["ray.gpus"][:2] == ("{'learner': 0.0, 'generator': 0.0}", "GPUs")
-    wanted = "Deadlines. start: of actors; generate: of one group; update: of one update or "
-    assert rows["ray.timeouts_s"][2].startswith(wanted)
-    assert all(meaning.endswith(".") for _, _, meaning in rows.values())
+    assert rows["ray.timeouts_s.sync"][1:3] == ("600.0", "seconds")
+    assert all(meaning.endswith(".") for *_, meaning in rows.values())
