@@ -6,16 +6,19 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import xxhash
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
-from raygrpo.config import ModelSection, RunConfig
+from raygrpo.config import DataSection, EvalDataSection, ModelSection, RunConfig
+from raygrpo.config.sections import DataKeys
 from raygrpo.data.sources import eval_section, is_on_hub
 from raygrpo.errors import ConfigError
 
+K = TypeVar("K", bound=DataKeys)
+M = TypeVar("M", DataSection, EvalDataSection)
 _SHA = re.compile(r"[0-9a-f]{40}")
 _TIMEOUT_S = 10.0
 _SAMPLE_BYTES = 1 << 20
@@ -59,10 +62,9 @@ def pin(
         model = model.model_copy(update={"revision": sha})
     section, evaluation = config.data, config.eval
     if "data" not in passed:
-        data = _pinned_data(pins, "data", section.model_dump(), section.source)
-        section = section.model_validate(data)
+        section = _pinned_mixture(pins, "data", section, section.source)
     if evaluation.eval_steps and "eval" not in passed:
-        own = _pinned_data(pins, "eval", dict(evaluation.data), section.source)
+        own = _pinned_mixture(pins, "eval", evaluation.data, section.source)
         evaluation = evaluation.model_copy(update={"data": own})
         used = eval_section(section, evaluation, seed=config.seed)
         if is_on_hub(used.source) and (sha := used.params.get("revision")):
@@ -117,18 +119,21 @@ class _Pins:
         return sha
 
 
-def _pinned_data(pins: _Pins, role: str, keys: dict[str, Any], inherited: str) -> dict[str, Any]:
-    """Data keys with a revision in ``params`` wherever they name a source or a revision."""
-    source, params = keys.get("source", inherited), keys.get("params") or {}
-    named = is_on_hub(source) and ("source" in keys or "revision" in params)
+def _pinned_mixture(pins: _Pins, role: str, keys: M, inherited: str) -> M:
+    """``keys`` with a revision in ``params`` of each part that names a source or a revision."""
+    pinned = _pinned(pins, role, keys, inherited)
+    mixture = [
+        _pinned(pins, f"{role}.mixture.{index}", part, keys.source or inherited)
+        for index, part in enumerate(keys.mixture)
+    ]
+    return pinned.model_copy(update={"mixture": mixture}) if mixture else pinned
+
+
+def _pinned(pins: _Pins, role: str, keys: K, inherited: str) -> K:
+    source, params = keys.source or inherited, keys.params
+    named = is_on_hub(source) and (keys.source or "revision" in params)
     if named and (sha := pins.commit(role, "dataset", source, params.get("revision"))):
-        keys = {**keys, "params": {**params, "revision": sha}}
-    if parts := keys.get("mixture"):
-        mixture = [
-            _pinned_data(pins, f"{role}.mixture.{index}", dict(part), source)
-            for index, part in enumerate(parts)
-        ]
-        keys = {**keys, "mixture": mixture}
+        return keys.model_copy(update={"params": {**params, "revision": sha}})
     return keys
 
 

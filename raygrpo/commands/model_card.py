@@ -16,7 +16,6 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_fr
 
 from raygrpo.commands.model_card_papers import papers_of
 from raygrpo.config import RunConfig
-from raygrpo.data.rendering import chat_arguments, wraps_text
 from raygrpo.data.sources import BUILDERS, GYM, eval_section, is_on_hub, split_of
 from raygrpo.errors import StorageError
 from raygrpo.storage.run_dir import RunDir
@@ -120,7 +119,7 @@ def card_facts(
         max_new_tokens=config.sampling.max_tokens,
         stop=tuple(config.sampling.stop),
         example=example,
-        chat_template_kwargs={} if isinstance(example, str) else chat_arguments(config.data),
+        chat_template_kwargs={} if isinstance(example, str) else config.data.chat_params,
         hub_id=hub_id,
         revisions=facts.get("revisions") or {},
         results=_results(run_dir.metrics_path, step),
@@ -288,7 +287,7 @@ def _citations(facts: CardFacts) -> str:
 def _made_up_example(config: RunConfig, tokenizer: Any) -> Example:
     """A prompt of the form that the run's prompts have, as far as its configuration tells."""
     data, asked = config.data, "What is 3 plus 4?"
-    chats = wraps_text(data) or (data.chat is None and data.template is None)
+    chats = data.chat or (data.chat is None and data.template is None)
     if not chats or getattr(tokenizer, "chat_template", None) is None:
         return f"Question: {asked}\nAnswer:"
     system = [{"role": "system", "content": data.system}] if data.system else []
@@ -297,7 +296,7 @@ def _made_up_example(config: RunConfig, tokenizer: Any) -> Example:
 
 def _datasets(config: RunConfig) -> dict[str, bool]:
     """The names of all sources, and whether each is the hub's."""
-    parts = [config.data.source, *(part.get("source", "") for part in config.data.mixture)]
+    parts = [config.data.source, *(part.source for part in config.data.mixture)]
     return {_name_of(source): is_on_hub(source) for source in map(str, parts) if source}
 
 

@@ -2,13 +2,16 @@
 
 from raygrpo.config.algorithm import AdvantageSection, LossSection
 from raygrpo.config.sections import (
+    DataChanges,
     DataSection,
+    EvalDataSection,
     EvalSection,
     GeneratorsSection,
     Gpus,
     LearnerSection,
     ModelSection,
     OptimizerSection,
+    PartSection,
     RewardSection,
     RunConfig,
     SamplingSection,
@@ -18,7 +21,9 @@ from raygrpo.config.sections import (
 
 __all__ = [
     "AdvantageSection",
+    "DataChanges",
     "DataSection",
+    "EvalDataSection",
     "EvalSection",
     "GeneratorsSection",
     "Gpus",
@@ -26,6 +31,7 @@ __all__ = [
     "LossSection",
     "ModelSection",
     "OptimizerSection",
+    "PartSection",
     "RewardSection",
     "RunConfig",
     "SamplingSection",

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from raygrpo.config import RunConfig
 from raygrpo.config.moved import MOVED
 from raygrpo.config.recipes import RECIPES
+from raygrpo.config.sections import DataChanges, DataKeys, PartSection
 from raygrpo.errors import ConfigError, nearest
 
 
@@ -110,7 +111,7 @@ def _explain(error: ValidationError) -> ConfigError:
     """Turns pydantic's report into one ConfigError that names keys as the user writes them."""
     lines, fixes = [], []
     for item in error.errors():
-        location = ".".join(str(part) for part in item["loc"])
+        location = _as_written(item["loc"])
         if item["type"] == "extra_forbidden":
             lines.append(f"unknown key {location}")
             fixes.append(nearest(str(item["loc"][-1]), _known_keys(item["loc"][:-1])))
@@ -123,6 +124,12 @@ def _explain(error: ValidationError) -> ConfigError:
             if location:
                 fixes.append(f"it is {item['input']!r} now")
     return ConfigError("; ".join(lines), "; ".join(fixes))
+
+
+def _as_written(location: tuple[int | str, ...]) -> str:
+    """``("data", "mixture", 0, "source")`` is ``data.mixture[0].source``."""
+    pieces = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in location]
+    return "".join(pieces).removeprefix(".")
 
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:
@@ -172,8 +179,11 @@ def describe_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[
         extra = info.json_schema_extra
         unit = str(extra.get("unit", "")) if isinstance(extra, dict) else ""
         default = "required" if info.is_required() else repr(info.default)
-        kind = _type_name(info.annotation)
-        rows.append(Key(f"{prefix}{name}", kind, default, unit, info.description or ""))
+        meaning = info.description or ""
+        if issubclass(model, DataChanges) and name in DataKeys.model_fields:
+            outer = prefix.removesuffix("mixture[].") if model is PartSection else "data."
+            default, meaning = "inherited", f"In place of {outer}{name}."
+        rows.append(Key(f"{prefix}{name}", _type_name(info.annotation), default, unit, meaning))
     return rows
 
 

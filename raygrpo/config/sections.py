@@ -7,12 +7,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from raygrpo.config.algorithm import AdvantageSection, LossSection
 from raygrpo.config.base import Section, key
 from raygrpo.types import Sampling
 
+_SOURCE = "Hub id, .jsonl/.json/.parquet/.csv file, or reasoning_gym:<task>."
 Transport = Literal["store", "nccl", "ipc"]
 
 
@@ -36,19 +42,14 @@ class ModelSection(Section):
     trust_remote_code: bool = key(False, "Run modelling code that comes with the model.")
 
 
-class DataSection(Section):
-    """Where prompts come from."""
+class DataKeys(Section):
+    """The keys that describe one source of prompts."""
 
-    source: str = key(..., "Hub id, .jsonl/.json/.parquet/.csv file, or reasoning_gym:<task>.")
+    source: str = key("", _SOURCE)
     params: dict[str, Any] = key(
         {},
         "Arguments of the source: of a reasoning_gym task (size, seed, ...), or of "
         "datasets.load_dataset (name, split, revision, streaming, ...); a hub's split is train.",
-    )
-    mixture: list[dict[str, Any]] = key(
-        [],
-        "Parts beside this section, whose weight is 1: data keys that differ, with name (none: the "
-        "source's last part) and weight (1.0).",
     )
     columns: dict[str, str] = key(
         {}, "Renames columns, new: old; the prompt is column prompt (text, or chat messages)."
@@ -57,14 +58,15 @@ class DataSection(Section):
         None, "Text prompt with {column} fields, used in place of the prompt column."
     )
     system: str | None = key(None, "System message put before prompts that have none.")
-    chat: bool | dict[str, Any] | None = key(
+    chat: bool | None = key(
         None,
-        "Apply the chat template; none: to message lists only. True wraps text as user turn, and "
-        "so does a mapping, which holds arguments of the template.",
+        "Apply the chat template: true to text too, as a user turn; false never; none to message "
+        "lists only.",
     )
+    chat_params: dict[str, Any] = key({}, "Arguments of the chat template (enable_thinking, ...).")
     max_prompt_length: int = key(512, "Longest prompt.", "tokens", ge=1)
     overlong: Literal["error", "drop", "truncate_left"] = key(
-        "error", "What becomes of a longer prompt; drops are counted."
+        "error", "What happens to a longer prompt; dropped prompts are counted."
     )
     shuffle: bool = key(True, "Shuffle each epoch, by the run's seed.")
     max_pass_rate: float | None = key(
@@ -73,6 +75,50 @@ class DataSection(Section):
         gt=0,
         le=1,
     )
+
+
+class DataChanges(DataKeys):
+    """Keys that replace those of the section data; keys that are not set are inherited."""
+
+    @model_serializer(mode="wrap")
+    def _only_set_keys(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: v for name, v in serialize(self).items() if name in self.model_fields_set}
+
+
+class PartSection(DataChanges):
+    """A part of a mixture.
+
+    Example: ``{source: words.parquet, weight: 0.5, params: {streaming: true}}``.
+    """
+
+    name: str = key("", "Name in ids and metrics; without one, the last piece of the source.")
+    weight: float = key(1.0, "Draws relative to the other parts.", gt=0, allow_inf_nan=False)
+
+
+class EvalDataSection(DataChanges):
+    """The prompts of evaluations; params.split is test unless it is set."""
+
+    mixture: list[PartSection] = key([], "Parts beside eval.data itself, whose weight is 1.")
+
+
+class DataSection(DataKeys):
+    """Where prompts come from."""
+
+    source: str = key(..., _SOURCE)
+    mixture: list[PartSection] = key([], "Parts beside this section, whose weight is 1.")
+
+    def changed(self, changes: DataChanges) -> DataSection:
+        """This section with the keys that ``changes`` sets.
+
+        ``params`` are added to this section's for the same source; another source starts with none.
+
+        Example: ``{source: a, params: {x: 1}}`` changed by ``{params: {y: 2}}`` has the params
+        ``{x: 1, y: 2}``; changed by ``{source: b}`` it has none.
+        """
+        keys = changes.model_fields_set & DataSection.model_fields.keys()
+        values: dict[str, Any] = {name: getattr(changes, name) for name in keys}
+        inherited = self.params if values.get("source", self.source) == self.source else {}
+        return self.model_copy(update={**values, "params": {**inherited, **changes.params}})
 
 
 class Filters(Section):
@@ -148,9 +194,7 @@ class EvalSection(Section):
         "steps",
         ge=0,
     )
-    data: dict[str, Any] = key(
-        {}, "Keys of data that differ in evaluation; params.split is test unless named."
-    )
+    data: EvalDataSection = EvalDataSection()
     num_prompts: int = key(64, "Prompts, from the top of the evaluation set.", "prompts", ge=1)
     num_completions: int = key(
         0, "Sampled completions of each, as in training; 0: greedy alone.", "completions", ge=0

@@ -38,10 +38,11 @@ def make_prompts(
     opened: dict[str, PromptStream] = {}
     for part in parts:
         with naming(part.name):
-            rows = load_rows(part, seed=rows_seed, dataset=None if opened else dataset)
+            given = None if opened else dataset
+            rows = load_rows(part.section, seed=rows_seed, dataset=given)
             # Parts of one size must not be shuffled alike.
             own_seed = xxhash.xxh3_64_intdigest(f"{seed}/{part.name}".encode())
-            opened[part.name] = _over(rows, part, tokenizer, own_seed, stream)
+            opened[part.name] = _over(rows, part.section, tokenizer, own_seed, stream)
     return Mixture(opened, [part.weight for part in parts], seed=seed, stream=stream)
 
 

@@ -7,7 +7,7 @@ import math
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 
 from raygrpo.config import DataSection
-from raygrpo.config.base import key
 from raygrpo.data.prompts import STREAM_KEYS, PromptStream
-from raygrpo.data.sources import BUILDERS, changed_section
+from raygrpo.data.sources import BUILDERS
 from raygrpo.errors import ConfigError, DataError, RayGrpoError
 from raygrpo.types import GroupSummary, Prompt, Stream
 
@@ -26,32 +25,32 @@ from raygrpo.types import GroupSummary, Prompt, Stream
 _CIRCLE, _STRIDE = 2**64, 0x9E3779B97F4A7C15
 
 
-class PartSection(DataSection):
-    """A part of a mixture."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A part of a mixture: ``section`` has no parts of its own."""
 
-    name: str = key("", "Name in ids and metrics; none takes the last part of the source's.")
-    weight: float = key(1.0, "Draws relative to the other parts'.", gt=0, allow_inf_nan=False)
+    name: str
+    weight: float
+    section: DataSection
 
 
-def mixture_parts(section: DataSection) -> list[PartSection]:
+def mixture_parts(section: DataSection) -> list[Part]:
     """The parts of a section: itself with weight 1, then those of ``section.mixture``.
 
     Raises:
-        ConfigError: an unknown key, a value that does not fit it, or two parts of one name.
+        ConfigError: two parts have one name.
     """
     alone = section.model_copy(update={"mixture": []})
-    parts: list[PartSection] = []
-    for index, entry in enumerate([{}, *section.mixture], start=-1):
-        where = f"data.mixture[{index}]"
-        if "mixture" in entry:
-            raise ConfigError(f"{where}.mixture: a part has no parts", "list them side by side")
-        part = changed_section(alone, entry, where, PartSection)
-        part = part.model_copy(update={"name": part.name or _short_name(part.source)})
-        if part.name in [other.name for other in parts]:
+    parts = [Part(name=_short_name(section.source), weight=1.0, section=alone)]
+    for index, entry in enumerate(section.mixture):
+        own = alone.changed(entry)
+        name = entry.name or _short_name(own.source)
+        if name in [part.name for part in parts]:
             raise ConfigError(
-                f"{where}.name: another part is called {part.name!r}", "give it a name of its own"
+                f"data.mixture[{index}].name: another part is called {name!r}",
+                "give it a name of its own",
             )
-        parts.append(part)
+        parts.append(Part(name=name, weight=entry.weight, section=own))
     return parts
 
 

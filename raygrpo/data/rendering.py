@@ -43,8 +43,8 @@ class Renderer:
             _check_template(section.template, names)
         elif PROMPT not in names:
             raise missing_prompt(names)
-        if wraps_text(section):
-            self._check_chat("data.chat is set")
+        if section.chat:
+            self._check_chat("data.chat is true")
         self._num_appended = _num_appended(tokenizer)
 
     def name_columns(self, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -66,7 +66,7 @@ class Renderer:
         if isinstance(content, str):
             if not content:
                 raise DataError(f"{name} has an empty prompt", "remove the row, or give it text")
-            if not wraps_text(section):
+            if not section.chat:
                 self._check_no_system(name)
                 return Rendered(text=content, messages=None, string=content)
             content = [{"role": "user", "content": content}]
@@ -111,7 +111,7 @@ class Renderer:
                 tokenize=False,
                 add_generation_prompt=not continues,
                 continue_final_message=continues,
-                **chat_arguments(self._section),
+                **self._section.chat_params,
             )
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise DataError(f"the chat template refuses {name}: {error}") from error
@@ -137,16 +137,6 @@ class Renderer:
                 f"{reason}, but the model's tokenizer has no chat template",
                 "set data.chat: false with a data.template that makes text, or use a chat model",
             )
-
-
-def wraps_text(section: DataSection) -> bool:
-    """Whether a prompt of text becomes a user turn."""
-    return section.chat is True or isinstance(section.chat, dict)
-
-
-def chat_arguments(section: DataSection) -> dict[str, Any]:
-    """Arguments of the chat template."""
-    return section.chat if isinstance(section.chat, dict) else {}
 
 
 def _messages(content: Any, name: str) -> tuple[Message, ...]:

@@ -6,12 +6,11 @@ import dataclasses
 import inspect
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import datasets
-from pydantic import ValidationError
 
 from raygrpo.config import DataSection, EvalSection
 from raygrpo.errors import ConfigError, DataError, nearest
@@ -22,7 +21,6 @@ GYM_SIZE = 1000
 # Row i of a reasoning-gym task is drawn from seed + i: seeds closer together share rows.
 _EVAL_SEED_OFFSET = 1_000_000_007
 _TUPLE = "__tuple__"
-S = TypeVar("S", bound=DataSection)
 
 
 def load_rows(
@@ -62,23 +60,22 @@ def load_rows(
 
 
 def eval_section(data: DataSection, evaluation: EvalSection, *, seed: int) -> DataSection:
-    """What the evaluation reads: ``data`` with the keys that ``evaluation.data`` changes.
+    """What the evaluation reads: ``data`` with the keys that ``evaluation.data`` sets.
 
-    The same reasoning-gym task gets rows of its own: unless ``evaluation.data`` names a seed, the
-    training seed is moved (`eval_seed`).
-
-    Raises:
-        ConfigError: an unknown key, or a value that does not fit it.
+    The parts of ``data`` and its max_pass_rate are training's alone. A hub data set is read from
+    split test unless ``evaluation.data`` names one. The same reasoning-gym task gets other rows:
+    unless ``evaluation.data`` names a seed, the training seed is moved (`eval_seed`).
     """
-    own = {"mixture": [], "max_pass_rate": None, **evaluation.data}
-    source, named = str(own.get("source", data.source)), own.get("params") or {}
+    changes = evaluation.data
+    source = changes.source or data.source
+    params: dict[str, Any] = {}
     if not source.startswith(GYM):
-        if isinstance(named, Mapping) and not _is_file(source):
-            own["params"] = {"split": "test", **named}
-    elif source == data.source and "seed" not in named:
-        moved = eval_seed(data.params.get("seed", seed))
-        data = data.model_copy(update={"params": {**data.params, "seed": moved}})
-    return changed_section(data, own, "eval.data", DataSection)
+        params = {} if _is_file(source) else {"split": "test"}
+    elif source == data.source:
+        params = {"seed": eval_seed(data.params.get("seed", seed))}
+    changes = changes.model_copy(update={"params": {**params, **changes.params}})
+    alone = data.model_copy(update={"mixture": [], "max_pass_rate": None})
+    return alone.changed(changes)
 
 
 def split_of(section: DataSection) -> str:
@@ -100,32 +97,6 @@ def is_on_hub(source: str) -> bool:
 def eval_seed(seed: int) -> int:
     """The training seed moved so far that no row is drawn from a training row's seed."""
     return seed + _EVAL_SEED_OFFSET
-
-
-def changed_section(data: DataSection, changes: Mapping[str, Any], where: str, kind: type[S]) -> S:
-    """``data`` as a ``kind`` of section, with keys changed that the configuration has at ``where``.
-
-    ``params`` are added to those of ``data`` for the same source; another source starts with none.
-
-    Raises:
-        ConfigError: an unknown key, or a value that does not fit it.
-    """
-    if unknown := [name for name in changes if name not in kind.model_fields]:
-        fix = nearest(unknown[0], kind.model_fields)
-        raise ConfigError(f"unknown key {where}.{unknown[0]}", fix)
-    inherited = data.model_dump()
-    if changes.get("source", data.source) != data.source:
-        inherited["params"] = {}
-    elif isinstance(changes.get("params"), Mapping):
-        changes = {**changes, "params": {**data.params, **changes["params"]}}
-    try:
-        return kind.model_validate({**inherited, **changes})
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"{where}.{name}: {first['msg']}", f"it is {first['input']!r} now") from (
-            None
-        )
 
 
 def _load_file(section: DataSection) -> Any:

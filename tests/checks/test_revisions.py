@@ -96,10 +96,10 @@ def test_commits_are_found_and_written_into_the_configuration(hub: FakeHub, tmp_
     assert pinned.config.model.revision == model
     assert pinned.config.data.params == {"name": "main", "revision": data}
     first, second, third = pinned.config.data.mixture
-    assert first == {"source": OTHER, "weight": 2.0, "params": {"revision": newer}}
-    assert "params" not in second
-    assert third["params"] == {"split": "extra"}, "the same source: it inherits the revision"
-    assert pinned.config.eval.data["params"] == {"revision": other}
+    assert (first.source, first.weight, first.params) == (OTHER, 2.0, {"revision": newer})
+    assert not second.params
+    assert third.params == {"split": "extra"}, "the same source: it inherits the revision"
+    assert pinned.config.eval.data.params == {"revision": other}
     # All else is as it was.
     assert pinned.config.optimizer == config.optimizer
     assert config.model.revision is None

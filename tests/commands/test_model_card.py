@@ -290,7 +290,7 @@ def test_the_quick_start_talks_as_the_run_did(tmp_path: Path) -> None:
     tokenizer.chat_template = CHAT_TEMPLATE.replace("<assistant>", "{{ mark }}")
     export = save_tiny_model(tmp_path / "export")
     tokenizer.save_pretrained(export)
-    data = {"source": "a/b", "system": "Be brief.", "chat": {"mark": "<me>"}}
+    data = {"source": "a/b", "system": "Be brief.", "chat": True, "chat_params": {"mark": "<me>"}}
     config = run_config(tmp_path, "a/b", data=data)
     snippet = quick_start_snippet(card_of(export, facts_of(config, tokenizer=tokenizer)))
     assert "'role': 'system', 'content': 'Be brief.'" in snippet

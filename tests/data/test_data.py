@@ -110,7 +110,7 @@ def test_a_template_replaces_the_prompt_column() -> None:
 def test_message_lists_take_the_chat_template() -> None:
     messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
     rows = [{"prompt": messages, "answer": "x"}]
-    prompt = source_of(rows, tokenizer=chat_tokenizer(), chat={"opening": "ok "}).next()
+    prompt = source_of(rows, tokenizer=chat_tokenizer(), chat_params={"opening": "ok "}).next()
     assert prompt.text is None
     assert list(prompt.messages or ()) == messages
     wanted = "<system>be brief\n<user>hi\n<assistant>ok "
@@ -121,9 +121,11 @@ def test_chat_true_wraps_text_as_a_user_turn() -> None:
     prompt = source_of([{"prompt": "hi"}], tokenizer=chat_tokenizer(), chat=True).next()
     assert list(prompt.messages or ()) == [{"role": "user", "content": "hi"}]
     assert prompt.token_ids.tolist() == ids_of("<user>hi\n<assistant>")
-    for chat in ({}, {"opening": "ok "}):
-        prompt = source_of([{"prompt": "hi"}], tokenizer=chat_tokenizer(), chat=chat).next()
-        wanted = "<user>hi\n<assistant>" + chat.get("opening", "")
+    for params in ({}, {"opening": "ok "}):
+        prompt = source_of(
+            [{"prompt": "hi"}], tokenizer=chat_tokenizer(), chat=True, chat_params=params
+        ).next()
+        wanted = "<user>hi\n<assistant>" + params.get("opening", "")
         assert prompt.token_ids.tolist() == ids_of(wanted)
     plain = source_of([{"prompt": "hi"}], tokenizer=chat_tokenizer()).next()
     assert plain.text == "hi"
@@ -240,7 +242,7 @@ def test_the_echo_example_is_balanced_held_out_and_tokenised_losslessly() -> Non
     model = config.model.model_copy(update={"path": str(root / config.model.path)})
     tokenizer = load_tokenizer(model)
     rows = {}
-    for name, source in (("train", config.data.source), ("test", config.eval.data["source"])):
+    for name, source in (("train", config.data.source), ("test", config.eval.data.source)):
         where = config.data.model_copy(update={"source": str(root / str(source))})
         rows[name] = load_rows(where, seed=0)
         for prompt in PromptSource(rows[name], where, tokenizer, seed=0).take(10_000):

@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raygrpo.config import DataSection
+from raygrpo.config.file import load_config
 from raygrpo.data.loading import make_prompts
-from raygrpo.data.mixture import Mixture, mixture_parts
+from raygrpo.data.mixture import Mixture, Part, mixture_parts
 from raygrpo.data.prompts import PromptStream
 from raygrpo.errors import ConfigError, DataError
 from raygrpo.tracking.metrics import source_metrics
@@ -150,20 +151,22 @@ def test_take_mixes_the_tops(files: Path) -> None:
     assert prompts.epoch == 0
 
 
-def parts(*entries: dict[str, Any], **keys: Any) -> Sequence[DataSection]:
+def parts(*entries: dict[str, Any], **keys: Any) -> Sequence[Part]:
     return mixture_parts(section("rows.jsonl", mixture=list(entries), **keys))
 
 
 def test_a_part_takes_the_sections_keys_but_not_another_sources_params() -> None:
-    base: dict[str, Any] = {"params": {"delimiter": ";"}, "chat": True}
+    base: dict[str, Any] = {"params": {"delimiter": ";"}, "chat": True, "max_prompt_length": 9}
     first, same, other = parts(
         {"name": "again", "params": {"streaming": True}},
         {"source": "openai/gsm8k", "params": {"name": "main"}, "chat": None},
         **base,
     )
-    assert (first.name, first.weight, first.params) == ("rows", 1.0, {"delimiter": ";"})
-    assert same.params == {"delimiter": ";", "streaming": True}
-    assert (other.name, other.params, other.chat) == ("gsm8k", {"name": "main"}, None)
+    assert (first.name, first.weight, first.section.params) == ("rows", 1.0, {"delimiter": ";"})
+    assert same.section.params == {"delimiter": ";", "streaming": True}
+    assert same.section.chat is True, "what a part does not set is inherited"
+    assert (other.name, other.section.params) == ("gsm8k", {"name": "main"})
+    assert (other.section.chat, other.section.max_prompt_length) == (None, 9)
     assert parts({"source": "reasoning_gym:chain_sum"})[1].name == "chain_sum"
 
 
@@ -173,28 +176,27 @@ def test_a_part_takes_the_sections_keys_but_not_another_sources_params() -> None
         ({"sorce": "x"}, r"data\.mixture\[1\]\.sorce\n.*'source'"),
         ({"source": "b", "wieght": 1}, r"data\.mixture\[1\]\.wieght\n.*'weight'"),
         ({"source": "b", "weight": 0}, r"data\.mixture\[1\]\.weight: .*greater than 0"),
-        ({"source": "b", "weight": -1}, r"data\.mixture\[1\]\.weight: .*greater than 0"),
         ({"source": "b", "weight": math.inf}, r"data\.mixture\[1\]\.weight: .*finite"),
         ({"source": "b", "weight": math.nan}, r"data\.mixture\[1\]\.weight: "),
         ({"source": "b", "weight": "much"}, r"data\.mixture\[1\]\.weight: .*number"),
         ({"source": "b", "name": 3}, r"data\.mixture\[1\]\.name: .*string"),
         ({"source": "b", "max_prompt_length": 0}, r"data\.mixture\[1\]\.max_prompt_length"),
-        ({"source": "b", "mixture": []}, r"data\.mixture\[1\]\.mixture: a part has no parts"),
+        ({"source": "b", "mixture": []}, r"unknown key data\.mixture\[1\]\.mixture"),
         ({"weight": 2}, r"data\.mixture\[1\]\.name: another part is called 'rows'"),
     ],
 )
 def test_mistakes_in_a_part_name_its_key(entry: dict[str, Any], message: str) -> None:
+    data = {"source": "rows.jsonl", "mixture": [{"source": "a"}, entry]}
     with pytest.raises(ConfigError, match=message):
-        parts({"source": "a"}, entry)
+        mixture_parts(load_config({"model": {"path": "m"}, "data": data}).data)
 
 
 def test_errors_of_a_part_name_it(files: Path) -> None:
     whole = mixed(files)
-    short = {**whole.mixture[1], "max_prompt_length": 3}
+    muls, text = (part.model_copy(update={"max_prompt_length": 3}) for part in whole.mixture)
     with pytest.raises(DataError, match=r"part 'muls'.*row 0 has a prompt of"):
-        part = {**whole.mixture[0], "max_prompt_length": 3}
-        make_prompts(section(whole.source, mixture=[part]), TOKENIZER, seed=0)
-    prompts = make_prompts(section(whole.source, mixture=[short]), TOKENIZER, seed=0)
+        make_prompts(section(whole.source, mixture=[muls]), TOKENIZER, seed=0)
+    prompts = make_prompts(section(whole.source, mixture=[text]), TOKENIZER, seed=0)
     with pytest.raises(DataError, match=r"part 'text'.*has a prompt of"):
         ids(prompts, 3)
 
