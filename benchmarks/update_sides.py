@@ -72,8 +72,16 @@ def our_config(spec: dict[str, Any], dtype: str) -> Any:
 def our_step(spec: dict[str, Any], config: Any) -> tuple[Any, dict[int, Any]]:
     """The plan of the step, and its groups."""
     from raygrpo.algorithm.step_plan import make_step_batch
-    from raygrpo.algorithm.window import FinishedGroup
-    from raygrpo.types import Completion, Group, GroupRequest, Prompt, Score, Version, summarise
+    from raygrpo.types import (
+        Completion,
+        FinishedGroup,
+        Group,
+        GroupRequest,
+        Prompt,
+        Score,
+        Version,
+        summarise,
+    )
 
     version = Version(1, 0)
     finished, payloads = [], {}
@@ -94,7 +102,7 @@ def our_step(spec: dict[str, Any], config: Any) -> tuple[Any, dict[int, Any]]:
         payloads[number] = Group(request=request, completions=completions)
         scores = [Score(value=r, parts={"given": r}) for r in stored["rewards"]]
         summary = summarise(payloads[number], scores)
-        finished.append(FinishedGroup(summary=summary, payload=None))
+        finished.append(FinishedGroup(summary=summary, payload=None, teaches=True))
     return make_step_batch(0, finished, config), payloads
 
 

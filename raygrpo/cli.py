@@ -138,9 +138,6 @@ def evaluate(
     greedy = f"1 greedy and {found.num_completions} sampled completions each"
     typer.echo(f"{found.model} after {found.step} steps: {found.num_prompts} prompts, {greedy}")
     _print_numbers(found.metrics)
-    if found.best_constant:
-        answer = found.best_constant.answer
-        typer.echo(f"best constant answer {answer!r}: {found.best_constant.value:.4g}")
 
 
 @app.command(context_settings=_OVERRIDES)

@@ -22,6 +22,8 @@ ByteArray = npt.NDArray[np.uint8]
 Message = Mapping[str, Any]
 Stream = Literal["train", "eval"]
 Finish = Literal["stop", "length", "abort"]
+Fate = Literal["kept", "no_signal", "errored", "generated", "eval"]
+Ref = Any  # a reference to an object that lives elsewhere; only `actors/` looks inside
 
 
 class Version(NamedTuple):
@@ -242,16 +244,35 @@ def summarise(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FinishedGroup:
+    """A scored group as the driver holds it; ``payload`` refers to the `Group` with its tokens.
+
+    ``teaches``: whether a trained completion has an advantage. ``extras`` are the columns [G] that
+    rewards gave to ``log_extra``, ``traceback`` the first one of a reward that failed. ``fate`` is
+    None until it is decided.
+    """
+
+    summary: GroupSummary
+    payload: Ref
+    teaches: bool
+    extras: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    traceback: str | None = None
+    fate: Fate | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedSample:
     """One completion's place in a step, without its tokens.
 
-    ``loss_weight`` multiplies each trained token's loss and carries the aggregation's global
-    denominator. ``filler`` marks a sample that only keeps a rank's microbatch count equal to the
-    others': it is computed with weight 0.
+    A sample is identified by ``group_id``, ``completion_index`` and ``part`` (0 for a completion of
+    one part). ``loss_weight`` multiplies each trained token's loss and carries the aggregation's
+    global denominator. ``filler`` marks a sample that only keeps a rank's microbatch count equal to
+    the others': it is computed with weight 0.
     """
 
     group_id: int
     completion_index: int
+    part: int = 0
     prompt_length: int
     completion_length: int
     num_loss_tokens: int
@@ -270,7 +291,7 @@ class StepBatch:
 
     step: int
     minibatches: tuple[tuple[PlannedSample, ...], ...]
-    payloads: Mapping[int, Any]
+    payloads: Mapping[int, Ref]
     versions: Mapping[int, tuple[Version, Version]]
     has_signal: bool = True
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from raygrpo.algorithm.window import FinishedGroup
 from raygrpo.types import (
     Completion,
     Finish,
+    FinishedGroup,
     Group,
     GroupRequest,
     GroupSummary,
@@ -103,4 +103,10 @@ def summary(
 
 
 def finished(group_id: int, rewards: Sequence[float | str | None], step: int = 0) -> FinishedGroup:
-    return FinishedGroup(summary=summary(group_id, rewards, step=step), payload=f"ref-{group_id}")
+    """A group that teaches where its rewards differ."""
+    values = {reward for reward in rewards if isinstance(reward, float | int)}
+    return FinishedGroup(
+        summary=summary(group_id, rewards, step=step),
+        payload=f"ref-{group_id}",
+        teaches=len(values) > 1,
+    )

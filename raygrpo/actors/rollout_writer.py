@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 import ray.exceptions
@@ -22,10 +22,7 @@ from raygrpo.actors.process import log_path, log_to, spawn
 from raygrpo.config import RunConfig
 from raygrpo.errors import InfraError, StorageError
 from raygrpo.storage import rollouts as store
-from raygrpo.types import Group, StepBatch, Stream
-
-if TYPE_CHECKING:  # importing it loads torch, which the writer's process does without
-    from raygrpo.algorithm.window import FinishedGroup
+from raygrpo.types import FinishedGroup, Group, Ref, StepBatch, Stream
 
 _MAX_WAITING = 2
 _MAX_ATTEMPTS = 4
@@ -33,11 +30,11 @@ _MAX_ATTEMPTS = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WriteOrder:
-    """One file's groups, with the step's plan where it trained them."""
+    """The groups of one file, and the step's plan where a step trained them."""
 
     kind: store.Kind
     facts: store.FileFacts
-    groups: tuple[store.StoredGroup, ...]
+    groups: tuple[FinishedGroup, ...]
     minibatches: store.Minibatches
 
 
@@ -58,13 +55,11 @@ class RolloutWriterActor:
         self._directory = Path(directory)
         self._timeout_s = timeout_s
 
-    def write(self, order: WriteOrder, payloads: Sequence[Any]) -> WriteReport:
+    def write(self, order: WriteOrder) -> WriteReport:
         """Writes a file; groups whose payload is lost are left out, and the file says so."""
-        ray.wait(list(payloads), num_returns=len(payloads), timeout=self._timeout_s)
-        found = {
-            item.summary.group_id: self._fetch(ref)
-            for item, ref in zip(order.groups, payloads, strict=True)
-        }
+        payloads = [group.payload for group in order.groups]
+        ray.wait(payloads, num_returns=len(payloads), timeout=self._timeout_s)
+        found = {group.summary.group_id: self._fetch(group.payload) for group in order.groups}
         groups = {group_id: group for group_id, group in found.items() if group is not None}
         lost = sorted(found.keys() - groups.keys())
         table = store.make_table(order.facts.step, order.groups, groups, order.minibatches)
@@ -74,7 +69,7 @@ class RolloutWriterActor:
         num_bytes = store.total_bytes(self._directory)
         return WriteReport(num_bytes=num_bytes, sample=store.sample_rows(table), lost=lost)
 
-    def _fetch(self, payload: Any) -> Group | None:
+    def _fetch(self, payload: Ref) -> Group | None:
         try:
             group: Group = ray.get(payload, timeout=self._timeout_s)
         except ray.exceptions.ObjectLostError:
@@ -98,10 +93,9 @@ class _Attempt(Pending[WriteReport]):
 
 @dataclass(slots=True)
 class _Write:
-    """A file still to be written."""
+    """A file still to be written. The order's references keep the groups alive until then."""
 
     order: WriteOrder
-    payloads: list[Any]
     attempts: int = 0
 
 
@@ -130,10 +124,7 @@ class RolloutLog:
         self._is_on = bool(self._frac and self._max_bytes)
         self._is_full = False
         self._num_bytes = store.total_bytes(directory)
-        self._held: dict[Stream, dict[int, tuple[store.StoredGroup, Any]]] = {
-            "train": {},
-            "eval": {},
-        }
+        self._held: dict[Stream, dict[int, FinishedGroup]] = {"train": {}, "eval": {}}
         self._waiting: deque[_Write] = deque()
         self._attempt: _Attempt | None = None
         self._actor: Any = None
@@ -153,15 +144,14 @@ class RolloutLog:
         """Whether all that a checkpoint of ``step`` counts as done is on disk."""
         return all(w.order.facts.step > step and w.order.minibatches for w in self._waiting)
 
-    def take(self, decided: Iterable[tuple[FinishedGroup, str]]) -> None:
-        """Takes groups with their fates; those ``kept`` wait for the step that trains them."""
-        for group, fate in decided if self._is_on else ():
+    def take(self, decided: Iterable[FinishedGroup]) -> None:
+        """Takes groups whose fate is decided; a ``kept`` one waits for the step that trains it."""
+        for group in decided if self._is_on else ():
             summary = group.summary
             if self._is_full or not store.is_drawn(summary.stream, summary.group_id, self._frac):
                 self._num_unstored += len(summary.lengths)
                 continue
-            stored = store.StoredGroup(summary=summary, fate=fate, extras=group.extras)
-            self._held[summary.stream][summary.group_id] = (stored, group.payload)
+            self._held[summary.stream][summary.group_id] = group
 
     def write_step(self, batch: StepBatch) -> None:
         """Has the groups that a step trains written, and those dropped before it."""
@@ -206,13 +196,13 @@ class RolloutLog:
 
     def _write(self, kind: store.Kind, step: int, batch: StepBatch) -> None:
         held = self._held["train" if kind == "step" else "eval"]
-        ids = [i for i, (item, _) in held.items() if item.fate != "kept" or i in batch.payloads]
-        taken = [held.pop(group_id) for group_id in ids]
-        num_rows = sum(len(item.summary.lengths) for item, _ in taken)
-        if taken and not self._is_full and self._num_bytes >= self._max_bytes:
+        ids = [i for i, group in held.items() if group.fate != "kept" or i in batch.payloads]
+        groups = tuple(held.pop(group_id) for group_id in ids)
+        num_rows = sum(len(group.summary.lengths) for group in groups)
+        if groups and not self._is_full and self._num_bytes >= self._max_bytes:
             self._is_full = True
             self._on_event("completions_full", step=step, num_bytes=self._num_bytes)
-        if self._is_full or not taken:
+        if self._is_full or not groups:
             self._num_unstored += num_rows
             return
         self._num_rows += num_rows
@@ -222,9 +212,8 @@ class RolloutLog:
             num_minibatches=len(batch.minibatches),
             has_signal=batch.has_signal,
         )
-        groups, payloads = zip(*taken, strict=True)
         order = WriteOrder(kind=kind, facts=facts, groups=groups, minibatches=batch.minibatches)
-        self._waiting.append(_Write(order, list(payloads)))
+        self._waiting.append(_Write(order))
         self._send()
 
     def _send(self) -> None:
@@ -233,7 +222,7 @@ class RolloutLog:
         write = self._waiting[0]
         write.attempts += 1
         self._actor = self._actor or self._new_writer()
-        ref = self._actor.write.remote(write.order, write.payloads)
+        ref = self._actor.write.remote(write.order)
         self._attempt = _Attempt("rollout-writer", [ref], self._timeout_s, lambda values: values[0])
 
     def _new_writer(self) -> Any:

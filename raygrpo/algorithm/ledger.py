@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 
-from raygrpo.algorithm.window import Fate, FinishedGroup
-from raygrpo.types import GroupSummary
+from raygrpo.types import FinishedGroup, GroupSummary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,14 +40,14 @@ class TokenLedger:
         aborted = 0 if awaited else tokens
         return replace(self, reported=self.reported + tokens, aborted=self.aborted + aborted)
 
-    def decide(self, decided: Iterable[tuple[FinishedGroup, Fate]]) -> TokenLedger:
+    def decide(self, decided: Iterable[FinishedGroup]) -> TokenLedger:
         """The window decided on groups; kept ones go on waiting."""
         ledger = self
-        for group, fate in decided:
+        for group in decided:
             tokens = sum(group.summary.lengths)
-            if fate == "no_signal":
+            if group.fate == "no_signal":
                 ledger = replace(ledger, no_signal=ledger.no_signal + tokens)
-            elif fate == "errored":
+            elif group.fate == "errored":
                 ledger = replace(ledger, errored=ledger.errored + tokens)
         return ledger
 

@@ -15,11 +15,10 @@ from raygrpo.algorithm.advantages import (
 )
 from raygrpo.algorithm.loss import LossConfig, loss_weights_for
 from raygrpo.algorithm.overlong import overlong_penalty
-from raygrpo.algorithm.window import FinishedGroup
 from raygrpo.config import RunConfig
 from raygrpo.config.algorithm import AdvantageSection
 from raygrpo.config.sections import reward_name
-from raygrpo.types import GroupSummary, PlannedSample, Score, StepBatch
+from raygrpo.types import FinishedGroup, GroupSummary, PlannedSample, Score, StepBatch
 
 
 def loss_config(config: RunConfig) -> LossConfig:
@@ -65,7 +64,7 @@ def make_step_batch(step: int, groups: Sequence[FinishedGroup], config: RunConfi
         versions={
             summary.group_id: (min(summary.oldest), max(summary.newest)) for summary in summaries
         },
-        has_signal=any(teaches(summary, config) for summary in summaries),
+        has_signal=any(group.teaches for group in groups),
     )
 
 

@@ -12,27 +12,10 @@ takes it is at most ``max_staleness`` after the one at which it was admitted.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
 
-from raygrpo.algorithm.advantages import has_signal
 from raygrpo.config import RunConfig
-from raygrpo.types import GroupRequest, GroupSummary, Prompt, Version
-
-Fate = Literal["kept", "no_signal", "errored"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FinishedGroup:
-    """A finished group as the driver holds it: ``payload`` is an opaque reference to its tokens.
-
-    ``extras`` are the columns [G] that rewards gave to ``log_extra``.
-    """
-
-    summary: GroupSummary
-    payload: Any
-    extras: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+from raygrpo.types import Fate, FinishedGroup, GroupRequest, Prompt, Version
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,17 +64,14 @@ class Window:
         max_staleness: int = 0,
         dynamic_sampling: bool = False,
         max_refill_factor: float = 1.0,
-        teaches: Callable[[GroupSummary], bool] | None = None,
         state: WindowState | None = None,
     ) -> None:
-        """``teaches(summary)``: whether a group has signal (default: by its rewards' mean)."""
         self._steps = steps
         self._groups_per_step = groups_per_step
         self._max_staleness = max_staleness
         # Rounded first: (1.4 - 1) * 5 is 1.9999999999999998.
         refills = int(round((max_refill_factor - 1) * groups_per_step, 6))
         self._max_refills = refills if dynamic_sampling else 0
-        self._teaches = teaches or _teaches
         state = state or WindowState(admitted=0, dropped=0, taken=0, refilled=0, pending=())
         self._admitted = state.admitted
         self._dropped = state.dropped
@@ -131,8 +111,8 @@ class Window:
         self._requests[request.group_id] = request
         return request
 
-    def finish(self, group: FinishedGroup) -> list[tuple[FinishedGroup, Fate]]:
-        """Takes a finished group; returns the groups whose fate this decides, in order.
+    def finish(self, group: FinishedGroup) -> list[FinishedGroup]:
+        """Takes a finished group; returns the groups whose fate this decides, in order, with it.
 
         A duplicate (an id that is decided or finished already) decides nothing.
         """
@@ -144,7 +124,7 @@ class Window:
         self._finished[group_id] = group
         return self._decide_heads()
 
-    def fail(self, group_id: int) -> list[tuple[FinishedGroup, Fate]]:
+    def fail(self, group_id: int) -> list[FinishedGroup]:
         """Gives up a group that cannot be generated: it frees its place; returns as `finish`."""
         if group_id not in self._undecided or group_id in self._finished:
             return []
@@ -153,23 +133,18 @@ class Window:
         self._dropped += 1
         return self._decide_heads()
 
-    def _decide_heads(self) -> list[tuple[FinishedGroup, Fate]]:
+    def _decide_heads(self) -> list[FinishedGroup]:
         decided = []
         while self._undecided and self._undecided[0] in self._finished:
-            head = self._finished.pop(self._undecided.popleft())
-            decided.append((head, self._decide(head)))
+            group = self._finished.pop(self._undecided.popleft())
+            group = replace(group, fate=self._decide(group))
+            if group.fate == "kept":
+                self._keep(group)
+            else:
+                self._dropped += 1
+                del self._requests[group.summary.group_id]
+            decided.append(group)
         return decided
-
-    def requeue(self, group_id: int) -> GroupRequest | None:
-        """The request to send again after its worker was lost; None when it is not awaited."""
-        if group_id not in self._requests or group_id not in self._undecided:
-            return None
-        if group_id in self._finished:
-            return None
-        request = self._requests[group_id]
-        request = replace(request, attempt=request.attempt + 1)
-        self._requests[group_id] = request
-        return request
 
     def step_ready(self) -> bool:
         """Whether a whole step can be taken."""
@@ -205,25 +180,16 @@ class Window:
         return 0 if self._kept else self._refilled
 
     def _decide(self, group: FinishedGroup) -> Fate:
-        summary = group.summary
-        values = [score.value for score in summary.scores]
-        failed = any(score.error for score in summary.scores)
-        if failed and sum(value is not None for value in values) < 2:
-            return self._drop(group, "errored")
-        if not self._teaches(summary) and self._refilled < self._max_refills:
+        scores = group.summary.scores
+        failed = any(score.error for score in scores)
+        if failed and sum(score.value is not None for score in scores) < 2:
+            return "errored"
+        if not group.teaches and self._refilled < self._max_refills:
             self._refilled += 1
-            return self._drop(group, "no_signal")
+            return "no_signal"
+        return "kept"
+
+    def _keep(self, group: FinishedGroup) -> None:
         self._kept.append(group)
         if (self._taken + len(self._kept)) % self._groups_per_step == 0:
             self._refilled = 0
-        return "kept"
-
-    def _drop(self, group: FinishedGroup, fate: Fate) -> Fate:
-        self._dropped += 1
-        del self._requests[group.summary.group_id]
-        return fate
-
-
-def _teaches(summary: GroupSummary) -> bool:
-    trained = [count > 0 for count in summary.num_loss_tokens]
-    return has_signal([score.value for score in summary.scores], trained)

@@ -22,8 +22,8 @@ from raygrpo.learner.attention.ulysses import check_attention
 from raygrpo.learner.deepspeed_config import check_learner
 from raygrpo.learner.loading import expected_layout
 from raygrpo.storage.run_dir import RunDir
-from raygrpo.training.evaluation import written
 from raygrpo.types import (
+    Completion,
     Group,
     GroupRequest,
     Prompt,
@@ -245,7 +245,21 @@ def fake_group(checked: Checked, prompt: Prompt) -> Group:
         sampling=sampling,
         min_version=_START,
     )
-    return Group(request=request, completions=(written(text, checked.tokenizer),))
+    return Group(request=request, completions=(_written(text, checked.tokenizer),))
+
+
+def _written(text: str, tokenizer: Any) -> Completion:
+    """A completion that nobody sampled: none of its tokens is trained."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = np.array(ids or [tokenizer.eos_token_id], np.int32)
+    return Completion(
+        token_ids=ids,
+        logprobs=np.zeros(ids.size, np.float32),
+        loss_mask=np.zeros(ids.size, np.bool_),
+        text=text,
+        finish="stop",
+        version_runs=((_START, ids.size),),
+    )
 
 
 def score_fake(rewards: Sequence[RewardSection], group: Group) -> Facts:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from raygrpo.actors.scorer import ScoreReport
-from raygrpo.algorithm.step_plan import teaches
-from raygrpo.algorithm.window import FinishedGroup, train_request
+from raygrpo.algorithm.window import train_request
 from raygrpo.commands.signals import Stopped
 from raygrpo.commands.train import Session
 from raygrpo.config import RunConfig
@@ -22,9 +20,8 @@ from raygrpo.rewards.contract import TrainerState
 from raygrpo.storage.checkpoint import find_checkpoint, open_run, verify
 from raygrpo.storage.run_dir import write_atomically
 from raygrpo.tracking.metrics import completion_metrics, reward_metrics
-from raygrpo.training.evaluation import Evaluation, Order, again
-from raygrpo.training.state import Constant
-from raygrpo.types import Group, Version
+from raygrpo.training.evaluation import Evaluation
+from raygrpo.types import FinishedGroup, Group, GroupRequest, Version
 
 OnEvent = Callable[[str, Mapping[str, Any]], None]
 _LOADED = Version(0, 0)  # what generators call the weights that they read from disk
@@ -41,7 +38,6 @@ class Evaluated:
     num_completions: int
     seconds: float
     metrics: dict[str, float]
-    best_constant: Constant | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,9 +112,6 @@ class RolloutSession(Session):
         self._closers.callback(self._pool.close)
         with placing(connection):
             self._pool.start()
-        self._pool.trainer_state = TrainerState(
-            global_step=self._trained_steps, max_steps=self.config.train.steps
-        )
         self.started = True
         self._on_event("started", {})
 
@@ -129,21 +122,16 @@ class RolloutSession(Session):
             RewardError: too many scores failed.
         """
         started = time.monotonic()
-        evaluation = Evaluation(self._eval_prompts, _LOADED, self.config, self._constants)
-        for group, _ in self._roll(evaluation.orders, evaluation.drop):
+        evaluation = Evaluation(self._eval_prompts, _LOADED, self.config)
+        for group in self._roll(evaluation.requests, evaluation.drop):
             evaluation.finish(group.summary)
-        constant = evaluation.best_constant()
-        metrics = evaluation.metrics()
-        if constant:
-            metrics["eval/best_constant"] = constant.value
         return Evaluated(
             model=self.config.model.path,
             step=self._trained_steps,
             num_prompts=len(self._eval_prompts),
             num_completions=self.config.eval.num_completions,
             seconds=time.monotonic() - started,
-            metrics=metrics,
-            best_constant=constant,
+            metrics=evaluation.metrics(),
         )
 
     def generate(self, num_groups: int, out: Path) -> Generated:
@@ -160,17 +148,13 @@ class RolloutSession(Session):
             for group_id in range(num_groups)
         ]
         started = time.monotonic()
-        dropped: list[int] = []
-        found = self._roll(requests, dropped.append)
-        rolled = sorted(found, key=lambda pair: pair[0].summary.group_id)
+        rolled = sorted(self._roll(requests), key=lambda group: group.summary.group_id)
         seconds = time.monotonic() - started
         payloads = {
-            group.summary.group_id: resolve(group.payload, "a generated group")
-            for group, _ in rolled
+            group.summary.group_id: resolve(group.payload, "a generated group") for group in rolled
         }
-        summaries = [group.summary for group, _ in rolled]
-        taught = {summary.group_id for summary in summaries if teaches(summary, self.config)}
-        path = _write(out, rolled, payloads, taught, complete=len(rolled) == num_groups)
+        summaries = [group.summary for group in rolled]
+        path = _write(out, rolled, payloads, complete=len(rolled) == num_groups)
         num_tokens = sum(sum(summary.lengths) for summary in summaries)
         return Generated(
             model=self.config.model.path,
@@ -180,43 +164,41 @@ class RolloutSession(Session):
             metrics={
                 **reward_metrics(summaries),
                 **completion_metrics(summaries),
-                "frac_groups_with_signal": len(taught) / max(len(rolled), 1),
-                "num_dropped": float(len(dropped)),
+                "frac_groups_with_signal": sum(g.teaches for g in rolled) / max(len(rolled), 1),
+                "num_dropped": float(num_groups - len(rolled)),
                 "tokens_per_s": num_tokens / seconds,
             },
         )
 
     def _roll(
-        self, orders: Sequence[Order], drop: Callable[[int], None]
-    ) -> Iterator[tuple[FinishedGroup, ScoreReport]]:
-        """Yields groups as they finish; ``drop`` gets the ids of those that cannot be served."""
-        waiting = {_id(order): order for order in orders}
+        self, requests: Sequence[GroupRequest], drop: Callable[[], None] = lambda: None
+    ) -> Iterator[FinishedGroup]:
+        """Yields groups as they finish; ``drop`` is called for each that cannot be served."""
+        state = TrainerState(global_step=self._trained_steps, max_steps=self.config.train.steps)
+        num_waiting = len(requests)
         budget = ScoreBudget(
             max_error_frac=self.config.scorers.max_reward_error_frac,
-            num_planned=sum(_num_completions(order) for order in orders),
+            num_planned=sum(request.sampling.num_completions for request in requests),
         )
-        for order in orders:
-            self._pool.submit(order)
-        while waiting:
+        for request in requests:
+            self._pool.submit(request)
+        while num_waiting:
             # Noticed between two waits: an exception in the middle of Ray's own is none of ours.
             with self._signals.during(self._stop):
-                done = self._pool.wait([], _TICK_S)
+                done = self._pool.wait([], _TICK_S, state)
             if self._stopping:
                 raise Stopped("stopped by a signal")
             for kind, fields in done.events:
                 self._on_event(kind, fields)
-            for _, group_id in done.lost:
-                waiting[group_id] = again(waiting[group_id])
-                self._pool.submit(waiting[group_id])
-            for _, group_id in done.dropped:
-                del waiting[group_id]
-                drop(group_id)
-            for group, report in done.groups:
-                del waiting[group.summary.group_id]
-                budget.take(group.summary.scores, report.traceback)
-                counts = {"finished": len(orders) - len(waiting), "of": len(orders)}
+            for _ in done.dropped:
+                num_waiting -= 1
+                drop()
+            for group in done.groups:
+                num_waiting -= 1
+                budget.take(group.summary.scores, group.traceback)
+                counts = {"finished": len(requests) - num_waiting, "of": len(requests)}
                 self._on_event("group", counts)
-                yield group, report
+                yield group
 
 
 def evaluate(
@@ -268,33 +250,14 @@ def write_json(path: Path, found: Evaluated) -> None:
         raise StorageError(f"cannot write {path}: {error}") from error
 
 
-def _id(order: Order) -> int:
-    return order.request.group_id if isinstance(order, Group) else order.group_id
-
-
-def _num_completions(order: Order) -> int:
-    request = order.request if isinstance(order, Group) else order
-    return request.sampling.num_completions
-
-
 def _write(
-    out: Path,
-    rolled: Sequence[tuple[FinishedGroup, ScoreReport]],
-    payloads: Mapping[int, Group],
-    taught: Set[int],
-    *,
-    complete: bool,
+    out: Path, rolled: Sequence[FinishedGroup], payloads: Mapping[int, Group], *, complete: bool
 ) -> Path:
-    from raygrpo.storage.rollouts import FileFacts, StoredGroup, file_path, make_table, write_file
+    from raygrpo.storage.rollouts import FileFacts, file_path, make_table, write_file
 
-    stored = [
-        StoredGroup(
-            summary=group.summary,
-            fate="generated" if group.summary.group_id in taught else "no_signal",
-            extras=report.extras,
-        )
-        for group, report in rolled
+    decided = [
+        replace(group, fate="generated" if group.teaches else "no_signal") for group in rolled
     ]
     path = file_path(out, "step", 0)
-    write_file(path, make_table(0, stored, payloads, ()), FileFacts(step=0, complete=complete))
+    write_file(path, make_table(0, decided, payloads, ()), FileFacts(step=0, complete=complete))
     return path

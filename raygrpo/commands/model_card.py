@@ -36,9 +36,7 @@ _FRAMEWORKS = {
 }
 _BADGE = "https://raw.githubusercontent.com/wandb/assets/main/wandb-github-badge-28.svg"
 # Where and how fast a run ran says nothing about the model, and may name machines.
-_RESULT = re.compile(
-    r"eval/(greedy/)?(reward|accuracy|rewards/.+/mean)|eval/(avg|pass|maj)@\d+|eval/best_constant"
-)
+_RESULT = re.compile(r"eval/(greedy/)?(reward|accuracy|rewards/.+/mean)|eval/(avg|pass|maj)@\d+")
 _NOT_SHOWN = ("run_dir", "ray", "tracking", "generators", "scorers", "checkpoint")
 
 

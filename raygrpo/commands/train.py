@@ -17,8 +17,8 @@ from raygrpo.config.file import load_config
 from raygrpo.errors import ConfigError, RayGrpoError, StorageError
 from raygrpo.storage.checkpoint import Checkpoints, verify
 from raygrpo.storage.run_dir import RunDir
-from raygrpo.training.evaluation import Evaluations, check_best_metric, constant_groups
-from raygrpo.training.state import BestSoFar, Constant, RunState, load_state
+from raygrpo.training.evaluation import Evaluations, check_best_metric
+from raygrpo.training.state import BestSoFar, RunState, load_state
 from raygrpo.types import Prompt
 
 RewardCallable = Callable[..., Any]
@@ -246,7 +246,6 @@ class Session:
             source = make_prompts(section, tokenizer, seed=seed, stream="eval", dataset=given)
             self._sources["eval"] = source
             self._eval_prompts = source.take(config.eval.num_prompts)
-        self._constants = constant_groups(self._eval_prompts, config, self._tokenizer)
 
     def _find_checkpoint(self) -> None:
         self._checkpoints = Checkpoints(self.run_dir.checkpoints, self.config.checkpoint.keep)
@@ -263,9 +262,7 @@ class Session:
         if self._restored:
             self._restored = replace(self._restored, best=best)
             self._prompts.restore(self._restored.prompts)
-        self._evaluations = Evaluations(
-            self._eval_prompts, self._constants, self.config, best, self._known_constant()
-        )
+        self._evaluations = Evaluations(self._eval_prompts, self.config, best)
         self._incarnation = self.run_dir.next_incarnation()
 
     def _find_best(self) -> BestSoFar:
@@ -282,16 +279,6 @@ class Session:
         if best.metric or "best" in self.run_dir.facts:
             self.run_dir.note(best=best.fact())
         return best
-
-    def _known_constant(self) -> Constant | None:
-        """The best constant answer as found before, while the same prompts are evaluated."""
-        found = self.run_dir.facts.get("best_constant")
-        if found is None:
-            return None
-        if any(change.startswith("eval.") for change in self.run_dir.changed) or not self._restored:
-            self.run_dir.note(best_constant=None)
-            return None
-        return Constant(**found)
 
     def _order_profile(self) -> None:
         from raygrpo.actors.profiling import order_profile
@@ -361,7 +348,7 @@ class Session:
             if self.config.generators.engine == "auto":
                 self._tracker.event("engine", name=choice.engine, reason=choice.reason)
             self._open_store(where["logs"])
-            self._pool.start()
+            self._pool.start(self._restored.normal_gap if self._restored else None)
             self.pids = {f"learner-{rank}": pid for rank, pid in enumerate(starting.wait())}
         self.pids |= self._pool.pids
         self._tracker.event("started", step=0, pids=self.pids, seconds=time.time() - self._born)

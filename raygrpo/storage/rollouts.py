@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,10 +23,15 @@ import xxhash
 
 from raygrpo.errors import StorageError
 from raygrpo.types import (
+    BoolArray,
     Completion,
+    Fate,
+    Finish,
+    FinishedGroup,
+    FloatArray,
     Group,
     GroupRequest,
-    GroupSummary,
+    IntArray,
     PlannedSample,
     Prompt,
     Sampling,
@@ -44,30 +49,70 @@ _NUM_SAMPLED, _SHOWN_CHARACTERS = 8, 2000
 _FACTS = b"raygrpo"
 _TEMPORARY = ".tmp-"
 
-_COLUMNS = (
-    (pa.int64(), "step group_id completion_index attempt minibatch position num_loss_tokens"),
-    (pa.string(), "stream fate source prompt_id prompt completion finish error rewards extras"),
-    (pa.float64(), "reward advantage loss_weight generate_s score_s"),
-    (pa.bool_(), "chat"),
-    (pa.list_(pa.int32()), "prompt_token_ids token_ids"),
-    (pa.list_(pa.bool_()), "loss_mask"),
-    (pa.list_(pa.float32()), "sampler_logprobs"),
-    (pa.list_(pa.int64()), "version_incarnations version_steps version_counts"),
-)
-SCHEMA = pa.schema([(name, kind) for kind, names in _COLUMNS for name in names.split()])
+Int32s = Sequence[int] | IntArray
+Bools = Sequence[bool] | BoolArray
+Floats = Sequence[float] | FloatArray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StoredGroup:
-    """A finished group as the store is given it, without its tokens.
+class Row:
+    """One part of a completion; the fields are the columns of a file.
 
-    ``fate``: ``kept`` for one that its step trains, else what the rows say (``no_signal``,
-    ``errored``, ``eval``). ``extras`` are the columns [G] that rewards gave to ``log_extra``.
+    Example: the first completion of group 12, trained as the third sample of the only minibatch of
+    step 4, is Row(step=4, group_id=12, completion_index=0, part=0, minibatch=0, position=2, ...).
+    A sample is identified by (group_id, completion_index, part). The fields from ``minibatch`` on
+    are None where no step trained the row.
     """
 
-    summary: GroupSummary
+    step: int
+    group_id: int
+    completion_index: int
+    part: int = 0
+    attempt: int
+    stream: Stream
     fate: str
-    extras: Mapping[str, tuple[Any, ...]]
+    source: str
+    prompt_id: str
+    chat: bool
+    prompt: str
+    prompt_token_ids: Int32s
+    completion: str
+    token_ids: Int32s
+    loss_mask: Bools
+    sampler_logprobs: Floats
+    finish: Finish
+    version_incarnations: list[int]
+    version_steps: list[int]
+    version_counts: list[int]
+    reward: float | None
+    rewards: str
+    error: str | None
+    extras: str
+    generate_s: float
+    score_s: float
+    minibatch: int | None = None
+    position: int | None = None
+    num_loss_tokens: int | None = None
+    advantage: float | None = None
+    loss_weight: float | None = None
+
+
+# The column's type for each annotation of a field.
+_ARROW = {
+    "int": pa.int64(),
+    "float": pa.float64(),
+    "bool": pa.bool_(),
+    "str": pa.string(),
+    "Stream": pa.string(),
+    "Finish": pa.string(),
+    "Int32s": pa.list_(pa.int32()),
+    "Bools": pa.list_(pa.bool_()),
+    "Floats": pa.list_(pa.float32()),
+    "list[int]": pa.list_(pa.int64()),
+}
+SCHEMA = pa.schema(
+    [(field.name, _ARROW[str(field.type).removesuffix(" | None")]) for field in fields(Row)]
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,23 +153,26 @@ def is_drawn(stream: Stream, group_id: int, frac: float) -> bool:
 
 
 def make_table(
-    step: int, stored: Sequence[StoredGroup], groups: Mapping[int, Group], minibatches: Minibatches
+    step: int,
+    finished: Sequence[FinishedGroup],
+    groups: Mapping[int, Group],
+    minibatches: Minibatches,
 ) -> pa.Table:
-    """The rows of ``stored``, by group id; a group without an entry in ``groups`` has none."""
+    """The rows of ``finished``, by group id; a group without an entry in ``groups`` has none."""
     places = {
-        (sample.group_id, sample.completion_index): {
+        (sample.group_id, sample.completion_index, sample.part): {
             "minibatch": index,
             "position": position,
+            "num_loss_tokens": sample.num_loss_tokens,
             "advantage": sample.advantage,
             "loss_weight": sample.loss_weight,
-            "num_loss_tokens": sample.num_loss_tokens,
         }
         for index, samples in enumerate(minibatches)
         for position, sample in enumerate(samples)
     }
     rows = [
-        {name: _readable(value) if isinstance(value, str) else value for name, value in row.items()}
-        for item in sorted(stored, key=lambda item: item.summary.group_id)
+        {name: _readable(getattr(row, name)) for name in SCHEMA.names}
+        for item in sorted(finished, key=lambda item: item.summary.group_id)
         if (group := groups.get(item.summary.group_id)) is not None
         for row in _rows(step, item, group, places)
     ]
@@ -132,52 +180,57 @@ def make_table(
 
 
 def _rows(
-    step: int, stored: StoredGroup, group: Group, places: Mapping[tuple[int, int], dict[str, Any]]
-) -> Iterator[dict[str, Any]]:
-    summary, prompt = stored.summary, group.request.prompt
+    step: int,
+    finished: FinishedGroup,
+    group: Group,
+    places: Mapping[tuple[int, int, int], dict[str, Any]],
+) -> Iterator[Row]:
+    summary, prompt = finished.summary, group.request.prompt
     messages = [dict(message) for message in prompt.messages or ()]
     for index, completion in enumerate(group.completions):
-        score, place = summary.scores[index], places.get((summary.group_id, index))
+        score, place = summary.scores[index], places.get((summary.group_id, index, 0))
         versions = [version for version, _ in completion.version_runs]
-        yield {
-            "step": step,
-            "group_id": summary.group_id,
-            "completion_index": index,
-            "attempt": group.request.attempt,
-            "stream": summary.stream,
-            "fate": _fate(stored.fate, score, trained=place is not None),
-            "source": summary.source,
-            "prompt_id": summary.prompt_id,
-            "chat": prompt.text is None,
-            "prompt": _json(messages) if prompt.text is None else prompt.text,
-            "prompt_token_ids": prompt.token_ids,
-            "completion": completion.text,
-            "token_ids": completion.token_ids,
-            "loss_mask": completion.loss_mask,
-            "sampler_logprobs": completion.logprobs,
-            "finish": completion.finish,
-            "version_incarnations": [version.incarnation for version in versions],
-            "version_steps": [version.step for version in versions],
-            "version_counts": [count for _, count in completion.version_runs],
-            "reward": score.value,
-            "rewards": _json(dict(score.parts)),
-            "error": score.error,
-            "extras": _json({name: column[index] for name, column in stored.extras.items()}),
-            "generate_s": group.generate_s,
-            "score_s": summary.score_s,
+        yield Row(
+            step=step,
+            group_id=summary.group_id,
+            completion_index=index,
+            attempt=group.request.attempt,
+            stream=summary.stream,
+            fate=_fate(finished.fate, score, trained=place is not None),
+            source=summary.source,
+            prompt_id=summary.prompt_id,
+            chat=prompt.text is None,
+            prompt=_json(messages) if prompt.text is None else prompt.text,
+            prompt_token_ids=prompt.token_ids,
+            completion=completion.text,
+            token_ids=completion.token_ids,
+            loss_mask=completion.loss_mask,
+            sampler_logprobs=completion.logprobs,
+            finish=completion.finish,
+            version_incarnations=[version.incarnation for version in versions],
+            version_steps=[version.step for version in versions],
+            version_counts=[count for _, count in completion.version_runs],
+            reward=score.value,
+            rewards=_json(dict(score.parts)),
+            error=score.error,
+            extras=_json({name: column[index] for name, column in finished.extras.items()}),
+            generate_s=group.generate_s,
+            score_s=summary.score_s,
             **(place or {}),
-        }
+        )
 
 
-def _fate(group_fate: str, score: Score, *, trained: bool) -> str:
-    if group_fate != "kept":
-        return group_fate
+def _fate(of_group: Fate | None, score: Score, *, trained: bool) -> str:
+    if of_group != "kept":
+        return of_group or ""
     return "trained" if trained else "masked" if score.error is None else "errored"
 
 
-def _readable(text: str) -> str:
-    """Text that is valid UTF-8: a lone surrogate, which bytes cut in two leave, is spelt out."""
-    return text.encode("utf-8", "backslashreplace").decode()
+def _readable(value: Any) -> Any:
+    """A value whose text is valid UTF-8: a lone surrogate (half a character) is spelt out."""
+    if not isinstance(value, str):
+        return value
+    return value.encode("utf-8", "backslashreplace").decode()
 
 
 def _json(value: Any) -> str:
@@ -299,22 +352,20 @@ def read_step(path: Path) -> StepBatch:
         StorageError: the file cannot be read.
     """
     table, facts = read_file(path)
-    groups: dict[int, list[dict[str, Any]]] = {}
-    for row in table.to_pylist():
-        groups.setdefault(row["group_id"], []).append(row)
-    samples: list[list[tuple[int, PlannedSample]]] = [[] for _ in range(facts.num_minibatches)]
-    payloads = {}
+    groups: dict[int, list[Row]] = {}
+    for row in (Row(**columns) for columns in table.to_pylist()):
+        groups.setdefault(row.group_id, []).append(row)
+    samples: list[dict[int, PlannedSample]] = [{} for _ in range(facts.num_minibatches)]
+    payloads: dict[int, Group] = {}
     for group_id, rows in groups.items():
-        planned = [row for row in rows if row["minibatch"] is not None]
-        if planned:
-            payloads[group_id] = _group(rows)
-        for row in planned:
-            samples[row["minibatch"]].append((row["position"], _planned(row)))
+        for row in rows:
+            if row.minibatch is not None and row.position is not None:
+                payloads[group_id] = payloads.get(group_id) or _group(rows)
+                samples[row.minibatch][row.position] = _planned(row)
     return StepBatch(
         step=facts.step - 1,
         minibatches=tuple(
-            tuple(sample for _, sample in sorted(batch, key=lambda pair: pair[0]))
-            for batch in samples
+            tuple(batch[position] for position in sorted(batch)) for batch in samples
         ),
         payloads=payloads,
         versions={group_id: _span(group) for group_id, group in payloads.items()},
@@ -322,52 +373,54 @@ def read_step(path: Path) -> StepBatch:
     )
 
 
-def _planned(row: Mapping[str, Any]) -> PlannedSample:
+def _planned(row: Row) -> PlannedSample:
+    assert row.num_loss_tokens is not None
+    assert row.advantage is not None and row.loss_weight is not None
     return PlannedSample(
-        group_id=row["group_id"],
-        completion_index=row["completion_index"],
-        prompt_length=len(row["prompt_token_ids"]),
-        completion_length=len(row["token_ids"]),
-        num_loss_tokens=row["num_loss_tokens"],
-        advantage=row["advantage"],
-        loss_weight=row["loss_weight"],
+        group_id=row.group_id,
+        completion_index=row.completion_index,
+        part=row.part,
+        prompt_length=len(row.prompt_token_ids),
+        completion_length=len(row.token_ids),
+        num_loss_tokens=row.num_loss_tokens,
+        advantage=row.advantage,
+        loss_weight=row.loss_weight,
     )
 
 
-def _group(rows: Sequence[Mapping[str, Any]]) -> Group:
+def _group(rows: Sequence[Row]) -> Group:
     first = rows[0]
     completions = tuple(_completion(row) for row in rows)
     prompt = Prompt(
-        id=first["prompt_id"],
-        token_ids=np.array(first["prompt_token_ids"], np.int32),
-        text=None if first["chat"] else first["prompt"],
-        messages=tuple(json.loads(first["prompt"])) if first["chat"] else None,
-        source=first["source"],
+        id=first.prompt_id,
+        token_ids=np.array(first.prompt_token_ids, np.int32),
+        text=None if first.chat else first.prompt,
+        messages=tuple(json.loads(first.prompt)) if first.chat else None,
+        source=first.source,
     )
     request = GroupRequest(
-        stream=first["stream"],
-        group_id=first["group_id"],
-        attempt=first["attempt"],
+        stream=first.stream,
+        group_id=first.group_id,
+        attempt=first.attempt,
         prompt=prompt,
         seed=0,
         sampling=Sampling(
-            num_completions=len(rows), max_tokens=max(len(row["token_ids"]) for row in rows)
+            num_completions=len(rows), max_tokens=max(len(row.token_ids) for row in rows)
         ),
         min_version=min(completion.oldest for completion in completions),
     )
-    return Group(request=request, completions=completions, generate_s=first["generate_s"])
+    return Group(request=request, completions=completions, generate_s=first.generate_s)
 
 
-def _completion(row: Mapping[str, Any]) -> Completion:
-    columns = ("version_incarnations", "version_steps", "version_counts")
-    runs = zip(*(row[name] for name in columns), strict=True)
+def _completion(row: Row) -> Completion:
+    versions = map(Version, row.version_incarnations, row.version_steps)
     return Completion(
-        token_ids=np.array(row["token_ids"], np.int32),
-        logprobs=np.array(row["sampler_logprobs"], np.float32),
-        loss_mask=np.array(row["loss_mask"], np.bool_),
-        text=row["completion"],
-        finish=row["finish"],
-        version_runs=tuple((Version(incarnation, step), n) for incarnation, step, n in runs),
+        token_ids=np.array(row.token_ids, np.int32),
+        logprobs=np.array(row.sampler_logprobs, np.float32),
+        loss_mask=np.array(row.loss_mask, np.bool_),
+        text=row.completion,
+        finish=row.finish,
+        version_runs=tuple(zip(versions, row.version_counts, strict=True)),
     )
 
 

@@ -22,7 +22,6 @@ _SHOWN = (
     ("reward", "reward", "{:.3f}"),
     ("eval/greedy/reward", "greedy", "{:.3f}"),
     ("eval/reward", "eval", "{:.3f}"),
-    ("eval/best_constant", "constant", "{:.3f}"),
     ("completions/mean_length", "length", "{:.1f}"),
     ("loss", "loss", "{:.4f}"),
     ("timing/tokens_per_s", "tokens/s", "{:.0f}"),

@@ -13,7 +13,6 @@ _SERIES = (
     ("reward", "reward, sampled in training", "-"),
     ("eval/greedy/reward", "reward on the evaluation set, greedy", "o-"),
     ("eval/reward", "reward on the evaluation set, sampled", "s-"),
-    ("eval/best_constant", "best constant answer on the evaluation set", "--"),
 )
 
 

@@ -146,11 +146,12 @@ class Boundary:
                 # The checkpoint keeps the record, and the resumed run evaluates and logs it.
                 self._deferred = record
                 evaluations.cancel()
+                self._pool.forget("eval")
                 self._close_record()
                 return
             if not evaluations.under_way:
-                for order in evaluations.begin(Version(self._incarnation, self.step)):
-                    self._pool.submit(order)
+                for request in evaluations.begin(Version(self._incarnation, self.step)):
+                    self._pool.submit(request)
             if not evaluations.done:
                 return
             self._rollouts.write_rest("eval", self.step)
@@ -158,8 +159,6 @@ class Boundary:
             record = record | metrics
             for kind, fields in events:
                 self._tracker.event(kind, step=self.step, **fields)
-                if kind == "best_constant":
-                    self._run_dir.note(best_constant=fields)
         if record:
             self._tracker.log_step(self.step, record)
         self._close_record()

@@ -17,14 +17,6 @@ from raygrpo.storage.checkpoint import STATE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Constant:
-    """An answer given to every prompt, and the mean reward that it earns."""
-
-    answer: str
-    value: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class BestSoFar:
     """The best evaluation so far by ``metric``; a leading ``-`` means that lower is better.
 

@@ -10,23 +10,22 @@ driver holds references and summaries, never tokens; `RolloutPool.wait` is the o
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from raygrpo.actors.futures import Pending
 from raygrpo.actors.idle import IdleClock, IdleShare
-from raygrpo.actors.pool.workers import Done
-from raygrpo.actors.scorer import ScoreReport
+from raygrpo.actors.pool.workers import PoolEvents
 from raygrpo.algorithm.ledger import TokenLedger, buffered_tokens
-from raygrpo.algorithm.step_plan import make_step_batch, num_trained_tokens, teaches
-from raygrpo.algorithm.window import Fate, FinishedGroup, Window, train_request
+from raygrpo.algorithm.step_plan import make_step_batch, num_trained_tokens
+from raygrpo.algorithm.window import Window, train_request
 from raygrpo.errors import DataError, RewardError
 from raygrpo.rewards.contract import TrainerState
 from raygrpo.tracking.metrics import StepFacts, step_metrics
 from raygrpo.tracking.sync_metrics import publish_metrics, with_load
 from raygrpo.training.boundary import Boundary, Parts
 from raygrpo.training.state import RunState
-from raygrpo.types import GroupSummary, StepBatch, StepResult, Version
+from raygrpo.types import FinishedGroup, GroupSummary, StepBatch, StepResult, Version
 
 _TICK_S = 1.0  # how soon a signal is noticed while nothing else happens
 
@@ -37,6 +36,7 @@ class Span:
 
     started: float = field(default_factory=time.monotonic)
     finished: list[GroupSummary] = field(default_factory=list)
+    num_teaching: int = 0
     errored_scores: int = 0
     scores: int = 0
     dropped_groups: int = 0
@@ -57,13 +57,11 @@ class Trainer:
             max_staleness=config.train.max_staleness,
             dynamic_sampling=config.train.dynamic_sampling,
             max_refill_factor=config.train.max_refill_factor,
-            teaches=lambda summary: teaches(summary, config),
             state=restored.window if restored else None,
         )
         self._ledger = restored.ledger if restored else TokenLedger()
         if restored:
             self._ledger = self._ledger.roll_back(restored.buffered_tokens)
-            self._pool.normal_gap = restored.normal_gap
         self._num_tokens = restored.num_tokens if restored else 0
         self._update: Pending[StepResult] | None = None
         self._publish: Pending[Any] | None = None
@@ -102,10 +100,16 @@ class Trainer:
             self._admit()
             self._start_update()
             self._learner_idle.mark(busy=self._learner_is_busy)
-            self._take(self._pool.wait(self._pendings(), _TICK_S))
+            self._take(self._pool.wait(self._pendings(), _TICK_S, self._trainer_state))
             blocked = self._pool.waited_s - waited
             self._driver_s += time.monotonic() - started - blocked
         return self._boundary.complete and not self._boundary.has_deferred
+
+    @property
+    def _trainer_state(self) -> TrainerState:
+        return TrainerState(
+            global_step=self.step, max_steps=self._config.train.steps, epoch=self._prompts.epoch
+        )
 
     @property
     def _learner_is_busy(self) -> bool:
@@ -123,9 +127,6 @@ class Trainer:
     # What may start.
 
     def _admit(self) -> None:
-        self._pool.trainer_state = TrainerState(
-            global_step=self.step, max_steps=self._config.train.steps, epoch=self._prompts.epoch
-        )
         while not self._boundary.is_last and self._window.has_room(self.step):
             version = Version(self._incarnation, self.step)
             prompt = self._prompts.next()
@@ -169,16 +170,15 @@ class Trainer:
 
     # What has happened.
 
-    def _take(self, done: Done) -> None:
+    def _take(self, done: PoolEvents) -> None:
         for kind, fields in done.events:
             self._tracker.event(kind, step=self.step, **fields)
         for load in done.loads:
             self._sync = with_load(self._sync, load)
         self._ledger = self._ledger.abort(done.aborted_tokens)
-        for group, report in done.groups:
-            self._take_group(group, report)
-        for stream, group_id in done.lost:
-            self._requeue(stream, group_id)
+        for group in done.groups:
+            self._take_group(group)
+        self._ledger = self._ledger.lose(sum(stream == "train" for stream, _ in done.lost))
         for stream, group_id in done.dropped:
             self._drop(stream, group_id)
         # All load again after that, and say so if it is lost too.
@@ -195,30 +195,30 @@ class Trainer:
         if self._weights_lost and not self._learner_is_busy:
             self._start_publish()
 
-    def _take_group(self, group: FinishedGroup, report: ScoreReport) -> None:
+    def _take_group(self, group: FinishedGroup) -> None:
         summary = group.summary
         self._num_groups += 1
-        if self.first_group_at is None and summary.group_id >= 0:
+        if self.first_group_at is None:
             self.first_group_at = time.time() - summary.score_s
-        if report.traceback and self.first_traceback is None:
-            self.first_traceback = report.traceback
-            self._tracker.event("reward_error", step=self.step, traceback=report.traceback)
+        if group.traceback and self.first_traceback is None:
+            self.first_traceback = group.traceback
+            self._tracker.event("reward_error", step=self.step, traceback=group.traceback)
         if summary.stream == "eval":
             self._evaluations.finish(summary)
-            if summary.group_id >= 0:  # the others are constant answers, which nothing generated
-                self._rollouts.take([(group, "eval")])
+            self._rollouts.take([replace(group, fate="eval")])
             return
         self._count_errors(summary)
         awaited = summary.group_id in {request.group_id for request in self._window.pending}
         self._ledger = self._ledger.report(summary, awaited=awaited)
         self._num_tokens += summary.prompt_length * len(summary.lengths) + sum(summary.lengths)
         self._span.finished.append(summary)
+        self._span.num_teaching += group.teaches
         self._decide(self._window.finish(group))
 
-    def _decide(self, decided: list[tuple[FinishedGroup, Fate]]) -> None:
+    def _decide(self, decided: list[FinishedGroup]) -> None:
         self._ledger = self._ledger.decide(decided)
         self._rollouts.take(decided)
-        self._prompts.observe([group.summary for group, _ in decided])
+        self._prompts.observe([group.summary for group in decided])
 
     def _count_errors(self, summary: GroupSummary) -> None:
         """Stops the run once errored scores pass their share of a whole step's scores."""
@@ -239,19 +239,9 @@ class Trainer:
                 "correct the reward function, or raise its timeout_s",
             )
 
-    def _requeue(self, stream: str, group_id: int) -> None:
-        if stream == "eval":
-            for order in self._evaluations.requeue(group_id):
-                self._pool.submit(order)
-            return
-        self._ledger = self._ledger.lose(1)
-        request = self._window.requeue(group_id)
-        if request is not None:
-            self._pool.submit(request)
-
     def _drop(self, stream: str, group_id: int) -> None:
         if stream == "eval":
-            self._evaluations.drop(group_id)
+            self._evaluations.drop()
             return
         self._ledger = self._ledger.drop(1)
         self._decide(self._window.fail(group_id))
@@ -280,7 +270,7 @@ class Trainer:
             step=batch.step,
             finished=tuple(span.finished),
             trained=tuple(group.summary for group in groups),
-            num_teaching=sum(teaches(summary, self._config) for summary in span.finished),
+            num_teaching=span.num_teaching,
             stats=result.stats,
             epoch=self._prompts.epoch,
             num_tokens=self._num_tokens,

@@ -1,17 +1,17 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 
 import pytest
 
 from raygrpo.actors.pool.failures import (
     MAX_ATTEMPTS,
-    MAX_CONSECUTIVE_LOSSES,
+    MAX_DEATHS_IN_A_ROW,
     Action,
     History,
     decide,
 )
-from raygrpo.actors.pool.workers import Role
 from raygrpo.errors import (
     ConfigError,
     DataError,
@@ -22,39 +22,36 @@ from raygrpo.errors import (
     StorageError,
 )
 
-NONE = History()
+CALL = History()
 TRIED = History(attempts=MAX_ATTEMPTS)
-LOSING = History(consecutive_losses=MAX_CONSECUTIVE_LOSSES)
+DEATH = History(worker_died=True)
+DYING = History(worker_died=True, deaths_in_a_row=MAX_DEATHS_IN_A_ROW)
 # A node took sixteen workers of forty along.
-NODE = History(consecutive_losses=16, num_workers=40)
-TWICE = History(consecutive_losses=80, num_workers=40)
+NODE = History(worker_died=True, deaths_in_a_row=16, num_workers=40)
+TWICE = History(worker_died=True, deaths_in_a_row=80, num_workers=40)
 
 
 @pytest.mark.parametrize(
-    ("error", "role", "history", "died", "expected"),
+    ("error", "history", "expected"),
     [
-        (InfraError("gone"), "generator", NONE, True, Action.REPLACE_WORKER),
-        (InfraError("gone"), "scorer", NONE, True, Action.REPLACE_WORKER),
-        (InfraError("gone"), "generator", LOSING, True, Action.STOP),
-        (InfraError("gone"), "generator", NODE, True, Action.REPLACE_WORKER),
-        (InfraError("gone"), "generator", TWICE, True, Action.STOP),
-        (InfraError("lost"), "generator", NONE, False, Action.RESUBMIT),
-        (InfraError("lost"), "generator", TRIED, False, Action.DROP_GROUP),
-        (InfraError("gone"), "learner", NONE, True, Action.STOP),
-        (InfraError("gone"), "store", NONE, True, Action.STOP),
-        (DataError("long"), "generator", NONE, False, Action.DROP_GROUP),
-        (DataError("long"), "learner", NONE, False, Action.STOP),
-        (NumericError("nan"), "generator", NONE, False, Action.STOP),
-        (RewardError("bad"), "scorer", NONE, False, Action.STOP),
-        (ConfigError("bad"), "generator", NONE, False, Action.STOP),
-        (StorageError("full"), "scorer", NONE, False, Action.STOP),
-        (KeyError("a bug"), "generator", NONE, False, Action.STOP),
+        (InfraError("gone"), DEATH, Action.REPLACE_WORKER),
+        (InfraError("gone"), DYING, Action.STOP),
+        (InfraError("gone"), NODE, Action.REPLACE_WORKER),
+        (InfraError("gone"), TWICE, Action.STOP),
+        (InfraError("lost"), CALL, Action.SEND_AGAIN),
+        (InfraError("lost"), TRIED, Action.DROP_GROUP),
+        (InfraError("lost"), replace(DYING, worker_died=False), Action.STOP),
+        (DataError("long"), CALL, Action.DROP_GROUP),
+        (NumericError("nan"), CALL, Action.STOP),
+        (RewardError("bad"), CALL, Action.STOP),
+        (ConfigError("bad"), CALL, Action.STOP),
+        (StorageError("full"), CALL, Action.STOP),
+        (KeyError("a bug"), CALL, Action.STOP),
+        (KeyError("a bug"), DEATH, Action.STOP),
     ],
 )
-def test_table(
-    error: Exception, role: Role, history: History, died: bool, expected: Action
-) -> None:
-    assert decide(error, role, history, worker_died=died) is expected
+def test_table(error: Exception, history: History, expected: Action) -> None:
+    assert decide(error, history) is expected
 
 
 @pytest.mark.parametrize(

@@ -23,12 +23,12 @@ from raygrpo.algorithm.step_plan import (
     signal_values,
     teaches,
 )
-from raygrpo.algorithm.window import FinishedGroup, Window
+from raygrpo.algorithm.window import Window
 from raygrpo.config import RunConfig
 from raygrpo.config.file import load_config
 from raygrpo.errors import ConfigError
 from raygrpo.rewards.text import length
-from raygrpo.types import Score
+from raygrpo.types import FinishedGroup, GroupSummary, Score
 from tests import oracle
 from tests.builders import request, summary
 
@@ -133,7 +133,7 @@ def test_the_plan_takes_the_overlong_penalty_off() -> None:
     )
     alike = summary(0, [1.0, 1.0, None], lengths=[10, 7, 10])
     assert signal_values(alike, config) == [0.0, 0.75, None]
-    batch = make_step_batch(0, [FinishedGroup(summary=alike, payload="ref")], config)
+    batch = make_step_batch(0, [held(alike, config)], config)
     assert batch.has_signal
     assert [sample.advantage for sample in batch.minibatches[0]] == [-0.375, 0.375]
     plain = load_config({"model": {"path": "m"}, "data": {"source": "d"}})
@@ -180,7 +180,7 @@ def test_truncated_completions_can_be_left_out_of_the_baseline(scale: str, buffe
     other = summary(1, [0.0, 2.0])
     batches = []
     for first in (whole, rest):
-        groups = [FinishedGroup(summary=s, payload=f"ref-{s.group_id}") for s in (first, other)]
+        groups = [held(s, config) for s in (first, other)]
         batches.append(make_step_batch(0, groups, config))
     assert batches[0].has_signal
     ours, expected = (batch.minibatches[0] for batch in batches)
@@ -317,7 +317,12 @@ def test_normalise_then_sum_refuses_what_does_not_fit() -> None:
     assert torch.isnan(alone[0]).all() and not torch.isnan(alone[1]).any()
 
 
-def several(group_id: int, parts: list[dict[str, float | None] | str]) -> FinishedGroup:
+def held(of: GroupSummary, config: RunConfig) -> FinishedGroup:
+    """A finished group as the pool hands it to the trainer."""
+    return FinishedGroup(summary=of, payload=f"ref-{of.group_id}", teaches=teaches(of, config))
+
+
+def several(group_id: int, parts: list[dict[str, float | None] | str]) -> GroupSummary:
     """A group of several rewards with weights 1; text is an error."""
     plain = summary(group_id, [0.0] * len(parts))
     scores = tuple(
@@ -326,7 +331,7 @@ def several(group_id: int, parts: list[dict[str, float | None] | str]) -> Finish
         else Score(value=sum(p for p in part.values() if p is not None), parts=part)
         for part in parts
     )
-    return FinishedGroup(summary=replace(plain, scores=scores), payload=f"ref-{group_id}")
+    return replace(plain, scores=scores)
 
 
 def gdpo_config(weight_a: float, groups: int = 1) -> RunConfig:
@@ -350,7 +355,7 @@ def test_the_plan_normalises_each_reward() -> None:
         several(0, [{"a": 1.0, "b": 0.0}, {"a": 0.0, "b": 4.0}, {"a": 0.0, "b": None}, "failed"]),
         several(1, [{"a": 0.0, "b": 1.0}, {"a": 0.0, "b": 3.0}, {"a": 0.0, "b": 2.0}, "failed"]),
     ]
-    batch = make_step_batch(0, groups, config)
+    batch = make_step_batch(0, [held(group, config) for group in groups], config)
     (samples,) = batch.minibatches
     nan = math.nan
     # The errored completion's other part (9.0) counts nowhere.
@@ -380,20 +385,14 @@ def test_window_and_plan_agree_on_signal(
     weight_a: float, parts: list[dict[str, float | None] | str], signal: bool
 ) -> None:
     config = gdpo_config(weight_a)
-    group = several(0, parts)
+    group = held(several(0, parts), config)
     weighted = [weight_a * s.parts["a"] + s.parts["b"] for s in group.summary.scores]  # type: ignore[operator]
     assert max(weighted) == min(weighted), "the plain sum teaches nothing"
     assert make_step_batch(0, [group], config).has_signal is signal
-    window = Window(
-        steps=1,
-        groups_per_step=1,
-        dynamic_sampling=True,
-        max_refill_factor=3.0,
-        teaches=lambda summary: teaches(summary, config),
-    )
+    window = Window(steps=1, groups_per_step=1, dynamic_sampling=True, max_refill_factor=3.0)
     window.admit(request(0))
-    ((_, fate),) = window.finish(group)
-    assert fate == ("kept" if signal else "no_signal")
+    (decided,) = window.finish(group)
+    assert decided.fate == ("kept" if signal else "no_signal")
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 
 from raygrpo.algorithm.packing import RowLayout, make_microbatch, place, row_length, trees_of
 from raygrpo.algorithm.step_plan import make_step_batch
-from raygrpo.algorithm.window import FinishedGroup
 from raygrpo.config.file import load_config
-from raygrpo.types import Group, PlannedSample, StepBatch
+from raygrpo.types import FinishedGroup, Group, PlannedSample, StepBatch
 from tests.builders import completion, finished, group, request, summary
 
 LAYOUTS: tuple[RowLayout, ...] = ("plain", "shared", "packed")
@@ -192,6 +191,7 @@ def test_plan_excludes_what_has_no_score_and_counts_what_is_filtered() -> None:
             finishes=["stop", "stop", "stop", "length"],
         ),
         payload="ref",
+        teaches=True,
     )
     batch = make_step_batch(0, [done], settings_)  # type: ignore[arg-type]
     (samples,) = batch.minibatches

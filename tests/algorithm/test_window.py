@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raygrpo.algorithm.ledger import TokenLedger, buffered_tokens
-from raygrpo.algorithm.window import Fate, FinishedGroup, Window, WindowState
-from raygrpo.types import Version
+from raygrpo.algorithm.window import Window, WindowState
+from raygrpo.types import FinishedGroup, Version
 from tests.builders import finished, request
 
 SIGNAL, NO_SIGNAL, ERRORED = [1.0, 0.0], [1.0, 1.0], ["boom", "boom"]
@@ -76,11 +76,7 @@ class Simulation:
         group_id = self.rng.choice(sorted(flying))
         chance = self.rng.random()
         if chance < 0.15:
-            again = window.requeue(group_id)
-            assert again is not None
-            assert again.group_id == group_id
-            assert again.attempt > 0
-            self.ledger = self.ledger.lose(1)
+            self.ledger = self.ledger.lose(1)  # its worker died: the pool sends the group again
             return
         version = flying.pop(group_id)
         if chance < 0.2:
@@ -109,11 +105,9 @@ class Simulation:
         )
         return replace(group, summary=summary)
 
-    def _count(self, decided: list[tuple[FinishedGroup, Fate]]) -> None:
+    def _count(self, decided: list[FinishedGroup]) -> None:
         self.ledger = self.ledger.decide(decided)
-        for decision, fate in decided:
-            if fate != "kept":
-                self.dropped.append(decision.summary.group_id)
+        self.dropped += [group.summary.group_id for group in decided if group.fate != "kept"]
 
 
 CASES = st.fixed_dictionaries(
@@ -163,12 +157,13 @@ def test_refill_is_bounded_for_each_step() -> None:
         if not window.has_room(0):
             break
         order = window.admit(request(window.admitted))
-        fates += [fate for _, fate in window.finish(finished(order.group_id, NO_SIGNAL))]
+        fates += [group.fate for group in window.finish(finished(order.group_id, NO_SIGNAL))]
     # Two places are freed, (2 - 1) * 2; the next two groups keep theirs and make up the step.
     assert fates == ["no_signal", "no_signal", "kept", "kept"]
     window.take_step()
     order = window.admit(request(window.admitted))
-    assert window.finish(finished(order.group_id, NO_SIGNAL))[0][1] == "no_signal", "a new budget"
+    (group,) = window.finish(finished(order.group_id, NO_SIGNAL))
+    assert group.fate == "no_signal", "a new budget"
 
 
 def test_decisions_wait_for_earlier_groups() -> None:
@@ -178,7 +173,7 @@ def test_decisions_wait_for_earlier_groups() -> None:
     assert window.finish(finished(1, NO_SIGNAL)) == []
     assert not window.has_room(0)
     decided = window.finish(finished(0, SIGNAL))
-    assert [fate for _, fate in decided] == ["kept", "no_signal"]
+    assert [group.fate for group in decided] == ["kept", "no_signal"]
     assert window.has_room(0)
 
 

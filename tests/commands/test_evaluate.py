@@ -10,48 +10,39 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from raygrpo.actors.pool.workers import Done
-from raygrpo.actors.scorer import ScoreReport
-from raygrpo.algorithm.window import FinishedGroup
+from raygrpo.actors.pool.workers import PoolEvents
 from raygrpo.commands.evaluate import RolloutSession
 from raygrpo.config.file import load_config
-from raygrpo.training.evaluation import Order
-from raygrpo.types import Group, GroupRequest
+from raygrpo.rewards.contract import TrainerState
+from raygrpo.types import FinishedGroup, Group, GroupRequest
 from tests.builders import completion, prompt
 from tests.builders import summary as summary_of
 
 
 class Pool:
-    """Loses each group's first attempt, drops what it is told to, and finishes all else."""
+    """Drops the groups that it is told to drop, and finishes all others."""
 
-    def __init__(self, *dropped: int, **summary: Any) -> None:
-        self._dropped, self._summary = dropped, summary
-        self._sent: list[Order] = []
+    def __init__(self, *dropped: int) -> None:
+        self._dropped = dropped
+        self._sent: list[GroupRequest] = []
 
-    def submit(self, order: Order) -> None:
-        self._sent.append(order)
+    def submit(self, request: GroupRequest) -> None:
+        self._sent.append(request)
 
-    def wait(self, pendings: Sequence[Any], timeout_s: float) -> Done:
-        lost, dropped, groups = [], [], []
-        for order in self._sent:
-            assert isinstance(order, GroupRequest)
-            key = (order.stream, order.group_id)
-            if not order.attempt:
-                lost.append(key)
-            elif order.group_id in self._dropped:
-                dropped.append(key)
-            else:
-                groups.append(self._finish(order))
-        self._sent.clear()
-        return Done(groups=tuple(groups), lost=tuple(lost), dropped=tuple(dropped))
+    def wait(self, pendings: Sequence[Any], timeout_s: float, state: TrainerState) -> PoolEvents:
+        sent, self._sent = self._sent, []
+        served = [request for request in sent if request.group_id not in self._dropped]
+        return PoolEvents(
+            groups=tuple(self._finish(request) for request in served),
+            dropped=tuple((r.stream, r.group_id) for r in sent if r not in served),
+        )
 
-    def _finish(self, order: GroupRequest) -> tuple[FinishedGroup, ScoreReport]:
-        count = order.sampling.num_completions
+    def _finish(self, request: GroupRequest) -> FinishedGroup:
+        count = request.sampling.num_completions
         rewards = [float(index % 2) for index in range(count)]
-        made = replace(summary_of(order.group_id, rewards, **self._summary), answers=("",) * count)
-        group = Group(request=order, completions=(completion([5, 6, 7, 8]),) * count)
-        report = ScoreReport(summary=made, traceback=None, extras={})
-        return FinishedGroup(summary=made, payload=group), report
+        made = replace(summary_of(request.group_id, rewards), answers=("",) * count)
+        group = Group(request=request, completions=(completion([5, 6, 7, 8]),) * count)
+        return FinishedGroup(summary=made, payload=group, teaches=request.group_id != 3)
 
 
 def session(pool: Pool, **sections: Any) -> RolloutSession:
@@ -68,7 +59,7 @@ def session(pool: Pool, **sections: Any) -> RolloutSession:
         )
     )
     made._pool = pool  # type: ignore[assignment]
-    made._eval_prompts, made._constants = [prompt(name=str(i)) for i in range(3)], []
+    made._eval_prompts = [prompt(name=str(i)) for i in range(3)]
     made._prompts = type("Prompts", (), {"next": lambda self: prompt()})()  # type: ignore[assignment]
     return made
 
@@ -80,18 +71,16 @@ def test_what_cannot_be_served_is_counted() -> None:
     assert session(Pool()).evaluate().metrics["eval/num_dropped"] == 0
 
 
-@pytest.mark.parametrize(
-    ("advantage", "fate"), [({}, "generated"), ({"mask_truncated": True}, "no_signal")]
-)
-def test_generated_groups_teach_what_training_would_learn(
-    advantage: dict[str, Any], fate: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_generated_groups_say_whether_they_teach(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("raygrpo.actors.futures.resolve", lambda payload, name: payload)
-    pool = Pool(1, finishes=["length", "length"])
-    made = session(pool, advantage=advantage).generate(4, tmp_path)
+    made = session(Pool(1)).generate(4, tmp_path)
     assert made.num_groups == 3
     assert made.metrics["num_dropped"] == 1
-    assert made.metrics["frac_groups_with_signal"] == (fate == "generated")
+    assert made.metrics["frac_groups_with_signal"] == 2 / 3
     rows = pq.read_table(made.path).to_pylist()
-    assert [row["group_id"] for row in rows] == [0, 0, 2, 2, 3, 3]
-    assert {row["fate"] for row in rows} == {fate}
+    fates = {0: "generated", 2: "generated", 3: "no_signal"}
+    assert [(row["group_id"], row["fate"]) for row in rows] == [
+        pair for pair in fates.items() for _ in range(2)
+    ]

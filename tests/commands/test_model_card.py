@@ -152,10 +152,10 @@ def test_results_are_measured_ones_up_to_the_exported_step(tmp_path: Path) -> No
     assert "## Evaluation" not in card_of(tmp_path, replace(facts_of(config), results=()))
 
 
-def test_rates_and_the_best_constant_are_results_and_spreads_are_not(tmp_path: Path) -> None:
+def test_rates_are_results_and_spreads_are_not(tmp_path: Path) -> None:
     config = run_config(tmp_path, "a/b")
     shown = ("eval/greedy/accuracy", "eval/avg@4", "eval/pass@16", "eval/maj@4",
-             "eval/best_constant", "eval/greedy/rewards/good/mean")  # fmt: skip
+             "eval/greedy/rewards/good/mean")  # fmt: skip
     left_out = ("eval/reward_std", "eval/pass@4/num_left_out", "eval/num_dropped",
                 "eval/reward/error_frac", "eval/completions/mean_length")  # fmt: skip
     run_dir = RunDir.claim(config)

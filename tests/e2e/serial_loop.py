@@ -11,14 +11,14 @@ from safetensors.torch import save_file
 
 from raygrpo.algorithm.packing import make_microbatch, place
 from raygrpo.algorithm.step_plan import make_step_batch
-from raygrpo.algorithm.window import FinishedGroup, train_request
+from raygrpo.algorithm.window import train_request
 from raygrpo.config.file import load_config
 from raygrpo.data.prompts import PromptSource
 from raygrpo.data.sources import load_rows
 from raygrpo.engines.hf.engine import TransformersEngine
 from raygrpo.learner.deepspeed_learner import DeepSpeedLearner
 from raygrpo.models import load_tokenizer
-from raygrpo.types import Group, Score, Version, summarise
+from raygrpo.types import FinishedGroup, Group, Score, Version, summarise
 from raygrpo.weights.buckets import make_buckets
 from raygrpo.weights.types import WeightsManifest
 
@@ -60,7 +60,8 @@ def main(config_path: str, output: str) -> None:
             mean = sum(values) / len(values)
             if any(abs(v - mean) > 1e-8 for v in values):
                 scores = [Score(value=v, parts={"digits": v}) for v in values]
-                finished.append(FinishedGroup(summary=summarise(group, scores), payload=None))
+                summary = summarise(group, scores)
+                finished.append(FinishedGroup(summary=summary, payload=None, teaches=True))
         batch = make_step_batch(step, finished, config)
         (plans,) = place(
             batch,

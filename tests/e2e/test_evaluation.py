@@ -111,7 +111,6 @@ def test_it_ends_early_with_the_best_model(finished: Path) -> None:
     card = (root / "export" / "README.md").read_text()
     assert f"for {BEST} steps, the best checkpoint by `eval/reward`" in card
     assert f"| `eval/pass@2`, step 0 and {BEST} |" in card
-    assert "| `eval/best_constant`, step 0 and" in card
 
 
 def test_the_same_command_trains_no_further(finished: Path) -> None:
@@ -143,7 +142,6 @@ def test_numbers_equal_hand_counts(finished: Path) -> None:
             "eval/reward": mean(row["reward"] for rows in sampled for row in rows),
             f"eval/avg@{SAMPLES}": mean(mean(right(rows)) for rows in sampled),
             f"eval/maj@{SAMPLES}": mean(map(majority, sampled)),
-            "eval/best_constant": LEVELS[0] + 0.5,
         }
         for k in (1, 2, 4):
             draws = [[any(d) for d in itertools.combinations(right(rows), k)] for rows in sampled]
@@ -180,11 +178,8 @@ def test_an_evaluation_alone_equals_the_runs(finished: Path, of_the_run: bool, s
     text = command("eval", target, *options, "--out", str(out))
     found = json.loads(out.read_text())
     expected = {n: v for n, v in runs.metrics(finished)[step].items() if n.startswith("eval/")}
-    # Alone, it scores the constants itself, at the level of its own step.
-    expected["eval/best_constant"] = LEVELS[step] + 0.5
     assert found["metrics"] == expected
     assert found["step"] == step
-    assert found["best_constant"]["value"] == LEVELS[step] + 0.5
     assert f"after {step} steps: 6 prompts" in text
     assert f"eval/maj@{SAMPLES}" in text
 

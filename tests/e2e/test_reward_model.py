@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import ray
 
 from raygrpo.actors.cluster.connect import connect, disconnect
 from raygrpo.actors.cluster.placement import demand_of
 from raygrpo.actors.pool.pool import RolloutPool
-from raygrpo.actors.scorer import ScoreReport
-from raygrpo.actors.weight_store import start_store
 from raygrpo.config import RunConfig
 from raygrpo.config.file import load_config
 from raygrpo.rewards.contract import TrainerState
 from raygrpo.rewards.params import RewardModelParams
 from raygrpo.rewards.reward_model import RewardModel
-from raygrpo.types import Group
+from raygrpo.types import Group, GroupRequest, GroupSummary, Version
 from tests import runs
 from tests.faults.test_reward_children import make_group
 from tests.tiny_reward import save_tiny_reward_model
@@ -85,64 +86,80 @@ def joined(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunConfig]:
     disconnect(connection)
 
 
-def score(pool: RolloutPool, *groups: Group) -> list[ScoreReport]:
-    """Scores groups that exist already; collects the pool's events in order."""
-    for group in groups:
-        pool.submit(group)
-    reports: list[ScoreReport] = []
+TEXTS = ["2", "so it is 2", "12+12"]
+
+
+class Writer:
+    """An engine that writes the same texts for every prompt, with the weights of version (0, 0)."""
+
+    version, can_step = Version(0, 0), True
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self._waiting: list[GroupRequest] = []
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self._waiting)
+
+    def submit(self, request: GroupRequest) -> None:
+        self._waiting.append(request)
+
+    def step(self) -> list[Group]:
+        done, self._waiting = self._waiting, []
+        return [replace(make_group(TEXTS), request=request) for request in done]
+
+    def close(self) -> None:
+        """Holds nothing."""
+
+
+def score(pool: RolloutPool, *group_ids: int) -> tuple[list[GroupSummary], list[str]]:
+    """The summaries of groups that the pool generates and scores, and its events meanwhile."""
+    template = make_group(TEXTS).request
+    for group_id in group_ids:
+        pool.submit(replace(template, group_id=group_id))
+    summaries: list[GroupSummary] = []
+    events: list[str] = []
     deadline = time.monotonic() + 120
-    while len(reports) < len(groups):
+    while len(summaries) < len(group_ids):
         assert time.monotonic() < deadline, "they never came"
-        done = pool.wait([], 1.0)
-        reports += [report for _, report in done.groups]
-        EVENTS.extend(kind for kind, _ in done.events)
-    return sorted(reports, key=lambda report: report.summary.group_id)
-
-
-EVENTS: list[str] = []
-
-
-def numbered(group_id: int, texts: Sequence[str]) -> Group:
-    group = make_group(texts)
-    return replace(group, request=replace(group.request, group_id=group_id))
+        done = pool.wait([], 1.0, TrainerState(global_step=0, max_steps=1))
+        summaries += [group.summary for group in done.groups]
+        events += [kind for kind, _ in done.events]
+    return sorted(summaries, key=lambda summary: summary.group_id), events
 
 
 @pytest.mark.slow
 def test_a_model_that_hangs_is_an_errored_score_and_is_replaced(joined: RunConfig) -> None:
-    store = start_store()
-    pool = RolloutPool(joined, store, joined.rewards, {}, local=True)
-    pool.trainer_state = TrainerState(global_step=0, max_steps=1)
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    pool = RolloutPool(joined, None, joined.rewards, {}, local=True, make_engine=Writer)
     pool.start()
     try:
         params = RewardModelParams.model_validate(joined.rewards[0].params)
         direct = RewardModel(params)
-        texts = ["2", "so it is 2", "12+12"]
-        expected = direct.score(direct.encode("1 + 1 =", texts)[0])
+        expected = direct.score(direct.encode("1 + 1 =", TEXTS)[0])
 
-        (report,) = score(pool, numbered(0, texts))
-        got = [score.value for score in report.summary.scores]
+        (summary,), events = score(pool, 0)
         # fp32; other threads sum in another order.
-        assert got == pytest.approx(expected, rel=1e-4) and EVENTS == []
+        assert [score.value for score in summary.scores] == pytest.approx(expected, rel=1e-4)
+        assert events == []
 
         # Stopped, it keeps its connections and answers nothing.
         stopped = pool.pids["reward-model-0"]
         os.kill(stopped, signal.SIGSTOP)
-        (report,) = score(pool, numbered(1, texts))
-        errors = {score.error for score in report.summary.scores}
+        (summary,), events = score(pool, 1)
+        errors = {score.error for score in summary.scores}
         assert errors == {"reward_model: gave no answer within 8 s"}
-        assert EVENTS == ["worker_replaced"] and report.late == ("reward_model",)
+        assert events == ["worker_replaced"]
 
-        reports = score(pool, *(numbered(n, texts) for n in range(2, 6)))
-        for report in reports:
-            got = [score.value for score in report.summary.scores]
-            assert got == pytest.approx(expected, rel=1e-4)
+        summaries, events = score(pool, *range(2, 6))
+        for summary in summaries:
+            assert [score.value for score in summary.scores] == pytest.approx(expected, rel=1e-4)
         assert pool.pids["reward-model-0"] not in (0, stopped)
 
         # Killed between two groups: the next one waits for its successor.
         os.kill(pool.pids["reward-model-0"], signal.SIGKILL)
-        (report,) = score(pool, numbered(6, texts))
-        assert [s.error for s in report.summary.scores] == [None] * 3
-        assert EVENTS == ["worker_replaced"] * 2
+        (summary,), events = score(pool, 6)
+        assert [score.error for score in summary.scores] == [None] * 3
+        assert events == ["worker_replaced"]
     finally:
         pool.close()
-        store.close()

@@ -22,13 +22,12 @@ from safetensors.torch import load_file
 
 from raygrpo.actors.process import spawn
 from raygrpo.actors.rollout_writer import RolloutLog
-from raygrpo.algorithm.window import FinishedGroup
 from raygrpo.commands.replay import replay
 from raygrpo.config import RunConfig
 from raygrpo.config.file import load_config
 from raygrpo.errors import ConfigError, StorageError
 from raygrpo.storage.rollouts import files, read_facts, read_step
-from raygrpo.types import PlannedSample, StepBatch
+from raygrpo.types import Fate, FinishedGroup, PlannedSample, StepBatch
 from tests import builders, runs
 
 pytestmark = runs.RAY_IN_PROCESS
@@ -254,12 +253,12 @@ def make_log(config: Path, cluster: None, tmp_path: Path) -> Iterator[Callable[.
         log.close()
 
 
-def decided(group_id: int, fate: str = "kept", payload: Any = None) -> tuple[FinishedGroup, str]:
+def decided(group_id: int, fate: Fate = "kept", payload: Any = None) -> FinishedGroup:
     done = [builders.completion([1, 2, 3, 4]), builders.completion([5, 6, 7, 8])]
     group = builders.group(builders.request(group_id), done)
     summary = builders.summary(group_id, [0.0, 1.0])
     payload = ray.put(group) if payload is None else payload
-    return FinishedGroup(summary=summary, payload=payload), fate
+    return FinishedGroup(summary=summary, payload=payload, teaches=True, fate=fate)
 
 
 def batch(step: int, *group_ids: int) -> StepBatch:

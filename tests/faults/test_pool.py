@@ -20,16 +20,16 @@ import torch
 from raygrpo.actors.cluster.connect import connect, disconnect
 from raygrpo.actors.cluster.placement import demand_of
 from raygrpo.actors.futures import resolve
-from raygrpo.actors.pool.failures import MAX_DEATHS
+from raygrpo.actors.pool.failures import MAX_GROUP_DEATHS
 from raygrpo.actors.pool.pool import RolloutPool
-from raygrpo.actors.pool.workers import Done
+from raygrpo.actors.pool.workers import PoolEvents
 from raygrpo.actors.weight_store import StoreHandle, start_store
 from raygrpo.config import RunConfig
 from raygrpo.config.file import load_config
 from raygrpo.errors import ConfigError, InfraError
 from raygrpo.models import load_model
 from raygrpo.rewards.contract import TrainerState
-from raygrpo.types import GroupRequest, Prompt, Sampling, Version
+from raygrpo.types import FinishedGroup, GroupRequest, Prompt, Sampling, Version
 from raygrpo.weights.buckets import make_buckets
 from raygrpo.weights.publisher import Publisher
 from raygrpo.weights.types import WeightsManifest
@@ -41,7 +41,8 @@ GATED = '''
 import pathlib, time
 
 def gated(completions, gate, **_):
-    """Answers once the gate file is there."""
+    """Answers once the gate file is there; says that it was asked."""
+    pathlib.Path(gate + ".asked").touch()
     while not pathlib.Path(gate).exists():
         time.sleep(0.01)
     return [float(len(text)) for text in completions]
@@ -67,11 +68,14 @@ class Cluster:
         )
         self.store.commit(manifest)
 
-    def wait_until(self, condition: Callable[[Done], bool]) -> list[Done]:
+    def wait(self) -> PoolEvents:
+        return self.pool.wait([], 1.0, TrainerState(global_step=0, max_steps=1))
+
+    def wait_until(self, condition: Callable[[PoolEvents], bool]) -> list[PoolEvents]:
         """Waits of the pool until one brings what is asked for."""
         deadline, seen = time.monotonic() + 120, []
         while True:
-            seen.append(self.pool.wait([], 1.0))
+            seen.append(self.wait())
             if condition(seen[-1]):
                 return seen
             assert time.monotonic() < deadline, "it never came"
@@ -99,18 +103,16 @@ def cluster(joined: RunConfig) -> Iterator[Cluster]:
     gate = Path(joined.rewards[0].params["gate"])
     gate.touch()
     pool = RolloutPool(joined, store, joined.rewards, {}, local=True)
-    pool.trainer_state = TrainerState(global_step=0, max_steps=1)
     pool.start()
     yield Cluster(config=joined, store=store, pool=pool, gate=gate)
     pool.close()
     store.close()
 
 
-def order(group_id: int, version: Version, attempt: int = 0) -> GroupRequest:
+def order(group_id: int, version: Version) -> GroupRequest:
     return GroupRequest(
         stream="train",
         group_id=group_id,
-        attempt=attempt,
         prompt=Prompt(id="p", token_ids=np.array([5, 6, 7], np.int32), text="123"),
         seed=0,
         sampling=Sampling(num_completions=2, max_tokens=4),
@@ -127,26 +129,24 @@ def test_a_dead_generator_loses_all_its_groups_once(cluster: Cluster) -> None:
     (done,) = [d for d in cluster.wait_until(lambda d: bool(d.lost)) if d.lost]
     assert sorted(done.lost) == [("train", i) for i in range(4)]
     assert [kind for kind, _ in done.events] == ["worker_replaced"]
-    for group_id in range(4):
-        pool.submit(order(group_id, first, attempt=1))
     cluster.publish(first)
     pool.load()
-    finished: list[Any] = []
+    finished: list[FinishedGroup] = []
     while len(finished) < 4:
-        finished += pool.wait([], 1.0).groups
-    assert sorted(g.summary.group_id for g, _ in finished) == [0, 1, 2, 3]
-    assert {g.summary.attempt for g, _ in finished} == {1}
+        finished += cluster.wait().groups
+    assert sorted(group.summary.group_id for group in finished) == [0, 1, 2, 3]
+    assert {group.summary.attempt for group in finished} == {1}
 
 
 def test_a_group_that_takes_its_workers_down_is_given_up(cluster: Cluster) -> None:
     pool = cluster.pool
-    for attempt in range(MAX_DEATHS):
-        pool.submit(order(9, Version(1, 0), attempt=attempt))
-        while not pool.pids["generator-0"] or pool._flights[("train", 9)].worker is None:
-            pool.wait([], 1.0)
+    pool.submit(order(9, Version(1, 0)))
+    for death in range(MAX_GROUP_DEATHS):
+        while not pool.pids["generator-0"]:
+            cluster.wait()
         os.kill(pool.pids["generator-0"], signal.SIGKILL)
         done = cluster.wait_until(lambda d: bool(d.lost or d.dropped))[-1]
-        if attempt < MAX_DEATHS - 1:
+        if death < MAX_GROUP_DEATHS - 1:
             assert done.lost == (("train", 9),)
     assert done.dropped == (("train", 9),)
     assert "group_dropped" in [kind for kind, _ in done.events]
@@ -154,19 +154,20 @@ def test_a_group_that_takes_its_workers_down_is_given_up(cluster: Cluster) -> No
 
 def test_a_dead_scorer_costs_no_generation(cluster: Cluster) -> None:
     pool, first = cluster.pool, Version(1, 0)
+    asked = Path(f"{cluster.gate}.asked")
+    asked.unlink(missing_ok=True)
     cluster.gate.unlink()
     cluster.publish(first)
     pool.load()
     pool.submit(order(3, first))
-    while pool._flights[("train", 3)].report is None:
-        pool.wait([], 1.0)
+    cluster.wait_until(lambda _: asked.exists())
     os.kill(pool.pids["scorer-0"], signal.SIGKILL)
     seen = cluster.wait_until(lambda d: any(kind == "worker_replaced" for kind, _ in d.events))
     assert not any(d.lost for d in seen), "the payload is the driver's: nothing is generated again"
     cluster.gate.touch()
-    (group, report) = cluster.wait_until(lambda d: bool(d.groups))[-1].groups[0]
+    (group,) = cluster.wait_until(lambda d: bool(d.groups))[-1].groups
     assert group.summary.attempt == 0
-    assert all(score.value is not None for score in report.summary.scores)
+    assert all(score.value is not None for score in group.summary.scores)
     assert len(ray.get(group.payload).completions) == 2
 
 
@@ -188,7 +189,7 @@ def test_deltas_leave_an_engine_with_the_learners_very_bits(cluster: Cluster) ->
         pool.load()
         kinds.append(cluster.wait_until(lambda d: bool(d.loads))[-1].loads[0].kind)
     assert kinds == ["full", "delta", "delta"]
-    held = resolve(pool._generators[0].actor.__ray_call__.remote(tensors_of), "generator")
+    held = resolve(pool.generators[0].actor.__ray_call__.remote(tensors_of), "generator")
     assert held == {name: bytes_of(tensor) for name, tensor in model.named_parameters()}
 
 
@@ -217,17 +218,16 @@ def test_a_generator_that_is_told_to_end_hands_on_what_it_wrote(cluster: Cluster
     sampling = Sampling(num_completions=8, max_tokens=length, min_tokens=length)
     pool.submit(replace(order(0, before), sampling=sampling))
     pool.submit(order(1, before))
-    while pool._flights[("train", 1)].report is None:
-        pool.wait([], 1.0)
+    cluster.wait_until(lambda d: bool(d.groups))
     os.kill(pool.pids["generator-0"], signal.SIGTERM)
     cluster.publish(after)  # only the generator that comes in its place loads it
-    seen = cluster.wait_until(lambda d: any(g.summary.group_id == 0 for g, _ in d.groups))
+    seen = cluster.wait_until(lambda d: any(g.summary.group_id == 0 for g in d.groups))
     assert [(kind, fields.get("groups")) for done in seen for kind, fields in done.events] == [
         ("worker_leaving", 0),
         ("worker_replaced", []),
     ]
     assert not any(done.lost or done.aborted_tokens for done in seen)
-    (group,) = (g for done in seen for g, _ in done.groups if g.summary.group_id == 0)
+    (group,) = (g for done in seen for g in done.groups if g.summary.group_id == 0)
     assert group.summary.attempt == 0
     for completion in ray.get(group.payload).completions:
         (old, kept), (new, written) = completion.version_runs

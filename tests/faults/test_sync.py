@@ -25,7 +25,7 @@ from raygrpo.actors.cluster.placement import demand_of
 from raygrpo.actors.generator import GeneratorActor
 from raygrpo.actors.pool import factory
 from raygrpo.actors.pool.pool import RolloutPool
-from raygrpo.actors.pool.workers import Done, Worker
+from raygrpo.actors.pool.workers import PoolEvents, Worker
 from raygrpo.actors.weight_store import StoreHandle, WeightStoreActor, start_store
 from raygrpo.config import RunConfig
 from raygrpo.config.file import load_config
@@ -152,40 +152,34 @@ class Cluster:
 
     @property
     def generator(self) -> Worker:
-        return self.pool._generators[0]
+        return self.pool.generators[0]
 
-    def wait_until(self, condition: Callable[[Done], bool]) -> Done:
-        """Waits of the pool until one brings what is asked for; lost groups are sent again."""
+    def wait_until(self, condition: Callable[[PoolEvents], bool]) -> PoolEvents:
+        """Waits of the pool until one brings what is asked for."""
         deadline = time.monotonic() + 120
         while True:
-            done = self.pool.wait([], 0.2)
+            done = self.pool.wait([], 0.2, TrainerState(global_step=0, max_steps=1))
             self.events += done.events
-            for stream, group_id in done.lost:
-                assert stream == "train"
-                self.pool.submit(self.order(group_id, attempt=1))
             if condition(done):
                 return done
             assert time.monotonic() < deadline, f"it never came; events: {self.events}"
 
-    def order(self, group_id: int, attempt: int = 0) -> GroupRequest:
-        return GroupRequest(
+    def submit(self) -> None:
+        self.group_id += 1
+        request = GroupRequest(
             stream="train",
-            group_id=group_id,
-            attempt=attempt,
+            group_id=self.group_id,
             prompt=Prompt(id="p", token_ids=np.array([5, 6, 7], np.int32), text="123"),
             seed=0,
             sampling=Sampling(num_completions=2, max_tokens=4),
             min_version=Version(1, self.step),
         )
-
-    def submit(self) -> None:
-        self.group_id += 1
-        self.pool.submit(self.order(self.group_id))
+        self.pool.submit(request)
 
     def wait_for_group(self) -> None:
         """The group that was submitted comes, written by the current version alone."""
         done = self.wait_until(lambda d: bool(d.groups))
-        (summary,) = [group.summary for group, _ in done.groups]
+        (summary,) = [group.summary for group in done.groups]
         assert summary.group_id == self.group_id
         assert set(summary.oldest) == set(summary.newest) == {Version(1, self.step)}
 
@@ -227,7 +221,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         patch.setattr("raygrpo.actors.weight_store.WeightStoreActor", StoreWithPid)
         store = start_store()
         pool = RolloutPool(config, store, config.rewards, {}, local=True)
-        pool.trainer_state = TrainerState(global_step=0, max_steps=1)
         pool.start()
         yield Cluster(config=config, store=store, pool=pool, place=directory / "model")
         pool.close()
@@ -302,10 +295,10 @@ def test_a_generator_killed_during_a_sync(cluster: Cluster) -> None:
     version = cluster.publish()
     cluster.pool.load()
     assert cluster.generator.joining
-    assert cluster.pool._flights[("train", cluster.group_id)].worker is None
+    assert not cluster.generator.groups
     cluster.release("stage")
     cluster.wait_for_load(Version(1, version.step - 1))
-    assert cluster.pool._flights[("train", cluster.group_id)].worker is None
+    assert not cluster.generator.groups
     cluster.wait_for_load(version)
     assert not cluster.generator.joining
     cluster.wait_for_group()

@@ -11,10 +11,9 @@ import numpy as np
 
 from raygrpo.algorithm.packing import RowLayout, make_microbatch, place
 from raygrpo.algorithm.step_plan import make_step_batch
-from raygrpo.algorithm.window import FinishedGroup
 from raygrpo.config import RunConfig
 from raygrpo.config.file import load_config
-from raygrpo.types import Group, GroupSummary, Microbatch
+from raygrpo.types import FinishedGroup, Group, GroupSummary, Microbatch
 from tests.builders import completion, group, request, summary
 
 VOCABULARY = 60
@@ -238,7 +237,7 @@ def planned_step(
     """``[rank][minibatch]`` of random groups, planned, placed and filled in as in a run."""
     made = random_groups(seed, config.train.groups_per_step)
     payloads = {done.group_id: payload for payload, done in made}
-    finished = [FinishedGroup(summary=done, payload="") for _, done in made]
+    finished = [FinishedGroup(summary=done, payload="", teaches=True) for _, done in made]
     batch = make_step_batch(seed, finished, config)
     placed = place(batch, num_ranks, tokens_per_microbatch=40, layout=layout)
     return [

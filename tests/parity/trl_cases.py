@@ -20,11 +20,10 @@ from torch import Tensor
 
 from raygrpo.algorithm.packing import MicrobatchPlan, make_microbatch, place
 from raygrpo.algorithm.step_plan import make_step_batch
-from raygrpo.algorithm.window import FinishedGroup
 from raygrpo.config import RunConfig
 from raygrpo.config.file import load_config
 from raygrpo.learner.reference_learner import ReferenceLearner
-from raygrpo.types import Group, Microbatch, Score, Stat, summarise
+from raygrpo.types import FinishedGroup, Group, Microbatch, Score, Stat, summarise
 from tests.builders import completion, request
 from tests.tiny import Kind, save_tiny_model, tiny_tokenizer
 
@@ -165,7 +164,7 @@ def finished_groups(
         payloads[group_id] = Group(request=order, completions=done)
         scores = [Score(value=r, parts={"given": r}) for r in rollout.rewards]
         summary = summarise(payloads[group_id], scores)
-        finished.append(FinishedGroup(summary=summary, payload=None))
+        finished.append(FinishedGroup(summary=summary, payload=None, teaches=True))
     return finished, payloads
 
 

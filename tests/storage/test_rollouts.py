@@ -22,7 +22,6 @@ from raygrpo.errors import ConfigError, StorageError
 from raygrpo.storage.rollouts import (
     SCHEMA,
     FileFacts,
-    StoredGroup,
     file_path,
     files,
     is_drawn,
@@ -37,6 +36,8 @@ from raygrpo.storage.rollouts import (
 from raygrpo.storage.run_dir import RunDir
 from raygrpo.types import (
     Completion,
+    Fate,
+    FinishedGroup,
     Group,
     PlannedSample,
     Prompt,
@@ -70,7 +71,7 @@ def completions(draw: Any) -> Completion:
 
 
 @st.composite
-def steps(draw: Any) -> tuple[list[StoredGroup], dict[int, Group], Any]:
+def steps(draw: Any) -> tuple[list[FinishedGroup], dict[int, Group], Any]:
     """Groups of a step, kept and dropped, and a plan of some of the kept ones' completions."""
     stored, groups, planned = [], {}, []
     for group_id in draw(st.lists(st.integers(0, 99), min_size=1, max_size=4, unique=True)):
@@ -87,8 +88,10 @@ def steps(draw: Any) -> tuple[list[StoredGroup], dict[int, Group], Any]:
         values = draw(st.lists(_REALS, min_size=len(members), max_size=len(members)))
         fate = draw(st.sampled_from(["kept", "no_signal"]))
         stored.append(
-            StoredGroup(
+            FinishedGroup(
                 summary=builders.summary(group_id, values),
+                payload=None,
+                teaches=True,
                 fate=fate,
                 extras={"note": tuple(draw(_TEXT) for _ in members)},
             )
@@ -147,11 +150,11 @@ def group(group_id: int, num_completions: int = 2) -> Group:
     return builders.group(builders.request(group_id, num_completions=num_completions), done)
 
 
-def stored(group_id: int, fate: str = "kept", rewards: Any = (0.0, 1.0)) -> StoredGroup:
-    return StoredGroup(summary=builders.summary(group_id, rewards), fate=fate, extras={})
+def stored(group_id: int, fate: Fate = "kept", rewards: Any = (0.0, 1.0)) -> FinishedGroup:
+    return replace(builders.finished(group_id, rewards), fate=fate)
 
 
-def write(directory: Path, step: int, fates: dict[int, str], **facts: Any) -> Path:
+def write(directory: Path, step: int, fates: dict[int, Fate], **facts: Any) -> Path:
     """A step's file: the groups by fate; with ``kept`` ones it is a trained step's."""
     path = file_path(directory, "step", step)
     groups = [stored(group_id, fate) for group_id, fate in fates.items()]
@@ -180,7 +183,7 @@ def test_rows_say_what_became_of_each_completion(tmp_path: Path) -> None:
     score = Score(value=3.0, parts={"a": 1.0, "b": None})
     half_scored = replace(half_scored, scores=(score, *half_scored.scores[1:]))
     groups = [
-        StoredGroup(summary=half_scored, fate="kept", extras={"seen": ({"é": 1}, None, {1}, "")}),
+        replace(stored(5), summary=half_scored, extras={"seen": ({"é": 1}, None, {1}, "")}),
         stored(3, "no_signal"),
         stored(4, "errored"),
     ]

@@ -17,22 +17,13 @@ from raygrpo.training.evaluation import (
     Evaluation,
     Evaluations,
     check_best_metric,
-    constant_groups,
     metric_names,
 )
 from raygrpo.training.state import BestSoFar
-from raygrpo.types import Group, GroupRequest, GroupSummary, Prompt, Score, Version
+from raygrpo.types import GroupSummary, Prompt, Score, Version
 from tests.builders import summary
 
 VERSION = Version(2, 30)
-
-
-class Characters:
-    """A tokenizer of one token a character."""
-
-    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
-        assert not add_special_tokens
-        return {"input_ids": [ord(letter) for letter in text]}
 
 
 def config(**keys: Any) -> RunConfig:
@@ -68,14 +59,14 @@ def result(
 
 def test_greedy_and_sampled_requests() -> None:
     evaluation = Evaluation(prompts(1, 2), VERSION, config())
-    requests = [order for order in evaluation.orders if isinstance(order, GroupRequest)]
+    requests = evaluation.requests
     assert [request.group_id for request in requests] == [0, 1, 2, 3]
     assert [request.sampling.num_completions for request in requests] == [1, 4, 1, 4]
     assert [request.sampling.temperature for request in requests] == [0.0, 0.7, 0.0, 0.7]
     assert {request.sampling.top_p for request in requests} == {0.9}
     assert {request.min_version for request in requests} == {VERSION}
     alone = Evaluation(prompts(1, 2), VERSION, config(eval={"num_completions": 0}))
-    assert [order.group_id for order in alone.orders if isinstance(order, GroupRequest)] == [0, 2]
+    assert [request.group_id for request in alone.requests] == [0, 2]
 
 
 def test_metrics_by_hand() -> None:
@@ -86,7 +77,7 @@ def test_metrics_by_hand() -> None:
     evaluation.finish(result(3, [1.0, 1.0, None, "raised"], "8811"))
     evaluation.finish(result(4, ["raised"]))
     assert not evaluation.done
-    evaluation.drop(5)
+    evaluation.drop()
     assert evaluation.done
     found = evaluation.metrics()
     expected = {
@@ -114,92 +105,28 @@ def test_metrics_by_hand() -> None:
     assert "eval/pass@3" not in found
 
 
-def test_a_lost_group_is_sent_again_and_a_dropped_one_counted_once() -> None:
+def test_a_dropped_group_is_counted() -> None:
     evaluation = Evaluation(prompts(1), VERSION, config())
-    again = evaluation.requeue(1)
-    assert isinstance(again, GroupRequest)
-    assert (again.group_id, again.attempt) == (1, 1)
-    evaluation.drop(0)
-    evaluation.drop(0)
+    evaluation.drop()
     assert not evaluation.done
     evaluation.finish(result(1, [1.0] * 4))
-    evaluation.drop(1)  # came back in time
+    assert evaluation.done
     assert evaluation.metrics()["eval/num_dropped"] == 1
-
-
-def test_constants_are_the_most_frequent_references() -> None:
-    asked = prompts("a", "b", "b", 3, None, *"cdefgh")
-    groups = constant_groups(asked, config(), Characters())
-    assert [group.request.group_id for group in groups] == [-1 - i for i in range(len(asked))]
-    for group, prompt in zip(groups, asked, strict=True):
-        assert group.request.prompt is prompt
-        assert [c.text for c in group.completions] == ["b", "a", "3", "c", "d", "e", "f", "g"]
-    assert groups[0].completions[2].token_ids.tolist() == [ord("3")]
-    other = config(rewards=[{"func": "number", "params": {"column": "solution"}}])
-    assert constant_groups(asked, other, Characters()) == []
-    assert constant_groups([], config(), Characters()) == []
-
-
-def test_the_best_constant_is_scored_by_the_rewards_and_reported_each_time() -> None:
-    asked = prompts("a", "b", "b")
-    section = config()
-    constants = constant_groups(asked, section, Characters())
-    evaluations = Evaluations(asked, constants, section)
-
-    def evaluate(step: int) -> tuple[dict[str, float], list[tuple[str, dict[str, Any]]]]:
-        for order in evaluations.begin(Version(1, step)):
-            if isinstance(order, GroupRequest):
-                count = order.sampling.num_completions
-                evaluations.finish(result(order.group_id, [0.0] * count))
-                continue
-            right = order.request.prompt.columns["answer"]
-            # "a" earns more where it is right: the mean decides, not the number of times.
-            values = [2.5 * (c.text == right == "a") + (c.text == right) for c in order.completions]
-            evaluations.finish(result(order.request.group_id, values))
-        assert evaluations.done
-        return evaluations.end(step)
-
-    metrics, events = evaluate(0)
-    assert metrics["eval/best_constant"] == pytest.approx(3.5 / 3)
-    assert events == [("best_constant", {"answer": "a", "value": pytest.approx(3.5 / 3)})]
-    assert metrics["eval/num_completions"] == 3 * 4
-    assert not any(isinstance(order, Group) for order in evaluations.begin(Version(1, 1)))
-    metrics, events = evaluate(1)
-    assert metrics["eval/best_constant"] == pytest.approx(3.5 / 3)
-    assert events == []
-
-
-def test_constants_whose_scores_fail_are_not_reported() -> None:
-    asked = prompts("a")
-    section = config()
-    evaluations = Evaluations(asked, constant_groups(asked, section, Characters()), section)
-    for order in evaluations.begin(VERSION):
-        if isinstance(order, Group):
-            again = evaluations.requeue(order.request.group_id)[0]
-            assert isinstance(again, Group)
-            assert again.request.attempt == 1
-            evaluations.finish(result(-1, ["raised"]))
-        else:
-            evaluations.finish(result(order.group_id, [1.0] * order.sampling.num_completions))
-    metrics, events = evaluations.end(0)
-    assert "eval/best_constant" not in metrics
-    assert events == []
 
 
 def test_an_evaluation_is_due_at_its_steps_and_at_the_end() -> None:
     section = config(eval={"eval_steps": 4}, train={"steps": 10})
-    evaluations = Evaluations(prompts(1), [], section)
+    evaluations = Evaluations(prompts(1), section)
     assert [step for step in range(11) if evaluations.due(step)] == [0, 4, 8, 10]
-    assert not Evaluations([], [], section).due(0)
+    assert not Evaluations([], section).due(0)
 
 
 def test_what_comes_after_a_cancelled_evaluation_is_ignored() -> None:
-    evaluations = Evaluations(prompts(1), [], config())
+    evaluations = Evaluations(prompts(1), config())
     evaluations.begin(VERSION)
     evaluations.cancel()
     evaluations.finish(result(0, [1.0]))
-    evaluations.drop(1)
-    assert evaluations.requeue(1) == []
+    evaluations.drop()
     assert not evaluations.under_way
     assert not evaluations.done
 
@@ -250,9 +177,8 @@ def test_patience_counts_evaluations_in_a_row() -> None:
 def test_every_metric_of_a_whole_evaluation_can_be_the_best() -> None:
     section = config()
     evaluation = Evaluation(prompts(1, 2), VERSION, section)
-    for order in evaluation.orders:
-        assert isinstance(order, GroupRequest)
-        evaluation.finish(result(order.group_id, [1.0] * order.sampling.num_completions))
+    for request in evaluation.requests:
+        evaluation.finish(result(request.group_id, [1.0] * request.sampling.num_completions))
     assert metric_names(section) == set(evaluation.metrics()) - {"eval/num_dropped"}
 
 

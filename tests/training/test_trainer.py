@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from raygrpo.actors.pool.workers import Done
+from raygrpo.actors.pool.workers import PoolEvents
 from raygrpo.algorithm.ledger import TokenLedger
 from raygrpo.config.file import load_config
 from raygrpo.training.trainer import Trainer
@@ -40,7 +40,7 @@ def test_lost_weights_are_published_again_unless_they_just_were(state: str) -> N
     publish = None if state == "idle" else SimpleNamespace(value=REPORT, seconds=0.1)
     completed: Any = (publish,) if state == "published in the same wait" else ()
     calls: list[str] = []
-    trainer(publish, calls)._take(Done(completed=completed, weights_lost=True))
+    trainer(publish, calls)._take(PoolEvents(completed=completed, weights_lost=True))
     expected = {"idle": ["publish"], "published in the same wait": ["load"], "under way": []}
     assert calls == expected[state]
 
@@ -51,10 +51,10 @@ def test_lost_weights_wait_for_a_save_under_way_and_are_not_forgotten() -> None:
     made = trainer(None, calls)
     save = SimpleNamespace(open_refs=["rank 0"])
     made._boundary.save = save  # type: ignore[assignment]
-    made._take(Done(weights_lost=True))
+    made._take(PoolEvents(weights_lost=True))
     assert calls == []
     save.open_refs = []  # written; it may still wait for its step's record
-    made._take(Done())
+    made._take(PoolEvents())
     assert calls == ["publish"]
 
 

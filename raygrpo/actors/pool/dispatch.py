@@ -6,13 +6,14 @@ import heapq
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
 
 from raygrpo.actors.generator import GenerationReport
 from raygrpo.actors.pool.workers import Flight, GroupKey, Worker, choose_models, least_loaded
-from raygrpo.types import Group, GroupRequest
+from raygrpo.types import GroupRequest, Stream
 
 
 class Dispatcher:
@@ -34,16 +35,25 @@ class Dispatcher:
         self._to_score: deque[GroupKey] = deque()
         self.flights: dict[GroupKey, Flight] = {}
 
-    def submit(self, order: GroupRequest | Group) -> None:
-        """Queues a group to generate, or one made elsewhere that is only to be scored."""
-        request = order.request if isinstance(order, Group) else order
+    def submit(self, request: GroupRequest) -> None:
+        """Queues a group to generate."""
         key = (request.stream, request.group_id)
-        self.flights[key] = flight = Flight(request=request)
-        if isinstance(order, Group):
-            flight.payload = ray.put(order)
-            self.to_score(key, GenerationReport(group_id=request.group_id))
-        else:
-            self._enqueue(key, again=request.attempt > 0)
+        self.flights[key] = Flight(request=request)
+        self._enqueue(key, again=False)
+
+    def send_again(self, key: GroupKey) -> None:
+        """Queues a group from its start, as the next attempt, before all others."""
+        request = self.drop(key).request
+        self.flights[key] = Flight(request=replace(request, attempt=request.attempt + 1))
+        self._enqueue(key, again=True)
+
+    def forget(self, stream: Stream) -> None:
+        """Drops every group of a stream."""
+        self._queue = [entry for entry in self._queue if entry[-1][0] != stream]
+        heapq.heapify(self._queue)
+        self._to_score = deque(key for key in self._to_score if key[0] != stream)
+        for key in [key for key in self.flights if key[0] == stream]:
+            self.drop(key)
 
     def _enqueue(self, key: GroupKey, *, again: bool) -> None:
         # Steps take groups in order, so those that came after a group may wait for it.
@@ -57,7 +67,8 @@ class Dispatcher:
         self._to_score.append(key)
 
     def resume(self, key: GroupKey, kept_tokens: int) -> None:
-        """Queues an aborted group for another generator, before all others; 0: from its start."""
+        """Queues an aborted group for another generator, before all others: to go on from its
+        ``kept_tokens`` tokens, or from its start where there are none."""
         flight = self.flights[key]
         flight.partials = flight.payload if kept_tokens else ()
         flight.kept_tokens, flight.payload = kept_tokens, None

@@ -1,22 +1,21 @@
-"""Failure is a value: one pure function decides what a failure leads to."""
+"""Failure is a value: one pure function says what a failure leads to."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
 
-from raygrpo.actors.pool.workers import Role
 from raygrpo.errors import DataError, InfraError
 
-MAX_ATTEMPTS = 3
-MAX_DEATHS = 4
-MAX_CONSECUTIVE_LOSSES = 8
+MAX_ATTEMPTS = 3  # tries of one group whose worker lives
+MAX_GROUP_DEATHS = 4  # workers that died while they had the same group
+MAX_DEATHS_IN_A_ROW = 8
 
 
 class Action(Enum):
-    """What the driver does next."""
+    """What the pool does about a failure."""
 
-    RESUBMIT = "resubmit"
+    SEND_AGAIN = "send_again"
     DROP_GROUP = "drop_group"
     REPLACE_WORKER = "replace_worker"
     STOP = "stop"
@@ -24,40 +23,40 @@ class Action(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class History:
-    """What came before a failure.
+    """The circumstances of a failure. Example: History(attempts=2, num_workers=5).
 
-    ``attempts``: how often this group was tried; ``consecutive_losses``: workers lost since the
-    last group finished, in the whole pool of ``num_workers``. Weeks on preemptible machines lose
-    many workers, and a node takes all of its own along, so losses count only while nothing
-    finishes, and a pool may be lost twice over.
+    ``worker_died``: whether the failure cost a worker, and not only one group's call. ``attempts``:
+    how often that group was tried. ``deaths_in_a_row``: workers that died since a group finished,
+    in the whole pool of ``num_workers``.
     """
 
+    worker_died: bool = False
     attempts: int = 0
-    consecutive_losses: int = 0
+    deaths_in_a_row: int = 0
     num_workers: int = 1
 
     @property
-    def too_many_losses(self) -> bool:
-        """Whether starting workers again has proven useless."""
-        return self.consecutive_losses >= max(MAX_CONSECUTIVE_LOSSES, 2 * self.num_workers)
+    def is_hopeless(self) -> bool:
+        """Whether new workers have proven useless.
+
+        Weeks on preemptible machines cost many workers, and a node takes all of its workers along.
+        So deaths count only while no group finishes, and the whole pool may die twice.
+        """
+        return self.deaths_in_a_row >= max(MAX_DEATHS_IN_A_ROW, 2 * self.num_workers)
 
 
-def decide(error: BaseException, role: Role, history: History, *, worker_died: bool) -> Action:
-    """What to do about ``error`` in a call to ``role``.
+def decide(error: BaseException, history: History) -> Action:
+    """What ``error`` in a call to a worker leads to; asked once for each failure.
 
-    A dead worker is replaced and its groups are sent again, until nothing finishes any more; an
-    answer that was lost with its node is computed again; a group that cannot be served is given up
-    (so is one that was with ``MAX_DEATHS`` workers when they died); everything else stops the run:
-    bad configuration, failing rewards, numbers that are not finite, storage, a dead learner, bugs.
+    A dead worker is replaced, and its groups are sent again, while groups still finish now and
+    then. An answer that was lost with its node is computed again. A group that cannot be served is
+    given up. Every other error stops the run: a bad configuration, failing rewards, numbers that
+    are not finite, storage, bugs.
     """
-    if role in ("learner", "store"):
-        return Action.STOP
     if isinstance(error, DataError):
         return Action.DROP_GROUP
-    if not isinstance(error, InfraError):
+    if not isinstance(error, InfraError) or history.is_hopeless:
         return Action.STOP
-    if history.too_many_losses:
-        return Action.STOP
-    if worker_died:
+    if history.worker_died:
         return Action.REPLACE_WORKER
-    return Action.RESUBMIT if history.attempts < MAX_ATTEMPTS else Action.DROP_GROUP
+    return Action.SEND_AGAIN if history.attempts < MAX_ATTEMPTS else Action.DROP_GROUP

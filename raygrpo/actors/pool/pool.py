@@ -16,27 +16,32 @@ from typing import Any
 import ray
 
 from raygrpo.actors.cluster.nodes import on_draining_nodes
-from raygrpo.actors.futures import DependencyDied, Pending, resolve
+from raygrpo.actors.futures import DependencyDied, Pending, WorkerDied, resolve
 from raygrpo.actors.generator import GenerationReport, LoadReport
 from raygrpo.actors.native_transfer import broken, receivers
-from raygrpo.actors.pool.deaths import Losses
 from raygrpo.actors.pool.dispatch import Dispatcher
 from raygrpo.actors.pool.factory import WorkerFactory
-from raygrpo.actors.pool.failures import MAX_DEATHS, Action
-from raygrpo.actors.pool.workers import Done, Flight, GroupKey, Worker
+from raygrpo.actors.pool.failures import MAX_GROUP_DEATHS, Action, History, decide
+from raygrpo.actors.pool.workers import Flight, GroupKey, PoolEvents, Worker
 from raygrpo.actors.scorer import ModelLost, ScoreReport
 from raygrpo.actors.weight_store import StoreHandle
-from raygrpo.algorithm.window import FinishedGroup
+from raygrpo.algorithm.step_plan import teaches
 from raygrpo.config import RewardSection, RunConfig
-from raygrpo.errors import InfraError, ProbeFailed, WeightsCorrupt, WeightsLost
-from raygrpo.types import Group, GroupRequest
+from raygrpo.errors import EngineBroken, InfraError, ProbeFailed, WeightsCorrupt, WeightsLost
+from raygrpo.rewards.contract import TrainerState
+from raygrpo.types import FinishedGroup, GroupRequest, Stream
 
 _ABORT_S = 15.0  # for a generator that leaves to answer with what it wrote, and to copy that
 _DRAIN_CHECK_S, _COPY_S = 2.0, 1.0
 
 
 class RolloutPool:
-    """Keeps the workers alive, and groups moving through them: see `Dispatcher`."""
+    """Keeps the workers alive, and groups moving through them: see `Dispatcher`.
+
+    Attributes:
+        generators: the generators as they are now, by number.
+        normal_gap: the probe's gap of the run's first version, in nats; None until it is measured.
+    """
 
     def __init__(
         self,
@@ -52,7 +57,7 @@ class RolloutPool:
         self._config = config
         self._local = local
         self._factory = WorkerFactory(config, store, rewards, functions, local=local, **options)
-        self._generators = self._factory.all("generator")
+        self.generators = self._factory.all("generator")
         self._scorers = self._factory.all("scorer")
         self._models = self._factory.all("reward_model")
         # A deterministic engine decodes one group at a time.
@@ -61,23 +66,27 @@ class RolloutPool:
         self._flights = self._dispatcher.flights
         self._num_publishes = 0
         self._sleeping = False
-        self._losses = Losses(lambda: len(self._workers))
+        self._deaths_in_a_row = 0
         self._drains_checked = self.waited_s = 0.0
         self._clear()
-        self.trainer_state: Any = None
         self.normal_gap: float | None = None
 
     @property
     def _workers(self) -> tuple[Worker, ...]:
-        return (*self._generators, *self._scorers, *self._models)
+        return (*self.generators, *self._scorers, *self._models)
 
     @property
     def pids(self) -> dict[str, int]:
         """Process ids of the workers that have started, by name."""
         return {worker.name: worker.pid for worker in self._workers}
 
-    def start(self) -> None:
-        """Waits until every worker has started; raises what the first failing one raised."""
+    def start(self, normal_gap: float | None = None) -> None:
+        """Waits until every worker has started; raises what the first failing one raised.
+
+        ``normal_gap`` is the probe's gap of the run's first version, where an earlier start of the
+        run measured it.
+        """
+        self.normal_gap = normal_gap
         for worker in self._workers:
             pending = Pending(
                 worker.name, [worker.starting], self._config.ray.timeouts_s.start, lambda v: v[0]
@@ -88,7 +97,7 @@ class RolloutPool:
     def take_idle_frac(self) -> float | None:
         """The generators' mean share of time with nothing to decode, since the last call; None
         while none has reported twice."""
-        shares = [worker.idle.take() for worker in self._generators]
+        shares = [worker.idle.take() for worker in self.generators]
         known = [share for share in shares if share is not None]
         return sum(known) / len(known) if known else None
 
@@ -97,20 +106,24 @@ class RolloutPool:
         for worker in self._workers:
             ray.kill(worker.actor)
 
-    def submit(self, order: GroupRequest | Group) -> None:
-        """Queues a group to generate, or one made elsewhere that is only to be scored."""
-        self._dispatcher.submit(order)
-        self._dispatch()
+    def submit(self, request: GroupRequest) -> None:
+        """Queues a group to generate."""
+        self._dispatcher.submit(request)
+        self._dispatcher.generate(self.generators)
+
+    def forget(self, stream: Stream) -> None:
+        """Drops every group of a stream; nothing more is heard of them."""
+        self._dispatcher.forget(stream)
 
     def receivers(self) -> dict[str, Any]:
         """Generators that a version may be sent to directly; see `native_transfer`."""
-        return receivers(self._config, self._generators)
+        return receivers(self._config, self.generators)
 
     def replace_broken(self, reasons: Mapping[str, str]) -> None:
-        """Replaces receivers that a sync broke: one loss, since all wait for the one that fails."""
-        for number, (worker, reason) in enumerate(broken(self._generators, reasons)):
+        """Replaces receivers that a sync broke: one death, as all wait for the one that fails."""
+        for number, (worker, reason) in enumerate(broken(self.generators, reasons)):
             if not number:
-                self._losses.count(worker, InfraError(reason))
+                self._count_death(worker, InfraError(reason))
             self._replace(worker, reason)
 
     def load(self) -> None:
@@ -120,20 +133,24 @@ class RolloutPool:
         """
         self._num_publishes += 1
         self._sleeping = False
-        for worker in self._generators:
+        for worker in self.generators:
             if worker.starting is None and worker.loading is None:
                 self._start_loading(worker)
 
     def sleep(self) -> bool:
         """Has idle generators give their devices to the learner until `load`; whether all have."""
         self._sleeping = True
-        for worker in self._generators:
+        for worker in self.generators:
             if not worker.asleep and worker.starting is None and worker.loading is None:
                 self._start_loading(worker)
-        return all(worker.asleep for worker in self._generators)
+        return all(worker.asleep for worker in self.generators)
 
-    def wait(self, pendings: Sequence[Pending[Any]], timeout_s: float) -> Done:
+    def wait(
+        self, pendings: Sequence[Pending[Any]], timeout_s: float, trainer_state: TrainerState
+    ) -> PoolEvents:
         """Blocks until something happens or the time is over, and handles all that has happened.
+
+        ``trainer_state`` is what rewards are told of the run.
 
         Raises:
             RayGrpoError: a failure that ends the run, in the pool or in one of ``pendings``.
@@ -149,8 +166,9 @@ class RolloutPool:
         self._check_deadlines()
         self._check_drains()
         self._replace_left()
-        self._dispatch()
-        done = Done(
+        self._dispatcher.generate(self.generators)
+        self._dispatcher.score(self._scorers, self._models, trainer_state)
+        events = PoolEvents(
             groups=tuple(self._groups),
             lost=tuple(self._lost),
             dropped=tuple(self._dropped),
@@ -161,10 +179,10 @@ class RolloutPool:
             aborted_tokens=self._aborted_tokens,
         )
         self._clear()
-        return done
+        return events
 
     def _clear(self) -> None:
-        self._groups: list[tuple[FinishedGroup, ScoreReport]] = []
+        self._groups: list[FinishedGroup] = []
         self._lost: list[GroupKey] = []
         self._dropped: list[GroupKey] = []
         self._loads: list[LoadReport] = []
@@ -222,7 +240,7 @@ class RolloutPool:
                 self._events.append(("probe_failed", {"worker": worker.name, **error.figures}))
             elif isinstance(error, WeightsCorrupt):
                 self._forget_weights(worker, error)
-            self._lose_worker(worker, error)
+            self._bury(worker, error)
 
     def _collect_load(self, worker: Worker) -> None:
         ref, worker.loading = worker.loading, None
@@ -271,41 +289,71 @@ class RolloutPool:
                 self._take_aborted(key, worker, answer.aborted_tokens)
             return
         if isinstance(answer, ModelLost):
-            self._lose_worker(flight.models[answer.reward], InfraError(answer.error))
+            self._bury(flight.models[answer.reward], InfraError(answer.error))
             self._give_back(key)
             return
-        self._losses.forget()
+        self._finish(key, flight, answer)
+
+    def _finish(self, key: GroupKey, flight: Flight, report: ScoreReport) -> None:
+        self._deaths_in_a_row = 0
         self._dispatcher.drop(key)
-        for reward in answer.late:
+        for reward in report.late:
             late = InfraError(f"no answer within the timeout_s of reward {reward}")
-            self._lose_worker(flight.models[reward], late)
-        group = FinishedGroup(summary=answer.summary, payload=flight.payload, extras=answer.extras)
-        self._groups.append((group, answer))
+            self._bury(flight.models[reward], late)
+        group = FinishedGroup(
+            summary=report.summary,
+            payload=flight.payload,
+            teaches=teaches(report.summary, self._config),
+            extras=report.extras,
+            traceback=report.traceback,
+        )
+        self._groups.append(group)
 
     def _fail_flight(self, key: GroupKey, flight: Flight, error: Exception) -> None:
         worker = flight.worker
         assert worker is not None
-        action = self._losses.decide(error, worker, flight)
+        if isinstance(error, WorkerDied | EngineBroken):
+            self._bury(worker, error)
+            return
+        action = decide(error, self._history(attempts=flight.request.attempt + 1))
         if action is Action.STOP:
             raise error
-        if action is Action.REPLACE_WORKER:
-            self._lose_worker(worker, error)
-            return
-        self._forget(key)
-        event = {"stream": key[0], "group_id": key[1], "error": str(error)}
         if action is Action.DROP_GROUP:
-            self._dropped.append(key)
-            self._events.append(("group_dropped", event))
+            self._drop(key, str(error))
         else:
-            self._lost.append(key)
+            event = {"stream": key[0], "group_id": key[1], "error": str(error)}
             self._events.append(("group_lost", event))
+            self._send_again(key)
 
-    def _lose_worker(self, worker: Worker, error: Exception) -> None:
-        """Replaces a worker and gives its groups back: generation is lost, a payload is not."""
-        if worker not in self._workers:
+    def _bury(self, worker: Worker, error: Exception) -> None:
+        """Replaces a worker that died; see `_give_back` for its groups."""
+        if worker in self._workers:
+            self._count_death(worker, error)
+            self._replace(worker, str(error))
+
+    def _count_death(self, worker: Worker, error: Exception) -> None:
+        """Counts a death, unless the worker was told to leave.
+
+        Raises:
+            InfraError: too many workers have died.
+        """
+        if worker.leaving:
             return
-        self._losses.count(worker, error)
-        self._replace(worker, str(error))
+        if decide(error, self._history(worker_died=True)) is Action.STOP:
+            raise InfraError(
+                f"{self._deaths_in_a_row} workers died in a row, the last was {worker.name}: "
+                f"{error}",
+                "see logs/ for the reason (out of memory is the usual one)",
+            ) from error
+        self._deaths_in_a_row += 1
+
+    def _history(self, *, worker_died: bool = False, attempts: int = 0) -> History:
+        return History(
+            worker_died=worker_died,
+            attempts=attempts,
+            deaths_in_a_row=self._deaths_in_a_row,
+            num_workers=len(self._workers),
+        )
 
     def _replace(self, worker: Worker, reason: str) -> None:
         ray.kill(worker.actor)
@@ -315,32 +363,37 @@ class RolloutPool:
             self._give_back(key)
         event = {"worker": worker.name, "groups": [list(k) for k in lost], "error": reason}
         self._events.append(("worker_replaced", event))
-        pool = next(p for p in (self._generators, self._scorers, self._models) if worker in p)
+        pool = next(p for p in (self.generators, self._scorers, self._models) if worker in p)
         index = pool.index(worker)
         pool[index] = self._factory.make(worker.role, index)
 
     def _give_back(self, key: GroupKey) -> None:
-        """A group's worker died: again, unless the group itself seems to be the reason."""
+        """Sends a dead worker's group again, unless the group itself seems to kill workers.
+
+        A generated group is scored again; another one is generated again, from its start.
+        """
         flight = self._flights[key]
         flight.ref = flight.worker = None
         if flight.report is not None:
             flight.scorer_deaths += 1
         deaths = flight.scorer_deaths if flight.report else flight.request.attempt + 1
-        if deaths >= MAX_DEATHS:
-            self._forget(key)
-            self._dropped.append(key)
-            reason = f"{deaths} workers died while they had it"
-            event = {"stream": key[0], "group_id": key[1], "error": reason}
-            self._events.append(("group_dropped", event))
+        if deaths >= MAX_GROUP_DEATHS:
+            self._drop(key, f"{deaths} workers died while they had it")
         elif flight.report is not None:
             self._dispatcher.to_score(key, flight.report)
         else:
-            self._forget(key)
-            self._lost.append(key)
+            self._send_again(key)
 
-    def _forget(self, key: GroupKey) -> None:
-        flight = self._dispatcher.drop(key)
-        self._count_aborted(key, flight.kept_tokens)
+    def _send_again(self, key: GroupKey) -> None:
+        self._count_aborted(key, self._flights[key].kept_tokens)
+        self._dispatcher.send_again(key)
+        self._lost.append(key)
+
+    def _drop(self, key: GroupKey, reason: str) -> None:
+        self._count_aborted(key, self._dispatcher.drop(key).kept_tokens)
+        self._dropped.append(key)
+        event = {"stream": key[0], "group_id": key[1], "error": reason}
+        self._events.append(("group_dropped", event))
 
     def _count_aborted(self, key: GroupKey, num_tokens: int) -> None:
         if key[0] == "train":
@@ -364,7 +417,7 @@ class RolloutPool:
         self._events.append(("worker_leaving", event))
 
     def _replace_left(self) -> None:
-        left = [worker for worker in self._generators if worker.leaving and not worker.groups]
+        left = [worker for worker in self.generators if worker.leaving and not worker.groups]
         copied = not left or self._dispatcher.copied(_COPY_S)
         for worker in left:
             if copied or time.monotonic() > worker.deadline + _ABORT_S:
@@ -375,7 +428,7 @@ class RolloutPool:
         if self._local or now < self._drains_checked + _DRAIN_CHECK_S:
             return
         self._drains_checked = now
-        for worker in on_draining_nodes([w for w in self._generators if w.ready]):
+        for worker in on_draining_nodes([w for w in self.generators if w.ready]):
             self.retire(worker, "its node is drained")
 
     def _check_deadlines(self) -> None:
@@ -388,14 +441,10 @@ class RolloutPool:
                 continue
             if worker.ready and worker.groups:  # a slow load, beside which it still decodes
                 slow = InfraError(f"{worker.name} missed the deadline of a load")
-                self._losses.count(worker, slow)
+                self._count_death(worker, slow)
                 self.retire(worker, str(slow))
             else:
                 late[worker.name] = (worker, worker.leaving or "start or load")
         late |= {worker.name: (worker, what) for worker, what in self._dispatcher.late(now)}
         for worker, what in late.values():
-            self._lose_worker(worker, InfraError(f"{worker.name} missed its deadline: {what}"))
-
-    def _dispatch(self) -> None:
-        self._dispatcher.generate(self._generators)
-        self._dispatcher.score(self._scorers, self._models, self.trainer_state)
+            self._bury(worker, InfraError(f"{worker.name} missed its deadline: {what}"))

@@ -9,31 +9,31 @@ from typing import Any, Literal
 from raygrpo.actors.futures import Pending
 from raygrpo.actors.generator import GenerationReport, LoadReport
 from raygrpo.actors.idle import IdleShare
-from raygrpo.actors.scorer import ScoreReport
-from raygrpo.algorithm.window import FinishedGroup
-from raygrpo.types import GroupRequest, Stream
+from raygrpo.types import FinishedGroup, GroupRequest, Ref, Stream
 
 GroupKey = tuple[Stream, int]
+Role = Literal["generator", "scorer", "reward_model"]
 
 
 @dataclass(eq=False, slots=True)
 class Worker:
-    """A process of the pool. ``starting`` is its call under way until it may get work.
+    """A process of the pool. Example: Worker("generator", "generator-0", handle).
 
-    A reward model's ``living`` is a call that never returns: what resolves it is a death.
-    ``asleep`` is a generator that has given its device to the learner until it loads again.
-    ``joining`` is a generator that has yet to load what others hold; ``loading_publish`` is the
-    number of the newest publish as its load under way began. A generator that is ``leaving`` gets
-    nothing more, and is replaced once its groups are back. ``load`` adds up what it has: tokens at
-    most in a generator, groups in others.
+    ``starting``, ``loading`` and ``living`` refer to calls under way: the start, a load of weights,
+    and a reward model's call that never returns (only the model's death ends the call). A generator
+    is ``asleep`` while the learner has its device, and ``joining`` until it holds the weights that
+    the others hold. ``loading_publish`` counts the publishes up to the one that the load under way
+    began with. A generator that is ``leaving`` (the reason) gets no more groups, and is replaced
+    once its groups are back. ``load`` is the work of its groups: their tokens at most in a
+    generator, their number in other workers.
     """
 
     role: Role
     name: str
     actor: Any
-    starting: Any = None
-    loading: Any = None
-    living: Any = None
+    starting: Ref = None
+    loading: Ref = None
+    living: Ref = None
     asleep: bool = False
     joining: bool = False
     leaving: str = ""
@@ -58,16 +58,18 @@ class Worker:
 class Flight:
     """A group between submission and its scores.
 
-    ``partials`` refers to what an aborted generator wrote of it, ``kept_tokens`` in all.
+    ``partials`` refers to what a generator that left wrote of the group: ``kept_tokens`` tokens.
+    ``ref`` is the call under way of ``worker``, which counts ``share`` (rows, load) for the group.
+    ``payload`` refers to the generated `Group`, whose ``report`` has come.
     """
 
     request: GroupRequest
-    partials: Any = ()
+    partials: Ref = ()
     kept_tokens: int = 0
     worker: Worker | None = None
     share: tuple[int, int] = (0, 0)
-    ref: Any = None
-    payload: Any = None
+    ref: Ref = None
+    payload: Ref = None
     report: GenerationReport | None = None
     deadline: float = 0.0
     models: dict[str, Worker] = field(default_factory=dict)
@@ -80,20 +82,21 @@ class Flight:
 
     @property
     def max_tokens(self) -> int:
-        """What is to be computed for it, at most."""
+        """The tokens that a generator computes for the group, at most."""
         sampling, prompt = self.request.sampling, self.request.prompt.token_ids
         return prompt.size + sampling.num_completions * sampling.max_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Done:
-    """What one wait brought. ``lost`` groups must be sent again; ``dropped`` cannot be served.
+class PoolEvents:
+    """What one wait brought.
 
-    ``weights_lost``: the weight store has nothing any more, and must be given the weights again.
-    ``aborted_tokens`` of training groups were written and are not gone on with.
+    ``lost`` groups died with a worker, and the pool has sent them again. ``dropped`` groups cannot
+    be served. ``weights_lost``: the weight store is empty, so the learner must publish again.
+    ``aborted_tokens``: tokens of training groups that were written and that nothing goes on with.
     """
 
-    groups: tuple[tuple[FinishedGroup, ScoreReport], ...] = ()
+    groups: tuple[FinishedGroup, ...] = ()
     lost: tuple[GroupKey, ...] = ()
     dropped: tuple[GroupKey, ...] = ()
     completed: tuple[Pending[Any], ...] = ()
@@ -126,6 +129,3 @@ def choose_models(models: Sequence[Worker], turn: int) -> dict[str, Worker] | No
             return None
         chosen[reward] = ready[turn % len(ready)]
     return chosen
-
-
-Role = Literal["generator", "scorer", "reward_model", "learner", "store"]
