@@ -19,7 +19,8 @@ from raygrpo.actors.pool.workers import PoolEvents
 from raygrpo.algorithm.ledger import TokenLedger, buffered_tokens
 from raygrpo.algorithm.step_plan import make_step_batch, num_trained_tokens
 from raygrpo.algorithm.window import Window, train_request
-from raygrpo.errors import DataError, RewardError
+from raygrpo.errors import DataError
+from raygrpo.rewards.budget import ScoreBudget
 from raygrpo.rewards.contract import TrainerState
 from raygrpo.tracking.metrics import StepFacts, step_metrics
 from raygrpo.tracking.sync_metrics import publish_metrics, with_load
@@ -34,11 +35,10 @@ _TICK_S = 1.0  # how soon a signal is noticed while nothing else happens
 class Span:
     """What has happened since the last step was taken or finished."""
 
+    budget: ScoreBudget
     started: float = field(default_factory=time.monotonic)
     finished: list[GroupSummary] = field(default_factory=list)
     num_teaching: int = 0
-    errored_scores: int = 0
-    scores: int = 0
     dropped_groups: int = 0
 
 
@@ -69,7 +69,7 @@ class Trainer:
         self._training: tuple[StepBatch, list[FinishedGroup]] | None = None
         self._sync: dict[str, float] = {}
         self._learner_idle, self._learner_share = IdleClock(), IdleShare()
-        self._span = Span()
+        self._span = self._new_span()
         self._driver_s = 0.0
         self._num_groups = 0
         self._boundary = Boundary(parts, self._state(), restored)
@@ -87,7 +87,7 @@ class Trainer:
 
     def run(self) -> bool:
         """Trains to the last step; False when it was stopped before, with all committed."""
-        self._span = Span()
+        self._span = self._new_span()
         self._learner_share.update(self._learner_idle.read())
         self._start_publish()
         if self.step < self._config.train.steps:
@@ -104,6 +104,15 @@ class Trainer:
             blocked = self._pool.waited_s - waited
             self._driver_s += time.monotonic() - started - blocked
         return self._boundary.complete and not self._boundary.has_deferred
+
+    def _new_span(self) -> Span:
+        config = self._config
+        num_planned = config.train.groups_per_step * config.sampling.num_completions
+        return Span(
+            budget=ScoreBudget(
+                max_error_frac=config.scorers.max_reward_error_frac, num_planned=num_planned
+            )
+        )
 
     @property
     def _trainer_state(self) -> TrainerState:
@@ -207,7 +216,7 @@ class Trainer:
             self._evaluations.finish(summary)
             self._rollouts.take([replace(group, fate="eval")])
             return
-        self._count_errors(summary)
+        self._span.budget.take(summary.scores, self.first_traceback)
         awaited = summary.group_id in {request.group_id for request in self._window.pending}
         self._ledger = self._ledger.report(summary, awaited=awaited)
         self._num_tokens += summary.prompt_length * len(summary.lengths) + sum(summary.lengths)
@@ -219,25 +228,6 @@ class Trainer:
         self._ledger = self._ledger.decide(decided)
         self._rollouts.take(decided)
         self._prompts.observe([group.summary for group in decided])
-
-    def _count_errors(self, summary: GroupSummary) -> None:
-        """Stops the run once errored scores pass their share of a whole step's scores."""
-        span, config = self._span, self._config
-        span.scores += len(summary.scores)
-        span.errored_scores += sum(score.error is not None for score in summary.scores)
-        whole = config.train.groups_per_step * config.sampling.num_completions
-        frac = span.errored_scores / max(span.scores, whole)
-        # Even where every failure is allowed: without any score no step is ever complete.
-        hopeless = span.scores >= 2 * whole and span.errored_scores == span.scores
-        if frac > config.scorers.max_reward_error_frac or hopeless:
-            first = next((s.error for s in summary.scores if s.error), "see events.jsonl")
-            trace = f"\nfirst traceback:\n{self.first_traceback}" if self.first_traceback else ""
-            raise RewardError(
-                f"{span.errored_scores} of {max(span.scores, whole)} scores failed "
-                f"(scorers.max_reward_error_frac is {config.scorers.max_reward_error_frac:g}); "
-                f"{first}{trace}",
-                "correct the reward function, or raise its timeout_s",
-            )
 
     def _drop(self, stream: str, group_id: int) -> None:
         if stream == "eval":
@@ -265,7 +255,7 @@ class Trainer:
         assert self._training is not None
         result, (batch, groups) = self._update.value, self._training
         self._update, self._training = None, None
-        span, self._span = self._span, Span()
+        span, self._span = self._span, self._new_span()
         facts = StepFacts(
             step=batch.step,
             finished=tuple(span.finished),

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import threading
 import time
-from types import SimpleNamespace
+from dataclasses import replace
+from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
+import ray
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from raygrpo.actors.generator import GenerationReport
 from raygrpo.actors.idle import IdleClock, IdleReading, IdleShare
 from raygrpo.actors.pool.dispatch import Dispatcher
 from raygrpo.actors.pool.pool import RolloutPool
-from raygrpo.actors.pool.workers import Worker, least_loaded
+from raygrpo.actors.pool.workers import Role, Worker, least_loaded
+from raygrpo.config import RunConfig
+from raygrpo.rewards.contract import TrainerState
 from tests.builders import request
 
 ROWS, CAPACITY = 4, 8
+CONFIG = {"model": {"path": "m"}, "data": {"source": "d"}}
 
 
 def workers(count: int) -> list[Worker]:
@@ -121,48 +128,101 @@ def test_shares_leave_no_gap() -> None:
     assert share.take() == 0.0
 
 
-class Copies:
-    """In place of ``ray.wait``: what is asked for is here from the ``after``-th time on."""
+STATE = TrainerState(global_step=0, max_steps=1)
+WRITTEN = 5  # tokens of a group that a generator gives back
 
-    def __init__(self, after: int) -> None:
-        self.asked: list[list[str]] = []
-        self._after = after
 
-    def __call__(self, refs: list[str], **_: object) -> tuple[list[str], list[str]]:
-        self.asked.append(refs)
-        return (refs, []) if len(self.asked) > self._after else ([], refs)
+class FakeRay:
+    """In place of Ray: ``answers`` are the calls that have ended, by reference; ``killed`` actors
+    are noted."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.answers: dict[str, Any] = {}
+        self.killed: list[Any] = []
+        monkeypatch.setattr(ray, "wait", self._wait)
+        monkeypatch.setattr(ray, "get", lambda ref, timeout: self.answers[ref])
+        monkeypatch.setattr(ray, "kill", self.killed.append)
+
+    def _wait(self, refs: list[str], **_: object) -> tuple[list[str], list[str]]:
+        return (
+            [ref for ref in refs if ref in self.answers],
+            [ref for ref in refs if ref not in self.answers],
+        )
+
+
+class Factory:
+    """Makes workers whose calls are references by name: ``report`` and ``payload`` of a group."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        """Knows no configuration."""
+
+    def all(self, role: Role) -> list[Worker]:
+        return [self.make(role, 0)]
+
+    def make(self, role: Role, index: int) -> Worker:
+        actor = MagicMock()
+        actor.generate.options.return_value.remote.return_value = ("report", "payload")
+        return Worker(role, f"{role}-{index}", actor)
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
+    monkeypatch.setattr("raygrpo.actors.pool.pool.WorkerFactory", Factory)
+    return FakeRay(monkeypatch)
+
+
+def pool() -> RolloutPool:
+    return RolloutPool(RunConfig.model_validate(CONFIG), None, [], {}, local=True)
 
 
 @pytest.mark.parametrize(
-    ("after", "passed_s", "replaced"), [(0, 0, 1), (9, 0, 0), (9, 20, 0), (9, 40, 1)]
+    ("copied", "passed_s", "leaves"),
+    [(True, 0, True), (False, 0, False), (False, 20, False), (False, 40, True)],
 )
 def test_who_leaves_stays_until_what_it_wrote_is_copied_or_its_time_is_up(
-    monkeypatch: pytest.MonkeyPatch, after: int, passed_s: float, replaced: int
+    fake: FakeRay, copied: bool, passed_s: float, leaves: bool
 ) -> None:
-    copies, replacements = Copies(after), []
-    monkeypatch.setattr("raygrpo.actors.pool.dispatch.ray.wait", copies)
-    made = RolloutPool.__new__(RolloutPool)
-    made._dispatcher = Dispatcher(60.0, CAPACITY)
-    made._scorers = made._models = []
-    made._config = SimpleNamespace()  # type: ignore[assignment]
-    monkeypatch.setattr(made, "_replace", lambda worker, reason: replacements.append(reason))
-    made._dispatcher.submit(request(group_id=7))
-    flight = next(iter(made._dispatcher.flights.values()))
-    flight.partials, flight.kept_tokens = "written", 5
-    (leaving,) = made._generators = workers(1)
-    leaving.leaving, leaving.deadline = "drained", time.monotonic() + 15 - passed_s
-    made._replace_left()
-    # What is overdue without groups is not counted as a worker that died.
-    made._check_deadlines()
-    assert copies.asked == [["written"]]
-    assert replacements == ["drained"] * replaced
+    made = pool()
+    (leaving,) = made.generators
+    made.submit(request(group_id=7))
+    made.retire(leaving, "drained")
+    leaving.deadline -= passed_s
+    fake.answers["report"] = GenerationReport(group_id=7, aborted_tokens=WRITTEN)
+    if copied:
+        fake.answers["payload"] = "tokens"
+    kinds = [kind for kind, _ in made.wait([], 0, STATE).events]
+    # A generator that is overdue without groups is not counted as a worker that died.
+    assert kinds == ["worker_leaving"] + ["worker_replaced"] * leaves
+    assert fake.killed == [leaving.actor] * leaves
+    # Another generator goes on with the group's tokens, as the same attempt.
+    order, partials = made.generators[0].actor.generate.options().remote.call_args[0]
+    assert (order.group_id, order.attempt) == (7, 0)
+    assert partials == ("payload" if leaves else ())
 
 
-def test_nothing_is_copied_while_nobody_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
-    copies = Copies(0)
-    monkeypatch.setattr("raygrpo.actors.pool.dispatch.ray.wait", copies)
-    made = RolloutPool.__new__(RolloutPool)
-    made._dispatcher, made._generators = Dispatcher(60.0, CAPACITY), workers(2)
-    made._replace_left()
-    assert copies.asked == []
-    assert made._dispatcher.copied(1.0), "nothing is written, so nothing is to be copied"
+def test_groups_that_were_lost_go_first_as_their_next_attempt() -> None:
+    dispatcher = Dispatcher(60.0, ROWS)
+    (generator,) = Factory().all("generator")
+    for group_id in range(4):
+        dispatcher.submit(request(group_id, num_completions=ROWS))
+    dispatcher.generate([generator])
+    assert generator.groups == {("train", 0), ("train", 1)}, "one to decode, one ahead"
+    for group_id in (1, 0):
+        dispatcher.send_again(("train", group_id))
+    dispatcher.generate([generator])
+    calls = generator.actor.generate.options().remote.call_args_list
+    sent = [(order.group_id, order.attempt) for (order, _), _ in calls]
+    assert sent == [(0, 0), (1, 0), (0, 1), (1, 1)]
+
+
+def test_a_stream_that_is_forgotten_is_served_no_more() -> None:
+    dispatcher = Dispatcher(60.0, CAPACITY)
+    (generator,) = Factory().all("generator")
+    dispatcher.submit(replace(request(0), stream="eval"))
+    dispatcher.generate([generator])
+    dispatcher.submit(replace(request(1), stream="eval"))
+    dispatcher.submit(request(2))
+    dispatcher.forget("eval")
+    dispatcher.generate([generator])
+    assert generator.groups == {("train", 2)}
+    assert list(dispatcher.flights) == [("train", 2)]
