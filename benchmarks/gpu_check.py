@@ -109,12 +109,12 @@ def head_gradients(form: str, problem: dict[str, Any]) -> tuple[Any, Any, Any]:
         logprobs = logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
     else:
 
-        def foretold(which: Any, logprobs: Any, entropies: Any) -> tuple[Any, None]:
+        def expected_grad(which: Any, logprobs: Any, entropies: Any) -> tuple[Any, None]:
             return -advantages[which], None
 
         settings = HeadSettings(chunk_tokens=chunk_tokens_for(weight.shape[0]))
         logprobs, _ = token_logprobs(
-            hidden, weight, targets, settings=settings, token_gradient=foretold
+            hidden, weight, targets, settings=settings, expected_grad=expected_grad
         )
     (-(advantages * logprobs).sum()).backward()
     found = logprobs.detach(), hidden.grad, weight.grad

@@ -62,7 +62,7 @@ def learn_with_deepspeed(path: Path, dtype: str, device: str, threads: int, answ
 
 def check_learner(options: argparse.Namespace, directory: Path) -> Iterator[Check]:
     """Updates on the device against the reference learner on the CPU."""
-    from raygrpo.learner.reference_learner import ReferenceLearner
+    from tests.parity.reference_learner import ReferenceLearner
     from tests.tiny import save_tiny_model
 
     path = save_tiny_model(directory / "learner", "qwen2")

@@ -100,7 +100,7 @@ def run(form: str, problem: dict[str, Any]) -> float:
     else:
         settings = HeadSettings(chunk_tokens=chunk_tokens_for(weight.shape[0]))
 
-        def foretold(which: Any, logprobs: Any, entropies: Any) -> tuple[Any, None]:
+        def expected_grad(which: Any, logprobs: Any, entropies: Any) -> tuple[Any, None]:
             return -advantages[which], None
 
         logprobs, _ = token_logprobs(
@@ -108,7 +108,7 @@ def run(form: str, problem: dict[str, Any]) -> float:
             weight,
             targets,
             settings=settings,
-            token_gradient=foretold if form == "fused" else None,
+            expected_grad=expected_grad if form == "fused" else None,
         )
     loss = -(advantages * logprobs).sum()
     loss.backward()

@@ -154,7 +154,7 @@ def measure(batch: StepBatch, layout: RowLayout, options: argparse.Namespace) ->
         options.ranks,
         tokens_per_microbatch=options.budget,
         layout=layout,
-        attention_length=6.0 * options.hidden_size,
+        hidden_size=options.hidden_size,
     )
     seconds = time.perf_counter() - start
     ranks: list[list[MicrobatchPlan]] = [minibatches[0] for minibatches in placed]

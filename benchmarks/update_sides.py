@@ -130,7 +130,7 @@ def serve_raygrpo(_name: str, spec: dict[str, Any], pipe: Connection) -> None:
             1,
             tokens_per_microbatch=config.train.tokens_per_microbatch,
             layout=learner.layout,
-            attention_length=6.0 * learner.hf_model.config.get_text_config().hidden_size,
+            hidden_size=learner.hf_model.config.get_text_config().hidden_size,
         )
         learner.samples = [[sample for row in plan for sample in row] for plan in plans]
         return [make_microbatch(plan, payloads) for plan in plans]

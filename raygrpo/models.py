@@ -1,4 +1,4 @@
-"""Hugging Face models as engines and learner need them: loading, masks, and how logits are made."""
+"""Hugging Face models for engines and learner: loading, masks, windows, logit transforms."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -16,6 +16,9 @@ from raygrpo.algorithm.logprobs import LogitTransform
 from raygrpo.config import ModelSection
 from raygrpo.errors import ConfigError
 
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -23,7 +26,7 @@ def load_tokenizer(model: ModelSection) -> Any:
     """The model's tokenizer, with a padding token.
 
     Raises:
-        ConfigError: the path holds no model or no tokenizer.
+        ConfigError: there is no model or no tokenizer at ``model.path``.
     """
     from transformers import AutoTokenizer
 
@@ -67,7 +70,7 @@ def check_model_path(model: ModelSection) -> None:
 
 
 def anchored_model(model: ModelSection) -> ModelSection:
-    """The same section with a local directory's path made absolute, for processes elsewhere."""
+    """The section with a local directory's path made absolute, for processes elsewhere."""
     path = Path(model.path).expanduser()
     return model.model_copy(update={"path": str(path.absolute())}) if path.exists() else model
 
@@ -79,7 +82,7 @@ def load_model(model: ModelSection, *, seed: int, dtype: torch.dtype) -> Any:
     """The model in ``dtype`` on CPU; with ``random_init``, fresh weights drawn from ``seed``.
 
     Raises:
-        ConfigError: the path holds no loadable model, or one whose attention is not supported.
+        ConfigError: the model does not load, or its attention is not supported.
     """
     try:
         with quiet_transformers():
@@ -88,7 +91,7 @@ def load_model(model: ModelSection, *, seed: int, dtype: torch.dtype) -> Any:
             except ValueError as error:
                 if "scaled_dot_product_attention" not in str(error):
                     raise
-                # Gemma 2 caps its attention's logits, which SDPA cannot.
+                # Gemma 2 caps the logits of its attention, and SDPA cannot.
                 loaded = _load(model, seed, dtype, "eager")
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"model.path {model.path!r} does not load: {error}") from error
@@ -134,7 +137,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def stop_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Ids that end a completion: the generation config's, else the tokenizer's end of sequence."""
+    """Ids that end a completion: of the generation config, else the tokenizer's end of sequence."""
     ids = getattr(model.generation_config, "eos_token_id", None)
     if ids is None:
         ids = tokenizer.eos_token_id
@@ -144,7 +147,7 @@ def stop_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
 
 
 def logit_transform(config: Any) -> LogitTransform:
-    """The transform that the model's configuration asks for (Gemma, Cohere, Granite)."""
+    """The logit transform in the model's configuration (Gemma, Cohere and Granite have one)."""
     text = config.get_text_config()
     scale = float(getattr(text, "logit_scale", None) or 1.0)
     scale /= float(getattr(text, "logits_scaling", None) or 1.0)
@@ -153,12 +156,13 @@ def logit_transform(config: Any) -> LogitTransform:
 
 
 def attention_windows(config: Any) -> dict[str, int | None]:
-    """The sliding window of each kind of layer, None where it sees everything.
+    """The sliding window of each kind of layer; None for layers that see everything.
 
-    The names are transformers'; a model that does not name its layers' kind has one without name.
+    Kinds have transformers' names, for example {"full_attention": None, "sliding_attention": 512};
+    a model without names has one kind, "".
 
     Raises:
-        ConfigError: layers of another kind than these two.
+        ConfigError: a layer is of another kind than these two.
     """
     text = config.get_text_config()
     window = getattr(text, "sliding_window", None)
@@ -178,16 +182,15 @@ def attention_windows(config: Any) -> dict[str, int | None]:
 
 def attention_masks(
     config: Any,
-    allowed: Tensor,  # [B, Q, K] bool
-    query_positions: Tensor,  # [B, Q]
-    key_positions: Tensor,  # [B, K]
+    allowed: Bool[Tensor, "B Q K"],
+    query_positions: Int[Tensor, "B Q"],
+    key_positions: Int[Tensor, "B K"],
     dtype: torch.dtype,
-) -> Tensor | dict[str, Tensor]:
-    """Additive float masks [B, 1, Q, K] in the form the model's forward takes.
+) -> Float[Tensor, "B 1 Q K"] | dict[str, Float[Tensor, "B 1 Q K"]]:
+    """Additive masks for the model's forward: one, or one for each kind of layer.
 
-    A model with several kinds of layers gets one mask a kind; a sliding window is cut by the
-    distance of positions, not of row indices. A row that may see nothing sees everything: its
-    output is not used, and softmax over nothing is NaN.
+    A sliding window is a distance of positions, not of columns. A query that may see nothing sees
+    everything: its output is not used, and softmax over nothing is NaN.
     """
     masks = {}
     for kind, window in attention_windows(config).items():
@@ -198,17 +201,17 @@ def attention_masks(
     return masks if len(masks) > 1 else next(iter(masks.values()))
 
 
-def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+def _additive(allowed: Bool[Tensor, "B Q K"], dtype: torch.dtype) -> Float[Tensor, "B 1 Q K"]:
     allowed = allowed | ~allowed.any(-1, keepdim=True)
     mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
     return mask.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
 
 
 def refuse_unknown(options: Mapping[str, Any], where: str) -> None:
-    """Refuses options of a layer that change its attention and are not known in ``where``.
+    """Refuses options of a layer that change its attention and are unknown to ``where``.
 
     Raises:
-        ValueError: naming the option.
+        ValueError: the message names the option.
     """
     for name in ("softcap", "s_aux", "position_bias"):
         if options.get(name) is not None:

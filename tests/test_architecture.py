@@ -110,6 +110,40 @@ def test_no_import_circles() -> None:
         visit(module, ())
 
 
+# Tensors and arrays by name, and jaxtyping's wrappers that give them a shape.
+TENSORS = {"Tensor", "ndarray", "IntArray", "FloatArray", "BoolArray", "Array"}
+SHAPED = {"Float", "Float32", "Int", "Int32", "Bool", "Shaped"}
+
+
+def bare_tensors(annotation: ast.expr) -> Iterator[str]:
+    """Tensors in an annotation without a shape, as in Float[Tensor, "B T"]."""
+    if isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value) in SHAPED:
+        return
+    name = ast.unparse(annotation).rpartition(".")[2]
+    if isinstance(annotation, ast.Name | ast.Attribute) and name in TENSORS:
+        yield name
+    for child in ast.iter_child_nodes(annotation):
+        if isinstance(child, ast.expr):
+            yield from bare_tensors(child)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: NAMES[p])
+def test_tensors_carry_their_shapes(path: Path) -> None:
+    """Parameters, results and fields in the rooms of the mathematics."""
+    if not NAMES[path].startswith(("raygrpo.algorithm.", "raygrpo.learner.", "raygrpo.models")):
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        found: list[ast.expr | None] = []
+        if isinstance(node, ast.FunctionDef):
+            every = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            found = [node.returns, *(argument.annotation for argument in every)]
+        elif isinstance(node, ast.ClassDef):
+            found = [item.annotation for item in node.body if isinstance(item, ast.AnnAssign)]
+        for annotation in filter(None, found):
+            bare = list(bare_tensors(annotation))
+            assert not bare, f"{NAMES[path]}:{annotation.lineno}: {ast.unparse(annotation)}"
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: NAMES[p])
 def test_functions_fit_on_a_screen(path: Path) -> None:
     assert path.stem != "utils"

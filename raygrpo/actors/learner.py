@@ -167,7 +167,7 @@ class LearnerActor:
             num_shares,
             tokens_per_microbatch=self._config.train.tokens_per_microbatch,
             layout=learner.layout,
-            attention_length=6.0 * learner.hf_model.config.get_text_config().hidden_size,
+            hidden_size=learner.hf_model.config.get_text_config().hidden_size,
         )[share]
         needed = {s.group_id for plan in plans for rows in plan for row in rows for s in row}
         groups = self._fetch(batch.payloads, sorted(needed))

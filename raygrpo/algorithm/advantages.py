@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
 
 Baseline = Literal["mean", "leave_one_out", "max_rl"]
 Scale = Literal["none", "group", "group_population", "batch", "batch_centred"]
@@ -23,23 +26,26 @@ _POPULATION_EPSILON = 1e-8
 
 
 def group_advantages(
-    rewards_NG: Tensor | Sequence[Sequence[float]], *, baseline: Baseline, scale: Scale
-) -> Tensor:
-    """Advantages [N, G] of N groups of G rewards; computed in float64, returned in float32.
+    rewards_NG: Float[Tensor, "N G"] | Sequence[Sequence[float]],
+    *,
+    baseline: Baseline,
+    scale: Scale,
+) -> Float[Tensor, "N G"]:
+    """Advantages of N groups of G rewards; computed in float64, returned in float32.
 
-    A NaN reward marks a completion without a score: it is in no mean and no deviation, and its
-    advantage is 0. So is every advantage of a group with fewer than two scores.
+    NaN is the reward of a completion without a score. Such a completion is in no mean and no
+    deviation, and its advantage is 0. A group with fewer than two scores has advantages of 0.
 
     Args:
-        rewards_NG: rewards [N, G]; the N groups are those of one StepBatch (scale ``batch*``).
-        baseline: what is taken off: the group's mean, or the mean of the others; ``max_rl`` divides
-            the centred reward by the mean (0 where the mean is not positive).
-        scale: ``group`` divides by the group's standard deviation (ddof 1) + 1e-4,
-            ``group_population`` by that with ddof 0, + 1e-8, ``batch`` by that of all rewards
-            (ddof 1) + 1e-4, ``batch_centred`` by that of all centred rewards (ddof 1) + 1e-4.
+        rewards_NG: of all N groups of one StepBatch, which the scales ``batch*`` are over.
+        baseline: ``mean`` subtracts the group's mean, ``leave_one_out`` the mean of the others;
+            ``max_rl`` divides the centred reward by the mean (0 where the mean is not positive).
+        scale: the divisor: ``group`` the group's standard deviation (ddof 1) + 1e-4,
+            ``group_population`` the same with ddof 0 and + 1e-8, ``batch`` the deviation of all
+            rewards (ddof 1) + 1e-4, ``batch_centred`` that of all centred rewards (ddof 1) + 1e-4.
 
     Raises:
-        ValueError: an unknown name, or rewards that are not two-dimensional or infinite.
+        ValueError: an unknown name, or rewards that are not two-dimensional or are infinite.
     """
     rewards = torch.as_tensor(rewards_NG, dtype=torch.float64)
     if rewards.ndim != 2:
@@ -55,16 +61,17 @@ def group_advantages(
 
 
 def normalised_sum(
-    parts_NGK: Tensor | Sequence[Sequence[Sequence[float]]], weights_K: Sequence[float]
-) -> Tensor:
-    """Sums [N, G] by weight of K rewards, each normalised within its group first (GDPO).
+    parts_NGK: Float[Tensor, "N G K"] | Sequence[Sequence[Sequence[float]]],
+    weights_K: Sequence[float],
+) -> Float[Tensor, "N G"]:
+    """Weighted sums of K rewards, each normalised within its group first (GDPO); in float64.
 
-    z_k = (R_k - mean_k) / (std_k + 1e-4), ddof 1. A part that is NaN adds nothing; a completion
-    without any part is NaN, and so is every completion of a group with fewer than two others.
-    Computed and returned in float64.
+    z_k = (R_k - mean_k) / (std_k + 1e-4), ddof 1. A part that is NaN adds nothing. The sum is NaN
+    for a completion without any part, and for all completions of a group with fewer than two
+    scored ones.
 
     Raises:
-        ValueError: parts that are not [N, G, K], K weights, and finite or NaN.
+        ValueError: the parts are not [N, G, K] with K weights, or one is infinite.
     """
     parts = torch.as_tensor(parts_NGK, dtype=torch.float64)
     weights = torch.as_tensor(weights_K, dtype=torch.float64)
@@ -82,10 +89,10 @@ def normalised_sum(
     return torch.where(usable, sums, math.nan)
 
 
-def batch_normalised(sums_NG: Tensor) -> Tensor:
-    """Advantages [N, G] from `normalised_sum`: (x - mean) / (std + 1e-4) over all, ddof 1.
+def batch_normalised(sums_NG: Float[Tensor, "N G"]) -> Float[Tensor, "N G"]:
+    """Advantages from `normalised_sum`: (x - mean) / (std + 1e-4) over all, ddof 1; float32.
 
-    NaN is in neither and gets 0. Returned in float32.
+    NaN is in neither mean nor deviation, and its advantage is 0.
     """
     there = ~torch.isnan(sums_NG)
     values = sums_NG.nan_to_num(0.0)
@@ -97,12 +104,12 @@ def batch_normalised(sums_NG: Tensor) -> Tensor:
 def has_signal(
     rewards: Sequence[float | None], trained: Sequence[bool], baseline: Baseline = "mean"
 ) -> bool:
-    """Whether a group teaches anything: a trained completion off its mean by more than 1e-8.
+    """Whether a group has signal: a trained completion off the mean by more than 1e-8.
 
     Args:
-        rewards: reward of each completion, None for one without a score.
-        trained: whether each completion has a token with a nonzero loss mask.
-        baseline: with ``max_rl`` the mean must be positive too, or all advantages are 0.
+        rewards: of each completion; None without a score.
+        trained: whether each completion has a token in the loss.
+        baseline: under ``max_rl`` the mean must be positive too, since all advantages are 0 else.
     """
     scored = [reward for reward in rewards if reward is not None]
     if len(scored) < 2:
@@ -116,7 +123,9 @@ def has_signal(
     )
 
 
-def _centre(values: Tensor, scored: Tensor, baseline: Baseline) -> Tensor:
+def _centre(
+    values: Float[Tensor, "N G"], scored: Bool[Tensor, "N G"], baseline: Baseline
+) -> Float[Tensor, "N G"]:
     count = scored.sum(1, keepdim=True).clamp(min=1)
     mean = (values * scored).sum(1, keepdim=True) / count
     if baseline == "mean":
@@ -130,8 +139,12 @@ def _centre(values: Tensor, scored: Tensor, baseline: Baseline) -> Tensor:
 
 
 def _divisor(
-    values: Tensor, centred: Tensor, scored: Tensor, usable: Tensor, scale: Scale
-) -> Tensor:
+    values: Float[Tensor, "N G"],
+    centred: Float[Tensor, "N G"],
+    scored: Bool[Tensor, "N G"],
+    usable: Bool[Tensor, "N G"],
+    scale: Scale,
+) -> Float[Tensor, "*groups"]:
     if scale == "none":
         return torch.ones(())
     if scale == "group":
@@ -145,7 +158,10 @@ def _divisor(
     raise ValueError(f"unknown scale {scale!r}")
 
 
-def _deviation(values: Tensor, mask: Tensor, *, dim: int | None, ddof: int) -> Tensor:
+def _deviation(
+    values: Float[Tensor, "N G *K"], mask: Bool[Tensor, "N G *K"], *, dim: int | None, ddof: int
+) -> Float[Tensor, "*groups"]:
+    """The standard deviation where ``mask`` is True, over ``dim`` or over all groups (None)."""
     axes = (0, 1) if dim is None else (dim,)
     count = mask.sum(axes, keepdim=True)
     mean = (values * mask).sum(axes, keepdim=True) / count.clamp(min=1)

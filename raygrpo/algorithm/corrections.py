@@ -1,23 +1,37 @@
-"""What is done about the gap between the sampler and the policy, and how large it is."""
+"""The gap between sampler and policy: its size, and the factors that correct for it."""
 
 from __future__ import annotations
 
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from raygrpo.algorithm.loss_inputs import LossConfig
-from raygrpo.algorithm.stats import StatsLater, sequence_means, sequence_stat, stat
+from raygrpo.algorithm.surrogates import (
+    LossConfig,
+    LossTokens,
+    StatsLater,
+    sequence_means,
+    sequence_stat,
+    stat,
+)
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
 
 
 @torch.no_grad()
 def correction(
-    old: Tensor, sampler: Tensor, mask: Tensor, sequences: Tensor, config: LossConfig
-) -> tuple[Tensor, StatsLater]:
-    """The factor [B, T] for the gap between sampler and old policy (detached), and its statistics.
+    old: Float[Tensor, "B T"],
+    sampler: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    sequences: Int[Tensor, "B T"],
+    config: LossConfig,
+) -> tuple[Float[Tensor, "B T"], StatsLater]:
+    """The factor for the gap between sampler and old policy, without gradient; and statistics.
 
-    rho = exp(old - sampler), of a token, or of a sequence as the geometric mean of its tokens' (a
+    rho = exp(old - sampler), of a token, or of a sequence as the geometric mean of its tokens (a
     product explodes with length). ``tis``: min(rho, correction_max), FlashRL's truncated importance
     sampling; ``icepop`` (2510.18855): rho within [correction_min, correction_max], else 0.
     """
@@ -36,11 +50,11 @@ def correction(
     token_rho = torch.exp(token_gap)
     stats: StatsLater = {
         "sampling/sampling_logp_difference": partial(stat, token_gap.abs(), mask),
-        # As TRL's: what the correction left of the ratio, once a sequence at sequence level.
+        # As in TRL: the ratio after the correction, once per sequence at sequence level.
         "sampling/importance_sampling_ratio": partial(sequence_stat, applied, mask, sequences)
         if by_sequence
         else partial(stat, applied, mask),
-        # Of these two `ess` is made.
+        # The metric `ess` is computed from these two.
         "sampling/token_ratio": partial(stat, token_rho, mask),
         "sampling/token_ratio_squared": partial(stat, token_rho.square(), mask),
         # E_mu[rho - 1 - log rho] = KL(mu || pi_old), never negative.
@@ -51,18 +65,14 @@ def correction(
 
 @torch.no_grad()
 def off_policy_sequences(
-    logprobs: Tensor,
-    sampler: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    sequences: Tensor,
-    threshold: float,
-) -> tuple[Tensor, StatsLater]:
-    """Where [B, T] the off-policy sequence mask of DeepSeek-V3.2 (2512.02556) keeps the loss.
+    tokens: LossTokens, sampler: Float[Tensor, "B T"], threshold: float
+) -> tuple[Bool[Tensor, "B T"], StatsLater]:
+    """The tokens that the off-policy sequence mask of DeepSeek-V3.2 (2512.02556) keeps.
 
-    It drops a sequence of negative advantage whose mean of (sampler - policy) is over ``threshold``
-    (nats): the policy has left it behind already.
+    The mask drops a sequence of negative advantage whose mean of (sampler - policy) is above
+    ``threshold`` (nats): the policy has already moved away from such a sequence.
     """
-    means, _ = sequence_means(sampler - logprobs, mask, sequences)
-    dropped = (advantages < 0) & (means[sequences] > threshold)
+    mask, sequences = tokens.mask, tokens.sequences
+    means, _ = sequence_means(sampler - tokens.logprobs.detach(), mask, sequences)
+    dropped = (tokens.advantages < 0) & (means[sequences] > threshold)
     return ~dropped, {"off_policy_frac": partial(sequence_stat, dropped.float(), mask, sequences)}

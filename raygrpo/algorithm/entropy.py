@@ -1,38 +1,43 @@
-"""Entropy in the loss: which tokens are forks, and how strong the bonus is."""
+"""Entropy in the loss: the mask of the most uncertain tokens, and the strength of the bonus."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-# How the coefficient of Skywork-OR1 (2505.22312) moves, and how far; TRL's values.
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+
+# Step and maximum of Skywork-OR1's coefficient (2505.22312); TRL's values.
 COEF_STEP, COEF_MAX = 0.005, 1.0
-# Tokens after the same context (the first ones of a group) have one entropy, but for rounding,
-# which must not decide between them.
+# Tokens after the same context (the first ones of a group) have one entropy up to rounding, and
+# rounding must not decide between them.
 TIE = 1e-5
 
 
 def entropy_threshold(
-    entropies: Tensor, frac: float, total: Callable[[float], float] = lambda value: value
+    entropies: Float[Tensor, "N"],
+    frac: float,
+    total: Callable[[float], float] = lambda value: value,
 ) -> float:
-    """The entropy from which on a token is in the top ``frac`` of all ranks' tokens.
+    """The smallest entropy in the top ``frac`` of all ranks' tokens (2506.01939).
 
-    Of N tokens it is the k-th largest entropy, k = floor(frac (N - 1)) + 1: the tokens at or above
-    it are those that TRL's ``top_entropy_quantile`` keeps (2506.01939 has the method). Exact and
-    independent of how tokens lie on ranks: a bisection over the 2^31 floats that are not negative,
-    each of its 31 steps one count.
+    Of M tokens on all ranks it is the k-th largest entropy, k = floor(frac (M - 1)) + 1, as in
+    TRL's ``top_entropy_quantile``. The value is exact, however tokens lie on ranks: a bisection
+    over the 2^31 non-negative floats finds it in 31 counts.
 
     Args:
-        entropies: [n] of this rank's trained tokens, nats.
-        total: sums a number over the ranks; called equally often on each.
+        entropies: of this rank's trained tokens, nats.
+        total: adds a number up over the ranks; every rank calls it equally often.
     """
     values = entropies.detach().float().clamp(min=0)
     count = total(float(values.numel()))
     rank = int(round(frac * (count - 1), 6)) + 1 if count else 0
-    # Floats that are not negative are ordered as their bits are.
+    # Non-negative floats and their bits have one order.
     bits = values.view(torch.int32)
     low, high = 0, 2**31 - 1
     while low < high:
@@ -44,18 +49,20 @@ def entropy_threshold(
     return float(torch.tensor(low, dtype=torch.int32).view(torch.float32))
 
 
-def top_entropy_mask(entropies: Tensor, mask: Tensor, threshold: float) -> Tensor:
-    """Trained tokens [B, T] with at least that entropy, ties (`TIE`, relative) included."""
+def top_entropy_mask(
+    entropies: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], threshold: float
+) -> Bool[Tensor, "B T"]:
+    """Trained tokens whose entropy is at least the threshold, up to a relative `TIE`."""
     return mask & (entropies.detach().float().clamp(min=0) >= threshold * (1 - TIE))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EntropyControl:
-    """The coefficient of the entropy bonus, and the last update's entropy (None: none yet).
+    """The coefficient of the entropy bonus, and the last update's entropy (None before the first).
 
-    With a target (Skywork-OR1, 2505.22312) the coefficient rises by `COEF_STEP` after each update
-    whose entropy was at or below it and falls otherwise, within [0, `COEF_MAX`], and acts only
-    while the last entropy was at or below the target. Without a target it is constant.
+    Without a target the coefficient is constant. With one (Skywork-OR1, 2505.22312) it rises by
+    `COEF_STEP` after an update whose entropy was at or below the target, and falls by as much after
+    another, within [0, `COEF_MAX`]. It acts only while the last entropy is at or below the target.
     """
 
     coef: float

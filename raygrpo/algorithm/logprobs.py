@@ -1,54 +1,76 @@
 """Token logprobs and entropies from hidden states, without ever holding all tokens' logits.
 
-Logits are made ``chunk_tokens`` tokens at a time, transposed ([V, n]): the head's weight is then
-the matrix that stays where it is in all three matrix products. What is elementwise goes through a
-chunk in blocks that fit a cache, so that a chunk needs little more than its logits in the head's
-dtype.
+Logits exist for ``chunk_tokens`` tokens at a time, transposed ([V, n]): all three matrix products
+then read the head's weight where it lies. Elementwise work goes through a chunk in blocks that fit
+a cache, so that a chunk needs little more memory than its logits in the head's dtype.
 
-The gradient is formed in one of two ways. *Fused*: the caller says what a token's logprob and
-entropy get as gradient (`TokenGradient`), which is known at once where the loss is a sum over
-tokens; then the gradients of hidden states and weight are formed in the forward pass, chunk by
-chunk, from logits that are there anyway. The backward pass compares the gradient that arrives with
-the one foretold and only scales; should they differ, or without a foretelling, it *recomputes* the
-logits, which costs a fourth matrix product beside three.
+The gradient of hidden states and weight has two forms.
+
+*Fused.* Where the loss is a sum over tokens, a token's logprob and entropy already determine their
+own gradients (`ExpectedGrad`). The forward pass then forms the gradients of hidden states and
+weight chunk by chunk, from logits that it holds anyway:
+
+    forward   logits -> logprob, entropy -> expected_grad -> gradients of hidden and weight (kept)
+    loss      ... the caller computes the loss from all logprobs and entropies ...
+    backward  arriving gradient = factor x expected_grad?   yes: kept gradients x factor
+                                                            no:  recompute
+
+*Recomputed.* Without an expected gradient, or where another one arrives, the backward pass forms
+the logits again: a fourth matrix product beside three.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 # Logits that a chunk may hold: 64 MiB in bfloat16, 128 MiB in float32.
 MAX_CHUNK_LOGITS = 2**25
 # Logits of a block in float32: 2 MiB on a CPU, so that five passes over it stay in its cache.
 _BLOCK_LOGITS = {"cpu": 2**19}
 _LARGE_BLOCK_LOGITS = 2**26
-# A foretold gradient differs from the one that arrives by the rounding of a factor at most.
-_FORETOLD_TOLERANCE = 1e-5
+# An expected gradient differs from the arriving one by the rounding of a factor at most.
+_TOLERANCE = 1e-5
 
-# From a chunk's tokens (their indices among all), logprobs [n] and entropies [n] to the gradients
-# of both; None for entropies without one.
-TokenGradient = Callable[[slice | Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
+
+class ExpectedGrad(Protocol):
+    """The gradients that a loss will give to logprobs and entropies, up to a common factor."""
+
+    def __call__(
+        self,
+        which: slice | Int[Tensor, "n"],
+        logprobs: Float[Tensor, "n"],
+        entropies: Float[Tensor, "n"],
+        /,
+    ) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"] | None]:
+        """For tokens ``which`` among all N; None for entropies without a gradient."""
+        ...
 
 
 def chunk_tokens_for(vocabulary: int) -> int:
-    """Tokens of a chunk for a vocabulary."""
+    """The tokens of a chunk for a vocabulary of this size."""
     return max(16, MAX_CHUNK_LOGITS // vocabulary)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogitTransform:
-    """How a model turns its head's output into logits: ``cap * tanh(scale * x / cap)``."""
+    """A model's way from its head's output to logits: ``cap * tanh(scale * x / cap)``.
+
+    Example: Gemma 2 has ``LogitTransform(cap=30.0)``.
+    """
 
     scale: float = 1.0
     cap: float | None = None
 
-    def __call__(self, logits: Tensor) -> Tensor:
+    def __call__(self, logits: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.cap is not None:
@@ -60,8 +82,8 @@ class LogitTransform:
 class HeadSettings:
     """From the head's output to a distribution: softmax(transform(output) / temperature).
 
-    ``fp32`` forms the head's product in float32 and accumulates its weight's gradient there,
-    whatever the dtype of hidden states and weight. The softmax is in float32 always.
+    With ``fp32`` the head's product and the sum of its weight's gradient are in float32, whatever
+    the dtype of hidden states and weight. The softmax is in float32 always.
     """
 
     chunk_tokens: int
@@ -69,14 +91,14 @@ class HeadSettings:
     transform: LogitTransform = LogitTransform()
     fp32: bool = False
 
-    def logits(self, raw: Tensor) -> Tensor:
-        """Logits over temperature, float32, a tensor of their own."""
+    def logits(self, raw: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Logits over temperature, float32, in memory of their own."""
         logits = self.transform(raw.float())
         if self.temperature != 1.0:
             logits = logits / self.temperature
         return logits.clone() if logits.data_ptr() == raw.data_ptr() else logits
 
-    def slope(self, logits: Tensor) -> Tensor | float:
+    def slope(self, logits: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"] | float:
         """The derivative of `logits` by the head's output."""
         outer = self.transform.scale / self.temperature
         if self.transform.cap is None:
@@ -85,49 +107,51 @@ class HeadSettings:
 
 
 def token_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
+    hidden: Float[Tensor, "N H"],
+    weight: Float[Tensor, "V H"],
+    targets: Int[Tensor, "N"],
     *,
-    bias: Tensor | None = None,
+    bias: Float[Tensor, "V"] | None = None,
     settings: HeadSettings,
     entropy_gradient: bool = False,
-    token_gradient: TokenGradient | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Logprob of each target, and the entropy of its distribution; both [N], float32, in nats.
+    expected_grad: ExpectedGrad | None = None,
+) -> tuple[Float[Tensor, "N"], Float[Tensor, "N"]]:
+    """The logprob of each target and the entropy of its distribution, float32, in nats.
 
     Value and gradient equal those of the full logits.
 
     Args:
-        hidden: [N, H], the hidden state that predicts each target.
-        weight: [V, H] of the head; ``bias`` [V].
-        targets: [N] token ids.
+        hidden: the hidden state that predicts each target.
+        weight: of the language head.
+        targets: token ids.
         entropy_gradient: whether entropies carry a gradient.
-        token_gradient: foretells the gradients that will arrive, up to a common factor.
+        expected_grad: the gradients that will arrive, up to a common factor.
     """
     targets = targets.long()
     if not torch.is_grad_enabled():
-        token_gradient = None
+        expected_grad = None
     output: tuple[Tensor, Tensor] = _HeadLogprobs.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, targets, settings, entropy_gradient, token_gradient
+        hidden, weight, bias, targets, settings, entropy_gradient, expected_grad
     )
     return output
 
 
 def token_logprobs_by(
-    head: Callable[[Tensor], Tensor],
-    hidden: Tensor,
-    targets: Tensor,
+    head: Callable[[Float[Tensor, "n H"]], Float[Tensor, "n V"]],
+    hidden: Float[Tensor, "N H"],
+    targets: Int[Tensor, "N"],
     *,
     settings: HeadSettings,
     entropy_gradient: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """The same through any ``head``, [n, H] -> [n, V], by recomputation in the backward pass.
+) -> tuple[Float[Tensor, "N"], Float[Tensor, "N"]]:
+    """`token_logprobs` through any ``head``, by recomputation in the backward pass.
 
-    For heads that are more than a weight: with an adapter, or of another kind.
+    For a head that is more than a weight, for example one with an adapter.
     """
 
-    def compute(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def compute(
+        hidden: Float[Tensor, "n H"], targets: Int[Tensor, "n"]
+    ) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"]]:
         table = torch.log_softmax(settings.logits(head(hidden)), -1)
         entropies = -(table.exp() * table).sum(-1)
         chosen = table.gather(-1, targets.long()[:, None]).squeeze(-1)
@@ -147,31 +171,31 @@ class _HeadLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
+        hidden: Float[Tensor, "N H"],
+        weight: Float[Tensor, "V H"],
+        bias: Float[Tensor, "V"] | None,
+        targets: Int[Tensor, "N"],
         settings: HeadSettings,
         entropy_gradient: bool,
-        token_gradient: TokenGradient | None,
-    ) -> tuple[Tensor, Tensor]:
+        expected_grad: ExpectedGrad | None,
+    ) -> tuple[Float[Tensor, "N"], Float[Tensor, "N"]]:
         found = hidden.new_empty(4, hidden.shape[0], dtype=torch.float32)
-        logprobs, entropies, foretold = found[0], found[1], found[2:]
-        foretold.zero_()
+        logprobs, entropies, expected = found[0], found[1], found[2:]
+        expected.zero_()
         sums = _Gradients(ctx.needs_input_grad, hidden, weight, bias, settings)
         for chunk in _chunks(hidden, weight, bias, targets, settings):
             logprobs[chunk.here], entropies[chunk.here] = chunk.logprobs, chunk.entropies
-            if token_gradient is None:
+            if expected_grad is None:
                 continue
-            by_logprob, by_entropy = token_gradient(chunk.here, chunk.logprobs, chunk.entropies)
-            foretold[0, chunk.here] = by_logprob
+            by_logprob, by_entropy = expected_grad(chunk.here, chunk.logprobs, chunk.entropies)
+            expected[0, chunk.here] = by_logprob
             if by_entropy is not None:
-                foretold[1, chunk.here] = by_entropy
+                expected[1, chunk.here] = by_entropy
             chunk.differentiate(by_logprob, by_entropy)
             sums.add(chunk)
-        ctx.settings, ctx.fused = settings, token_gradient is not None
+        ctx.settings, ctx.fused = settings, expected_grad is not None
         ctx.save_for_backward(
-            hidden, weight, bias, targets, foretold, *(sums.finished() if ctx.fused else ())
+            hidden, weight, bias, targets, expected, *(sums.finished() if ctx.fused else ())
         )
         logprobs, entropies = logprobs.clone(), entropies.clone()
         if not entropy_gradient:
@@ -180,11 +204,13 @@ class _HeadLogprobs(torch.autograd.Function):
         return logprobs, entropies
 
     @staticmethod
-    def backward(ctx: Any, by_logprob: Tensor | None, by_entropy: Tensor | None) -> Any:
-        hidden, weight, bias, targets, foretold, *formed = ctx.saved_tensors
-        zeros = torch.zeros_like(foretold[0])
+    def backward(
+        ctx: Any, by_logprob: Float[Tensor, "N"] | None, by_entropy: Float[Tensor, "N"] | None
+    ) -> Any:
+        hidden, weight, bias, targets, expected, *formed = ctx.saved_tensors
+        zeros = torch.zeros_like(expected[0])
         arrived = torch.stack([zeros if g is None else g for g in (by_logprob, by_entropy)])
-        factor = _common_factor(arrived, foretold) if ctx.fused else None
+        factor = _common_factor(arrived, expected) if ctx.fused else None
         if factor is not None:
             if factor != 1.0:
                 formed = [None if g is None else g.mul_(factor) for g in formed]
@@ -198,35 +224,37 @@ class _HeadLogprobs(torch.autograd.Function):
         return *sums.finished(), None, None, None, None
 
 
-def _common_factor(arrived: Tensor, foretold: Tensor) -> float | None:
-    """The factor between the two, None when there is none: they differ, or are not finite."""
-    scale = foretold.abs().max()
+def _common_factor(arrived: Float[Tensor, "2 N"], expected: Float[Tensor, "2 N"]) -> float | None:
+    """The factor between the two; None when they differ by more, or are not finite."""
+    scale = expected.abs().max()
     if not scale:
         return 1.0 if not arrived.any() else None
-    unit = (foretold / scale).double()
-    factor = (unit * arrived).sum() / (unit * foretold).sum()
-    close = (arrived - factor * foretold).abs().max() <= _FORETOLD_TOLERANCE * scale * factor.abs()
+    unit = (expected / scale).double()
+    factor = (unit * arrived).sum() / (unit * expected).sum()
+    close = (arrived - factor * expected).abs().max() <= _TOLERANCE * scale * factor.abs()
     return float(factor.float()) if close else None
 
 
 @dataclass(slots=True, kw_only=True)
 class _Chunk:
-    """The logits of some tokens: ``raw`` [V, n] is the head's output, later its gradient."""
+    """The logits of a run of tokens; ``raw`` is the head's output, later its gradient."""
 
     here: slice
-    hidden: Tensor
-    targets: Tensor
-    raw: Tensor
+    hidden: Float[Tensor, "n H"]
+    targets: Int[Tensor, "n"]
+    raw: Float[Tensor, "V n"]
     settings: HeadSettings
-    logprobs: Tensor
-    entropies: Tensor
-    log_normaliser: Tensor
+    logprobs: Float[Tensor, "n"]
+    entropies: Float[Tensor, "n"]
+    log_normaliser: Float[Tensor, "n"]
 
-    def differentiate(self, by_logprob: Tensor, by_entropy: Tensor | None) -> None:
+    def differentiate(
+        self, by_logprob: Float[Tensor, "n"], by_entropy: Float[Tensor, "n"] | None
+    ) -> None:
         """Replaces ``raw`` by the loss's gradient with respect to it."""
         tokens = torch.arange(len(self.targets), device=self.raw.device)
         settings = self.settings
-        # Rounded once only, after the two parts of a target's gradient are added.
+        # A target's gradient has two parts; only their sum is rounded.
         at_target = self._softmax_part(self.raw[self.targets, tokens], by_logprob, by_entropy)
         logits = settings.logits(self.raw[self.targets, tokens])
         at_target += by_logprob * settings.slope(logits)
@@ -234,7 +262,12 @@ class _Chunk:
             self.raw[rows] = self._softmax_part(self.raw[rows], by_logprob, by_entropy)
         self.raw[self.targets, tokens] = at_target.to(self.raw.dtype)
 
-    def _softmax_part(self, raw: Tensor, by_logprob: Tensor, by_entropy: Tensor | None) -> Tensor:
+    def _softmax_part(
+        self,
+        raw: Float[Tensor, "*rows n"],
+        by_logprob: Float[Tensor, "n"],
+        by_entropy: Float[Tensor, "n"] | None,
+    ) -> Float[Tensor, "*rows n"]:
         """-p g for the logprob, -p (log p + entropy) g for the entropy, times the slope."""
         logits = self.settings.logits(raw)
         slope = self.settings.slope(logits)
@@ -250,14 +283,14 @@ class _Chunk:
 
 
 class _Gradients:
-    """Sums over chunks of the gradients of hidden states [N, H], weight [V, H] and bias [V]."""
+    """The gradients of hidden states, weight and bias, added up over the chunks."""
 
     def __init__(
         self,
         needed: tuple[bool, ...],
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
+        hidden: Float[Tensor, "N H"],
+        weight: Float[Tensor, "V H"],
+        bias: Float[Tensor, "V"] | None,
         settings: HeadSettings,
     ) -> None:
         self._weight = weight
@@ -268,7 +301,7 @@ class _Gradients:
         self._bias = torch.zeros_like(bias) if bias is not None and needed[2] else None
 
     def add(self, chunk: _Chunk) -> None:
-        """Adds what a differentiated chunk gives."""
+        """Adds the gradients of a differentiated chunk."""
         raw, hidden = chunk.raw, chunk.hidden.to(self._dtype)
         if self._hidden is not None:
             self._hidden[chunk.here] = self._by_hidden(raw)
@@ -279,7 +312,7 @@ class _Gradients:
         if self._bias is not None:
             self._bias += raw.sum(1)
 
-    def _by_hidden(self, raw: Tensor) -> Tensor:
+    def _by_hidden(self, raw: Float[Tensor, "V n"]) -> Float[Tensor, "n H"]:
         if self._dtype == self._weight.dtype:
             return raw.T @ self._weight
         total = raw.new_zeros(raw.shape[1], self._weight.shape[1])
@@ -287,14 +320,20 @@ class _Gradients:
             total.addmm_(raw[rows].T, self._weight[rows].to(self._dtype))
         return total
 
-    def finished(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The three sums, in the dtypes of what they are gradients of."""
+    def finished(
+        self,
+    ) -> tuple[Float[Tensor, "N H"] | None, Float[Tensor, "V H"] | None, Float[Tensor, "V"] | None]:
+        """The gradients of hidden states, weight and bias, each in the dtype of its tensor."""
         weight = self._weight_sum
         return self._hidden, None if weight is None else weight.to(self._weight.dtype), self._bias
 
 
 def _chunks(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, settings: HeadSettings
+    hidden: Float[Tensor, "N H"],
+    weight: Float[Tensor, "V H"],
+    bias: Float[Tensor, "V"] | None,
+    targets: Int[Tensor, "N"],
+    settings: HeadSettings,
 ) -> Iterator[_Chunk]:
     """Chunks in order; each overwrites the logits of the one before."""
     vocabulary, num_tokens = weight.shape[0], hidden.shape[0]
@@ -316,7 +355,11 @@ def _chunks(
 
 
 def _summarised(
-    here: slice, hidden: Tensor, targets: Tensor, raw: Tensor, settings: HeadSettings
+    here: slice,
+    hidden: Float[Tensor, "n H"],
+    targets: Int[Tensor, "n"],
+    raw: Float[Tensor, "V n"],
+    settings: HeadSettings,
 ) -> _Chunk:
     """One pass over the logits: their maximum, and sums of exp(z) and z exp(z) relative to it."""
     peak = total = moment = raw.new_zeros(raw.shape[1], dtype=torch.float32)
@@ -342,14 +385,14 @@ def _summarised(
         raw=raw,
         settings=settings,
         logprobs=chosen - log_normaliser,
-        # Rounding alone makes it negative, where one token has all the mass.
+        # Where one token has all the mass, rounding may make the entropy negative.
         entropies=(log_total - moment / total).clamp_(min=0),
         log_normaliser=log_normaliser,
     )
 
 
-def _blocks(raw: Tensor) -> Iterator[slice]:
-    """Runs of vocabulary rows of [V, n]."""
+def _blocks(raw: Float[Tensor, "V n"]) -> Iterator[slice]:
+    """Runs of the vocabulary's rows."""
     rows = max(1, _BLOCK_LOGITS.get(raw.device.type, _LARGE_BLOCK_LOGITS) // raw.shape[1])
     for start in range(0, raw.shape[0], rows):
         yield slice(start, min(start + rows, raw.shape[0]))

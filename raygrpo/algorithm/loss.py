@@ -1,26 +1,171 @@
 """Policy losses: one pure function from per-token logprobs to a globally normalised loss.
 
-The denominator of the aggregation is global over one optimizer update and arrives as a weight per
-sequence (`loss_weights_for`), so the loss of an update is the plain sum of `policy_loss` over its
-microbatches and ranks, whatever the split. docs/algorithms.md has the formulas.
+The loss of a microbatch, with the masks and KL terms left out, is
+
+    sum over trained tokens of   weight of its sequence  x  factor  x  token loss
+                                 (loss_weights_for)      (_factor)     (surrogates.token_losses)
+
+The denominator of the aggregation covers one whole optimizer update. It is part of the weights, so
+the loss of an update is the plain sum of `policy_loss` over its microbatches and ranks, whatever
+the split. docs/algorithms.md has the formulas.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from raygrpo.algorithm.corrections import correction, off_policy_sequences
-from raygrpo.algorithm.entropy import entropy_threshold, top_entropy_mask
-from raygrpo.algorithm.loss_inputs import Aggregation, LossConfig, LossInputs
-from raygrpo.algorithm.stats import StatsLater, stat
-from raygrpo.algorithm.surrogates import Tokens, token_losses
+from raygrpo.algorithm.logprobs import ExpectedGrad
+from raygrpo.algorithm.surrogates import (
+    LossConfig,
+    LossTokens,
+    StatsLater,
+    stat,
+    token_losses,
+)
 from raygrpo.types import Stat
 
-__all__ = ["Aggregation", "LossConfig", "LossInputs", "loss_weights_for", "policy_loss"]
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int, Shaped
+
+__all__ = ["LossConfig", "LossInputs", "expected_grad", "loss_weights_for", "policy_loss"]
+
+Aggregation = Literal["token", "sequence", "constant", "prompt"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossInputs:
+    """The tensors of one microbatch; logprobs and entropies are in nats.
+
+    Example: a row of a prompt of 2 tokens and a completion of 3 has ``loss_mask``
+    [[False, False, True, True, True]], ``sequence_ids`` [[-1, -1, 0, 0, 0]], ``advantages`` [0.5]
+    and, as the only completion of its update, ``loss_weights`` [1 / 3].
+
+    Attributes:
+        logprobs: of the policy in training, with gradient.
+        old_logprobs: of the policy before the update; None where these are ``logprobs`` themselves
+            (the only update of a batch), or where the ratio is to the sampler.
+        sampler_logprobs: of the distribution that the tokens were drawn from; None leaves their
+            statistics out.
+        ref_logprobs: of the reference policy; None when beta is 0.
+        entropies: of the policy, with gradient under an entropy bonus; None leaves their statistics
+            out.
+        loss_mask: True on trained tokens.
+        policy_mask: True on tokens that carry the policy loss when ``top_entropy_frac`` is below 1;
+            None when all do.
+        sequence_ids: the sequence (completion) of each token; -1 for none.
+        advantages: of each sequence.
+        loss_weights: of each sequence's tokens, the aggregation's denominator included.
+    """
+
+    logprobs: Float[Tensor, "B T"]
+    old_logprobs: Float[Tensor, "B T"] | None
+    sampler_logprobs: Float[Tensor, "B T"] | None
+    ref_logprobs: Float[Tensor, "B T"] | None
+    entropies: Float[Tensor, "B T"] | None
+    loss_mask: Bool[Tensor, "B T"]
+    policy_mask: Bool[Tensor, "B T"] | None
+    sequence_ids: Int[Tensor, "B T"]
+    advantages: Float[Tensor, "S"]
+    loss_weights: Float[Tensor, "S"]
+
+
+def policy_loss(
+    inputs: LossInputs, config: LossConfig
+) -> tuple[Float[Tensor, ""], dict[str, Stat]]:
+    """The globally normalised loss, with gradient, and its statistics over trained tokens.
+
+    Without ``sampler_logprobs`` there are no statistics of the sampler, without ``entropies`` no
+    ``entropy``, with beta 0 no ``kl``.
+
+    Raises:
+        ValueError: an input that the loss reads is missing.
+    """
+    loss, stats = _loss_and_stats(inputs, config)
+    return loss, {name: compute() for name, compute in stats.items()}
+
+
+def _loss_and_stats(inputs: LossInputs, config: LossConfig) -> tuple[Float[Tensor, ""], StatsLater]:
+    mask = inputs.loss_mask.bool()
+    sequences = inputs.sequence_ids.clamp(min=0).long()
+    # Untrained positions may hold anything, infinities included: 0 * inf is NaN, where() is not.
+    logprobs = torch.where(mask, inputs.logprobs, 0.0)
+    old = _trained(inputs.old_logprobs, mask)
+    old = logprobs.detach() if old is None else old
+    sampler = _trained(inputs.sampler_logprobs, mask)
+    tokens = LossTokens(
+        logprobs=logprobs,
+        anchor=_needed(sampler, "sampler_logprobs", "the ratio is to the sampler")
+        if config.anchored_at_sampler
+        else old,
+        advantages=inputs.advantages[sequences],
+        mask=mask,
+        sequences=sequences,
+    )
+    losses, stats = token_losses(tokens, config)
+    factor, more = _factor(inputs, tokens, old, sampler, config)
+    losses, stats = losses * factor, stats | more
+    if config.beta:
+        ref = _needed(_trained(inputs.ref_logprobs, mask), "ref_logprobs", "beta is not 0")
+        kl = _kl(ref - logprobs, config)
+        kl = kl * torch.exp(logprobs - tokens.anchor) if config.kl_unbiased else kl
+        losses = losses + config.beta * kl
+        stats["kl"] = partial(stat, kl, mask)
+    if config.entropy_coef:
+        bonus = _needed(inputs.entropies, "entropies", "entropy_coef is not 0")
+        losses = losses - config.entropy_coef * torch.where(mask, bonus, 0.0)
+    if inputs.entropies is not None:
+        stats["entropy"] = partial(stat, inputs.entropies, mask)
+    return torch.where(mask, losses * inputs.loss_weights[sequences], 0.0).sum(), stats
+
+
+def _factor(
+    inputs: LossInputs,
+    tokens: LossTokens,
+    old: Float[Tensor, "B T"],
+    sampler: Float[Tensor, "B T"] | None,
+    config: LossConfig,
+) -> tuple[Float[Tensor, "B T"], StatsLater]:
+    """Sampler correction times masks, without gradient: the factor of each token's policy loss."""
+    factor = torch.ones_like(old)
+    stats: StatsLater = {}
+    if sampler is not None:
+        factor, stats = correction(old, sampler, tokens.mask, tokens.sequences, config)
+    elif config.correction != "none":
+        _needed(sampler, "sampler_logprobs", f"correction is {config.correction}")
+    if config.off_policy_threshold is not None:
+        sampled = _needed(sampler, "sampler_logprobs", "off_policy_threshold is set")
+        kept, more = off_policy_sequences(tokens, sampled, config.off_policy_threshold)
+        factor, stats = factor * kept, stats | more
+    if config.top_entropy_frac < 1:
+        reason = "top_entropy_frac is below 1"
+        factor = factor * _needed(inputs.policy_mask, "policy_mask", reason)
+    return factor, stats
+
+
+def _kl(difference: Float[Tensor, "B T"], config: LossConfig) -> Float[Tensor, "B T"]:
+    """The estimators of Schulman's "Approximating KL divergence", of ref - policy."""
+    if config.kl_estimator == "k2":
+        return difference.square() / 2
+    return torch.exp(difference) - difference - 1
+
+
+def _trained(
+    values: Float[Tensor, "B T"] | None, mask: Bool[Tensor, "B T"]
+) -> Float[Tensor, "B T"] | None:
+    return None if values is None else torch.where(mask, values.detach(), 0.0)
+
+
+def _needed(values: Shaped[Tensor, "B T"] | None, name: str, reason: str) -> Shaped[Tensor, "B T"]:
+    if values is None:
+        raise ValueError(f"{reason}, but {name} is missing")
+    return values
 
 
 def loss_weights_for(
@@ -28,17 +173,18 @@ def loss_weights_for(
     lengths: Sequence[int],
     groups: Sequence[int] | None = None,
     max_completion_length: int | None = None,
-) -> Tensor:
-    """The weight [S] of each sequence's tokens, by aggregation.
+) -> Float[Tensor, "S"]:
+    """The weight of each sequence's tokens, by aggregation.
 
     token 1/N, sequence 1/(S L_i), constant 1/(S Lmax), prompt 1/(P N_group), with N loss tokens, S
     sequences, P prompts, L_i a sequence's and N_group a group's loss tokens. A sequence without
-    loss tokens counts as a sequence and weighs 0 where its length would divide.
+    loss tokens counts as a sequence; its weight is 0 where its length would divide. Example: two
+    sequences of 1 and 3 loss tokens weigh 1/4 each under ``token``, 1/2 and 1/6 under ``sequence``.
 
     Args:
         lengths: loss tokens of each sequence of the optimizer update.
         groups: the group of each sequence; needed for ``prompt``.
-        max_completion_length: needed for ``constant``.
+        max_completion_length: Lmax; needed for ``constant``.
 
     Raises:
         ValueError: an unknown aggregation, or a missing argument.
@@ -65,118 +211,47 @@ def loss_weights_for(
     return weights.float()
 
 
-def policy_loss(inputs: LossInputs, config: LossConfig) -> tuple[Tensor, dict[str, Stat]]:
-    """The globally normalised loss (a scalar with gradient) and its statistics.
+def is_token_separable(config: LossConfig) -> bool:
+    """Whether a token's gradient depends on no other token's logprob.
 
-    Statistics are over trained tokens; those of the sampler are left out without
-    ``sampler_logprobs``, ``entropy`` without ``entropies``, ``kl`` when beta is 0.
-
-    Raises:
-        ValueError: logprobs or entropies that the loss reads are missing.
+    A sequence's logprobs act together in gspo's ratio, in corrections by sequence and in the
+    off-policy sequence mask.
     """
-    loss, stats = loss_and_stats(inputs, config)
-    return loss, {name: compute() for name, compute in stats.items()}
-
-
-def loss_and_stats(inputs: LossInputs, config: LossConfig) -> tuple[Tensor, StatsLater]:
-    """`policy_loss` whose statistics are computed when they are asked for."""
-    mask = inputs.loss_mask.bool()
-    sequences = inputs.sequence_ids.clamp(min=0).long()
-    weights = _per_token(_weights(inputs, mask, config), sequences)
-    # Untrained positions may hold anything, infinities included: 0 * inf is NaN, where() is not.
-    logprobs = torch.where(mask, inputs.logprobs, 0.0)
-    old = _trained(inputs.old_logprobs, mask)
-    old = logprobs.detach() if old is None else old
-    sampler = _trained(inputs.sampler_logprobs, mask)
-    tokens = Tokens(
-        logprobs=logprobs,
-        anchor=_needed(sampler, "sampler_logprobs", "the ratio is to the sampler")
-        if config.anchored_at_sampler
-        else old,
-        advantages=_per_token(inputs.advantages, sequences),
-        mask=mask,
-        sequences=sequences,
+    return (
+        config.loss != "gspo"
+        and (config.correction == "none" or config.correction_level == "token")
+        and config.off_policy_threshold is None
     )
-    losses, stats = token_losses(tokens, config)
-    factor, more = _factor(inputs, tokens, old, sampler, config)
-    losses, stats = losses * factor, stats | more
-    if config.beta:
-        ref = _needed(_trained(inputs.ref_logprobs, mask), "ref_logprobs", "beta is not 0")
-        kl = _kl(ref - logprobs, config)
-        kl = kl * torch.exp(logprobs - tokens.anchor) if config.kl_unbiased else kl
-        losses = losses + config.beta * kl
-        stats["kl"] = partial(stat, kl, mask)
-    if config.entropy_coef:
-        bonus = _needed(inputs.entropies, "entropies", "entropy_coef is not 0")
-        losses = losses - config.entropy_coef * torch.where(mask, bonus, 0.0)
-    if inputs.entropies is not None:
-        stats["entropy"] = partial(stat, inputs.entropies, mask)
-    return torch.where(mask, losses * weights, 0.0).sum(), stats
 
 
-def _factor(
-    inputs: LossInputs, tokens: Tokens, old: Tensor, sampler: Tensor | None, config: LossConfig
-) -> tuple[Tensor, StatsLater]:
-    """What multiplies each token's policy loss: sampler correction and masks, without gradient."""
-    mask, sequences = tokens.mask, tokens.sequences
-    factor = torch.ones_like(old)
-    stats: StatsLater = {}
-    if sampler is not None:
-        factor, stats = correction(old, sampler, mask, sequences, config)
-    elif config.correction != "none":
-        _needed(sampler, "sampler_logprobs", f"correction is {config.correction}")
-    if config.off_policy_threshold is not None:
-        sampled = _needed(sampler, "sampler_logprobs", "off_policy_threshold is set")
-        kept, more = off_policy_sequences(
-            tokens.logprobs.detach(),
-            sampled,
-            tokens.advantages,
-            mask,
-            sequences,
-            config.off_policy_threshold,
-        )
-        factor, stats = factor * kept, stats | more
-    if config.top_entropy_frac < 1:
-        factor = factor * _policy_mask(inputs, mask, config)
-    return factor, stats
+def expected_grad(
+    inputs: LossInputs, rows: Int[Tensor, "N"], columns: Int[Tensor, "N"], config: LossConfig
+) -> ExpectedGrad | None:
+    """The gradient of `policy_loss` by logprob and entropy of tokens, as a function of these two.
 
+    The function serves any of the N tokens at ``rows`` and ``columns``, before the others' logprobs
+    are known. None where the loss is not separable by token. ``inputs.logprobs`` and
+    ``inputs.entropies`` are not read.
+    """
+    if not is_token_separable(config):
+        return None
+    names = ("old_logprobs", "sampler_logprobs", "ref_logprobs", "loss_mask", "policy_mask")
+    grids = {name: getattr(inputs, name) for name in (*names, "sequence_ids")}
+    flat = {k: None if grid is None else grid[rows, columns] for k, grid in grids.items()}
 
-def _policy_mask(inputs: LossInputs, mask: Tensor, config: LossConfig) -> Tensor:
-    if inputs.policy_mask is not None:
-        return inputs.policy_mask
-    entropies = _needed(inputs.entropies, "entropies", "top_entropy_frac is below 1")
-    threshold = entropy_threshold(entropies[mask], config.top_entropy_frac)
-    return top_entropy_mask(entropies, mask, threshold)
+    @torch.enable_grad()
+    def gradient(
+        which: slice | Int[Tensor, "n"],
+        logprobs: Float[Tensor, "n"],
+        entropies: Float[Tensor, "n"],
+        /,
+    ) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"] | None]:
+        part: dict[str, Any] = {k: v if v is None else v[None, which] for k, v in flat.items()}
+        leaf = logprobs.detach()[None].requires_grad_()
+        bonus = entropies.detach()[None].requires_grad_()
+        loss, _ = _loss_and_stats(replace(inputs, logprobs=leaf, entropies=bonus, **part), config)
+        leaves = (leaf, bonus) if config.entropy_coef else (leaf,)
+        by_logprob, *by_entropy = torch.autograd.grad(loss, leaves)
+        return by_logprob[0], by_entropy[0][0] if by_entropy else None
 
-
-def _kl(difference: Tensor, config: LossConfig) -> Tensor:
-    """The estimator of Schulman's "Approximating KL divergence", of ref - policy."""
-    if config.kl_estimator == "k2":
-        return difference.square() / 2
-    return torch.exp(difference) - difference - 1
-
-
-def _weights(inputs: LossInputs, mask: Tensor, config: LossConfig) -> Tensor:
-    if inputs.loss_weights is not None:
-        return inputs.loss_weights
-    ids = inputs.sequence_ids
-    size = int(ids.max()) + 1
-    lengths = torch.bincount(ids[mask].long(), minlength=size)
-    weights = loss_weights_for(
-        config.aggregation, lengths.tolist(), None, config.max_completion_length
-    )
-    return weights.to(inputs.logprobs.device)
-
-
-def _trained(values: Tensor | None, mask: Tensor) -> Tensor | None:
-    return None if values is None else torch.where(mask, values.detach(), 0.0)
-
-
-def _needed(values: Tensor | None, name: str, reason: str) -> Tensor:
-    if values is None:
-        raise ValueError(f"{reason}, but {name} is missing")
-    return values
-
-
-def _per_token(values: Tensor, sequences: Tensor) -> Tensor:
-    return values if values.ndim == sequences.ndim else values[sequences]
+    return gradient

@@ -1,11 +1,9 @@
 """From a plan to microbatches: rows, their assignment to ranks, and the arrays a rank computes.
 
-A row holds one or more trees; a tree is a prompt and completions of its group (``prompt, completion
-1, completion 2, ...``, each completion's positions restarting after the prompt). What a row may
-hold is the model's `RowLayout`: ``plain`` one completion; ``shared`` one tree; ``packed`` any
-number of trees, so that a microbatch is one row without padding. Nothing is cut and nothing is
-dropped: ranks get equal numbers of microbatches by splitting, and, where there is nothing left to
-split, by fillers that carry no weight.
+A row holds one or more trees. A tree is a prompt and completions of its group (``prompt, completion
+1, completion 2, ...``); each completion's positions go on from the prompt. The model's `RowLayout`
+bounds a row. Nothing is cut and nothing is dropped: ranks get equal numbers of microbatches by
+splitting, and, where there is nothing left to split, by fillers without weight.
 """
 
 from __future__ import annotations
@@ -14,17 +12,27 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from raygrpo.types import Group, Microbatch, PlannedSample, Sample, StepBatch
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+# The content of a row. ``plain``: one completion; ``shared``: one tree, under a mask over its row;
+# ``packed``: any number of trees, with attention by segment; a microbatch is then one row, without
+# padding.
 RowLayout = Literal["plain", "shared", "packed"]
-# Consecutive samples of one group are one tree.
+Array = npt.NDArray[Any]
+# Consecutive samples of one group form one tree.
 Row = tuple[PlannedSample, ...]
 MicrobatchPlan = tuple[Row, ...]
-# Trees are split, and their prompts computed again, where it lowers the most loaded rank's cost so.
+# Attention costs as much as all other work in a row of this many times the hidden size.
+_ATTENTION_LENGTH = 6.0
+# A split tree computes its prompt again: it must lower the cost of the most loaded rank by this.
 _WORTH_SPLITTING = 0.99
 _MAX_SWAPS = 200
 
@@ -35,18 +43,17 @@ def place(
     *,
     tokens_per_microbatch: int,
     layout: RowLayout = "shared",
-    attention_length: float = math.inf,
+    hidden_size: float = math.inf,
 ) -> list[list[list[MicrobatchPlan]]]:
     """Assigns a step's samples to ranks: ``[rank][minibatch][microbatch] -> rows``.
 
     Every rank gets the same number of microbatches in each minibatch. Deterministic.
 
     Args:
-        tokens_per_microbatch: padded tokens of a microbatch; a single tree may exceed it.
-        attention_length: the row length at which attention costs as much as all the rest (about six
-            times the hidden size).
+        tokens_per_microbatch: padded tokens of a microbatch; a single tree may have more.
+        hidden_size: of the model, which tells the cost of attention; infinite: attention is free.
     """
-    cost = _Cost(layout, attention_length)
+    cost = _Cost(layout, _ATTENTION_LENGTH * hidden_size)
     ranks: list[list[list[MicrobatchPlan]]] = [[] for _ in range(num_ranks)]
     for samples in batch.minibatches:
         trees = _make_trees(samples, tokens_per_microbatch, layout, cost)
@@ -60,13 +67,18 @@ def place(
     return ranks
 
 
+def unpacked(layout: RowLayout) -> RowLayout:
+    """The layout for ranks that share a row's tokens: they attend under a mask over the row."""
+    return "shared" if layout == "packed" else layout
+
+
 def trees_of(row: Row) -> list[Row]:
     """The trees of a row, in order."""
     return [tuple(members) for _, members in groupby(row, key=lambda sample: sample.group_id)]
 
 
 def row_length(row: Row) -> int:
-    """Tokens of a row: of each tree the prompt once, and its completions."""
+    """The tokens of a row: of each tree the prompt, once, and its completions."""
     return sum(
         tree[0].prompt_length + sum(sample.completion_length for sample in tree)
         for tree in trees_of(row)
@@ -74,7 +86,7 @@ def row_length(row: Row) -> int:
 
 
 def attention_pairs(tree: Row) -> int:
-    """Pairs of tokens that attend to each other in a tree, computed segment by segment."""
+    """Pairs of a query and a key in a tree whose attention is computed segment by segment."""
     prompt = tree[0].prompt_length
     lengths = [sample.completion_length for sample in tree]
     return prompt * (prompt + 1) // 2 + sum(c * prompt + c * (c + 1) // 2 for c in lengths)
@@ -82,14 +94,14 @@ def attention_pairs(tree: Row) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Cost:
-    """What a tree costs, in tokens without attention."""
+    """The cost of a tree, in tokens without attention."""
 
     layout: RowLayout
     attention_length: float
 
     def __call__(self, tree: Row) -> float:
         length = row_length(tree)
-        # Under a mask, or a causal kernel that counts alike, a row pays for all of its square.
+        # Under a mask over the row, a row pays for the square of its length.
         pairs = attention_pairs(tree) if self.layout == "packed" else length * length
         return length + pairs / self.attention_length
 
@@ -116,7 +128,7 @@ def make_samples(group: Group, plans: Sequence[PlannedSample]) -> list[Sample]:
 
 
 def make_microbatch(plan: MicrobatchPlan, groups: Mapping[int, Group]) -> Microbatch:
-    """The arrays of a microbatch; ``groups`` holds at least the groups that it names."""
+    """The arrays of a microbatch; ``groups`` has at least the groups of the plan."""
     length = max(row_length(row) for row in plan)
     shape = (len(plan), length)
     arrays: dict[str, Any] = {
@@ -153,8 +165,10 @@ def _fill_tree(
 ) -> None:
     """Writes one tree: a lone sample as one segment, several as a prompt with branches.
 
-    The first sample is number ``sequence`` of its microbatch, the first segment number ``segment``
-    of its row; the views in ``row`` begin at its ``column``.
+    Args:
+        row: views of the row's arrays that begin at its ``column``.
+        sequence: the number of the first sample in its microbatch.
+        segment: the number of the first segment in its row.
     """
     prompt_length = samples[0].plan.prompt_length
     start = 0
@@ -182,7 +196,7 @@ def _fill_tree(
 def _make_trees(
     samples: Sequence[PlannedSample], tokens_per_microbatch: int, layout: RowLayout, cost: _Cost
 ) -> list[Row]:
-    """Each group as trees of like size, as few or as many as cost least within the budget."""
+    """Each group as trees of like size; their number is the cheapest one within the budget."""
     groups: dict[int, list[PlannedSample]] = {}
     for sample in samples:
         groups.setdefault(sample.group_id, []).append(sample)
@@ -202,7 +216,7 @@ def _make_trees(
 
 
 def _balance(trees: list[Row], num_ranks: int, cost: _Cost) -> list[list[Row]]:
-    """Assigns trees to ranks, in halves and quarters where that evens out the loads."""
+    """Assigns trees to ranks, cut into halves and quarters where this evens out the loads."""
     owners, peak = _assign(trees, num_ranks, cost)
     parts, limit = trees, sum(map(cost, trees)) / num_ranks
     even = limit / _WORTH_SPLITTING
@@ -219,7 +233,7 @@ def _balance(trees: list[Row], num_ranks: int, cost: _Cost) -> list[list[Row]]:
 
 
 def _cut(tree: Row, limit: float, cost: _Cost) -> list[Row]:
-    """A tree as parts of at most that cost each, or of one completion."""
+    """A tree as parts that each cost at most ``limit``, or have one completion."""
     if len(tree) < 2 or cost(tree) <= limit:
         return [tree]
     half = len(tree) // 2
@@ -229,8 +243,9 @@ def _cut(tree: Row, limit: float, cost: _Cost) -> list[Row]:
 def _assign(trees: list[Row], num_ranks: int, cost: _Cost) -> tuple[list[int], float]:
     """The rank of each tree, and the highest cost of a rank.
 
-    A rank's load is the larger of its shares of cost and of attention. The longest go first, each
-    to the rank that stays lowest; then the highest rank swaps trees while that lowers it.
+    A rank's load is the larger of its shares of cost and of attention. The longest trees go first,
+    each to the rank whose load stays lowest. Then the rank with the highest load swaps trees while
+    a swap lowers its load.
     """
     if not trees:
         return [], 0.0
@@ -248,13 +263,17 @@ def _assign(trees: list[Row], num_ranks: int, cost: _Cost) -> tuple[list[int], f
     return owners.tolist(), float(loads[:, 0].max() * mean_cost)
 
 
-def _swap(weights: Any, owners: Any, loads: Any) -> bool:
-    """Gives a tree of the highest rank away, for another or for none, where both end up lower."""
+def _swap(
+    weights: Float[Array, "trees 2"],
+    owners: Int[Array, "trees"],
+    loads: Float[Array, "ranks 2"],
+) -> bool:
+    """Moves a tree of the most loaded rank away, for another tree or none, if both ranks gain."""
     highest = loads.max(1).argmax()
     mine, others = np.flatnonzero(owners == highest), np.flatnonzero(owners != highest)
     if not others.size:
         return False
-    # The last columns give a tree away for none.
+    # In the last columns the other rank gives no tree back.
     ranks = np.concatenate([owners[others], np.delete(np.arange(len(loads)), highest)])
     back = np.concatenate([weights[others], np.zeros((len(loads) - 1, 2))])
     given = weights[mine][:, None] - back
@@ -271,7 +290,7 @@ def _swap(weights: Any, owners: Any, loads: Any) -> bool:
 
 
 def _pack(trees: list[Row], tokens_per_microbatch: int) -> list[MicrobatchPlan]:
-    """Trees in one row a microbatch: first fit, long ones first. A group's trees stay apart."""
+    """One row per microbatch: first fit, long trees first."""
     rows: list[list[Row]] = []
     free: list[int] = []
     for tree in sorted(trees, key=lambda tree: (-row_length(tree), _order(tree))):
@@ -288,7 +307,7 @@ def _pack(trees: list[Row], tokens_per_microbatch: int) -> list[MicrobatchPlan]:
 
 
 def _split_rows(rows: list[Row], tokens_per_microbatch: int) -> list[MicrobatchPlan]:
-    """Rows of like length together, each microbatch within the budget of padded tokens."""
+    """Rows of like length together; each microbatch within the budget of padded tokens."""
     plans: list[list[Row]] = []
     for row in sorted(rows, key=lambda row: (row_length(row), _order(row))):
         # Rows come in rising length, so the newest row sets the padded length.
@@ -303,6 +322,7 @@ def _split_rows(rows: list[Row], tokens_per_microbatch: int) -> list[MicrobatchP
 def _equalise(
     plans: list[list[MicrobatchPlan]], samples: Sequence[PlannedSample]
 ) -> list[list[MicrobatchPlan]]:
+    """Equal numbers of microbatches on all ranks, by splitting and by fillers."""
     target = max((len(plan) for plan in plans), default=0)
     if not samples:
         return plans
@@ -319,7 +339,7 @@ def _equalise(
 
 
 def _halves(plan: MicrobatchPlan) -> list[MicrobatchPlan]:
-    """Two microbatches of one: by rows, else by trees, else by completions of a tree."""
+    """A microbatch in two: by rows, else by trees, else by the completions of a tree."""
     if len(plan) > 1:
         return [plan[: len(plan) // 2], plan[len(plan) // 2 :]]
     (row,) = plan

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from raygrpo.algorithm.advantages import (
     batch_normalised,
@@ -20,20 +22,21 @@ from raygrpo.config.algorithm import AdvantageSection
 from raygrpo.config.sections import reward_name
 from raygrpo.types import FinishedGroup, GroupSummary, PlannedSample, Score, StepBatch
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
 
 def loss_config(config: RunConfig) -> LossConfig:
-    """The loss that a run minimises; ``correction: auto`` is resolved.
+    """The loss of a token in this run; ``correction: auto`` is resolved.
 
-    ``max_completion_length`` is ``sampling.max_tokens``; an adapted entropy coefficient is the
-    learner's, whose state it is part of.
+    The aggregation is part of the plan's weights. An adaptive entropy coefficient belongs to the
+    learner, whose state it is part of.
     """
-    resolved = {
-        "correction": config.loss.correction_for(
-            stale=config.train.max_staleness > 0, renormalised=config.changes_distribution
-        ),
-        "max_completion_length": config.sampling.max_tokens,
-    }
-    return LossConfig(**{**config.loss.model_dump(exclude={"entropy_target"}), **resolved})
+    section = config.loss.model_dump(exclude={"entropy_target", "aggregation"})
+    section["correction"] = config.loss.correction_for(
+        stale=config.train.max_staleness > 0, renormalised=config.changes_distribution
+    )
+    return LossConfig(**section)
 
 
 def num_trained_tokens(summary: GroupSummary, index: int, section: AdvantageSection) -> int:
@@ -105,7 +108,7 @@ def teaches(summary: GroupSummary, config: RunConfig) -> bool:
     return has_signal(signal_values(summary, config), trained, section.baseline)
 
 
-def _advantages(summaries: Sequence[GroupSummary], config: RunConfig) -> torch.Tensor:
+def _advantages(summaries: Sequence[GroupSummary], config: RunConfig) -> Float[Tensor, "N G"]:
     section = config.advantage
     if section.scale == "gdpo":
         return batch_normalised(_normalised_sums(summaries, config))
@@ -113,7 +116,7 @@ def _advantages(summaries: Sequence[GroupSummary], config: RunConfig) -> torch.T
     return group_advantages(rewards[:, :, 0], baseline=section.baseline, scale=section.scale)
 
 
-def _normalised_sums(summaries: Sequence[GroupSummary], config: RunConfig) -> torch.Tensor:
+def _normalised_sums(summaries: Sequence[GroupSummary], config: RunConfig) -> Float[Tensor, "N G"]:
     weights = {reward_name(reward): reward.weight for reward in config.rewards}
     parts = [
         [
@@ -125,8 +128,10 @@ def _normalised_sums(summaries: Sequence[GroupSummary], config: RunConfig) -> to
     return normalised_sum(_table(parts, len(weights)), list(weights.values()))
 
 
-def _table(groups: Sequence[Sequence[Sequence[float | None]]], num_values: int) -> torch.Tensor:
-    """Values [N, G, K] of groups of unlike sizes; NaN for None and where a group is smaller."""
+def _table(
+    groups: Sequence[Sequence[Sequence[float | None]]], num_values: int
+) -> Float[Tensor, "N G K"]:
+    """The values of groups of unlike sizes; NaN for None and where a group is smaller."""
     width = max(map(len, groups))
     table = torch.full((len(groups), width, num_values), math.nan, dtype=torch.float64)
     for row, group in zip(table, groups, strict=True):
@@ -137,7 +142,7 @@ def _table(groups: Sequence[Sequence[Sequence[float | None]]], num_values: int) 
 
 
 def _minibatch(
-    summaries: Sequence[GroupSummary], advantages: torch.Tensor, config: RunConfig
+    summaries: Sequence[GroupSummary], advantages: Float[Tensor, "N G"], config: RunConfig
 ) -> tuple[PlannedSample, ...]:
     rows = [
         (summary, index, num_trained_tokens(summary, index, config.advantage), advantage)

@@ -1,58 +1,119 @@
-"""The token losses: what each does with the ratio of two policies. docs/algorithms.md."""
+"""The token losses: each turns the ratio of two policies into the loss of a token.
+
+To add a loss, write a function like `_clip` here, give the function a name in `LossName` and a
+line in `token_losses`. docs/algorithms.md has the formulas and their papers.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from raygrpo.algorithm.loss_inputs import LossConfig
-from raygrpo.algorithm.stats import StatsLater, sequence_means, sequence_stat, stat
 from raygrpo.types import Stat
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int, Shaped
+
+LossName = Literal["clip", "gspo", "cispo", "sapo", "dppo_tv", "reinforce"]
+KlEstimator = Literal["k2", "k3"]
+Anchor = Literal["old", "sampler"]
+Correction = Literal["none", "tis", "icepop"]
+Level = Literal["token", "sequence"]
 
 # Weight of dppo_tv's pull towards the sampler, (l - mu)^2.
 DPPO_PULL = 1e-3
+_KNOWN = {
+    "loss": get_args(LossName),
+    "kl_estimator": get_args(KlEstimator),
+    "ratio_anchor": get_args(Anchor),
+    "correction": get_args(Correction),
+    "correction_level": get_args(Level),
+}
+
+# Statistics by name, computed on request: each one waits for the device.
+StatsLater = dict[str, Callable[[], Stat]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Tokens:
-    """A batch as a token loss reads it, [B, T]; untrained positions hold 0.
+class LossConfig:
+    """The loss of a token; the names are those of the configuration's ``loss`` section.
 
-    ``logprobs`` have a gradient; ``anchor`` are those that the ratio is to, without one.
+    Example: ``LossConfig(loss="clip", clip_high=0.28, beta=0.04)`` is DAPO's clipped loss with a
+    KL to the reference. The aggregation over tokens is not here: it is a weight per sequence
+    (`loss_weights_for`).
+
+    Raises:
+        ValueError: an unknown name; the estimator k1, whose expected gradient is zero; or a
+            correction beside a ratio to the sampler (``ratio_anchor: sampler``, or dppo_tv), which
+            contains the gap already.
     """
 
-    logprobs: Tensor
-    anchor: Tensor
-    advantages: Tensor
-    mask: Tensor
-    sequences: Tensor
+    loss: LossName = "clip"
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    delta: float | None = None
+    dual_clip: float | None = None
+    cispo_cap: float = 5.0
+    sapo_tau_pos: float = 1.0
+    sapo_tau_neg: float = 1.05
+    dppo_tv: float = 0.2
+    beta: float = 0.0
+    kl_estimator: KlEstimator = "k3"
+    kl_unbiased: bool = False
+    ratio_anchor: Anchor = "old"
+    correction: Correction = "none"
+    correction_level: Level = "token"
+    correction_min: float = 0.5
+    correction_max: float = 2.0
+    off_policy_threshold: float | None = None
+    top_entropy_frac: float = 1.0
+    entropy_coef: float = 0.0
+
+    def __post_init__(self) -> None:
+        estimator: str = self.kl_estimator
+        if estimator == "k1":
+            raise ValueError("k1 in the loss has a gradient of zero on average; use k2 or k3")
+        for name, known in _KNOWN.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}; known: {known}")
+        if self.anchored_at_sampler and self.correction != "none":
+            raise ValueError("a ratio to the sampler contains the gap that a correction mends")
+        if not 0 < self.top_entropy_frac <= 1:
+            raise ValueError("top_entropy_frac must lie above 0, up to 1")
+
+    @property
+    def anchored_at_sampler(self) -> bool:
+        """Whether the ratio is to the sampler; old logprobs are not needed then."""
+        return self.ratio_anchor == "sampler" or self.loss == "dppo_tv"
 
 
-def token_losses(tokens: Tokens, config: LossConfig) -> tuple[Tensor, StatsLater]:
-    """The policy loss of each token [B, T], before corrections, KL and weights; and statistics."""
-    log_ratio = tokens.logprobs - tokens.anchor
-    stats: StatsLater = {"ratio": partial(stat, log_ratio.exp(), tokens.mask)}
-    if config.loss == "reinforce":
-        return -tokens.advantages * tokens.logprobs, stats
-    if config.loss == "cispo":
-        losses, more = _cispo(log_ratio.exp(), tokens, config)
-    elif config.loss == "sapo":
-        losses, more = _sapo(log_ratio.exp(), tokens, config), {}
-    elif config.loss == "dppo_tv":
-        losses, more = _dppo(log_ratio, tokens, config)
-    else:
-        if config.loss == "gspo":
-            # One ratio a sequence: a geometric mean over its tokens, not over its row's.
-            means, _ = sequence_means(log_ratio, tokens.mask, tokens.sequences)
-            log_ratio = means[tokens.sequences]
-        losses, more = _clip(log_ratio.exp(), tokens, config)
-    return losses, stats | more
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossTokens:
+    """The tokens of a microbatch as a token loss reads them; untrained positions hold 0.
+
+    Attributes:
+        logprobs: of the policy, with gradient.
+        anchor: the logprobs below the ratio, of the old policy or the sampler; without gradient.
+        advantages: of each token's sequence.
+        mask: True on trained tokens.
+        sequences: the number of each token's sequence, from 0.
+    """
+
+    logprobs: Float[Tensor, "B T"]
+    anchor: Float[Tensor, "B T"]
+    advantages: Float[Tensor, "B T"]
+    mask: Bool[Tensor, "B T"]
+    sequences: Int[Tensor, "B T"]
 
 
-def _clip(ratio: Tensor, tokens: Tokens, config: LossConfig) -> tuple[Tensor, StatsLater]:
+def _clip(
+    ratio: Float[Tensor, "B T"], tokens: LossTokens, config: LossConfig
+) -> tuple[Float[Tensor, "B T"], StatsLater]:
     advantages = tokens.advantages
     bounded = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
     free = ratio if config.delta is None else ratio.clamp(max=config.delta)
@@ -65,20 +126,26 @@ def _clip(ratio: Tensor, tokens: Tokens, config: LossConfig) -> tuple[Tensor, St
     return -objective, _clip_stats(low, high, tokens, by_sequence=config.loss == "gspo")
 
 
-def _cispo(ratio: Tensor, tokens: Tokens, config: LossConfig) -> tuple[Tensor, StatsLater]:
+def _cispo(
+    ratio: Float[Tensor, "B T"], tokens: LossTokens, config: LossConfig
+) -> tuple[Float[Tensor, "B T"], StatsLater]:
     weight = ratio.detach().clamp(max=config.cispo_cap)
     capped = (ratio > config.cispo_cap) & (tokens.advantages > 0)
     losses = -weight * tokens.advantages * tokens.logprobs
     return losses, {"cispo_clip_ratio": partial(stat, capped.float(), tokens.mask)}
 
 
-def _sapo(ratio: Tensor, tokens: Tokens, config: LossConfig) -> Tensor:
+def _sapo(
+    ratio: Float[Tensor, "B T"], tokens: LossTokens, config: LossConfig
+) -> Float[Tensor, "B T"]:
     positive = tokens.advantages > 0
     tau = torch.full_like(ratio, config.sapo_tau_neg).masked_fill(positive, config.sapo_tau_pos)
     return -tokens.advantages * torch.sigmoid(tau * (ratio - 1)) * 4 / tau
 
 
-def _dppo(log_ratio: Tensor, tokens: Tokens, config: LossConfig) -> tuple[Tensor, StatsLater]:
+def _dppo(
+    log_ratio: Float[Tensor, "B T"], tokens: LossTokens, config: LossConfig
+) -> tuple[Float[Tensor, "B T"], StatsLater]:
     moved = tokens.logprobs.detach().exp() - tokens.anchor.exp()
     positive = tokens.advantages > 0
     high = positive & (moved > config.dppo_tv)
@@ -88,12 +155,35 @@ def _dppo(log_ratio: Tensor, tokens: Tokens, config: LossConfig) -> tuple[Tensor
     return losses, _clip_stats(low, high, tokens, by_sequence=False)
 
 
-def _clip_stats(low: Tensor, high: Tensor, tokens: Tokens, *, by_sequence: bool) -> StatsLater:
+def token_losses(tokens: LossTokens, config: LossConfig) -> tuple[Float[Tensor, "B T"], StatsLater]:
+    """The policy loss of each token before corrections, KL and weights; and its statistics."""
+    log_ratio = tokens.logprobs - tokens.anchor
+    stats: StatsLater = {"ratio": partial(stat, log_ratio.exp(), tokens.mask)}
+    if config.loss == "reinforce":
+        return -tokens.advantages * tokens.logprobs, stats
+    if config.loss == "cispo":
+        losses, more = _cispo(log_ratio.exp(), tokens, config)
+    elif config.loss == "sapo":
+        losses, more = _sapo(log_ratio.exp(), tokens, config), {}
+    elif config.loss == "dppo_tv":
+        losses, more = _dppo(log_ratio, tokens, config)
+    else:
+        if config.loss == "gspo":
+            # One ratio per sequence: the geometric mean over its tokens, not over its row's.
+            means, _ = sequence_means(log_ratio, tokens.mask, tokens.sequences)
+            log_ratio = means[tokens.sequences]
+        losses, more = _clip(log_ratio.exp(), tokens, config)
+    return losses, stats | more
+
+
+def _clip_stats(
+    low: Bool[Tensor, "B T"], high: Bool[Tensor, "B T"], tokens: LossTokens, *, by_sequence: bool
+) -> StatsLater:
     """Shares of tokens (gspo: of sequences) whose ratio passed a bound that acts on them."""
     mask, sequences = tokens.mask, tokens.sequences
     lower, upper = low.float(), high.float()
 
-    def share(values: Tensor) -> Callable[[], Stat]:
+    def share(values: Float[Tensor, "B T"]) -> Callable[[], Stat]:
         if by_sequence:
             return partial(sequence_stat, values, mask, sequences)
         return partial(stat, values, mask)
@@ -105,3 +195,37 @@ def _clip_stats(low: Tensor, high: Tensor, tokens: Tokens, *, by_sequence: bool)
         "clip_ratio/high_max": partial(sequence_stat, upper, mask, sequences),
         "clip_ratio/region_mean": share(lower + upper),
     }
+
+
+def sequence_means(
+    values: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], sequences: Int[Tensor, "B T"]
+) -> tuple[Float[Tensor, "S"], Float[Tensor, "S"]]:
+    """The mean over each sequence's trained tokens, with gradient, and their number.
+
+    A sequence is a completion, wherever its tokens lie: several may share a row. ``values`` must
+    be finite where ``mask`` is False; ``sequences`` count from 0.
+    """
+    size = int(sequences.max()) + 1 if sequences.numel() else 0
+    flat, index = (values * mask).flatten(), sequences.flatten()
+    sums = torch.zeros(size, dtype=values.dtype, device=values.device).index_add(0, index, flat)
+    ones = mask.to(values.dtype).flatten()
+    counts = torch.zeros_like(sums).index_add(0, index, ones)
+    return sums / counts.clamp(min=1), counts
+
+
+def stat(values: Shaped[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Stat:
+    """Sum, count, smallest and largest of the values where ``mask`` is True."""
+    chosen = values.detach()[mask].double()
+    if not chosen.numel():
+        return Stat(sum=0.0, count=0.0, min=float("inf"), max=float("-inf"))
+    low, high = torch.aminmax(chosen)
+    total, least, most = torch.stack([chosen.sum(), low, high]).tolist()
+    return Stat(sum=total, count=float(chosen.numel()), min=least, max=most)
+
+
+def sequence_stat(
+    values: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], sequences: Int[Tensor, "B T"]
+) -> Stat:
+    """A statistic of the sequences' means; sequences without trained tokens are left out."""
+    means, counts = sequence_means(values.detach(), mask, sequences)
+    return stat(means, counts > 0)

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from raygrpo.algorithm.packing import MicrobatchPlan, RowLayout, place, row_length, trees_of
+from raygrpo.algorithm.packing import (
+    MicrobatchPlan,
+    RowLayout,
+    place,
+    row_length,
+    trees_of,
+    unpacked,
+)
 from raygrpo.checks.memory import FullUpdate
 from raygrpo.config import RunConfig
 from raygrpo.learner.schedule import learning_rate
@@ -69,14 +76,13 @@ def fullest_step(
         payloads=everything,
         versions=dict.fromkeys(everything, (_START, _START)),
     )
-    shared = config.learner.sequence_parallel > 1 and layout == "packed"
-    used: RowLayout = "shared" if shared else layout
+    used = unpacked(layout) if config.learner.sequence_parallel > 1 else layout
     plan = place(
         batch,
         config.learner.num_ranks // config.learner.sequence_parallel,
         tokens_per_microbatch=train.tokens_per_microbatch,
         layout=used,
-        attention_length=6.0 * hidden_size,
+        hidden_size=hidden_size,
     )[0][0]
     return _full_update(plan, used, train.tokens_per_microbatch)
 

@@ -1,4 +1,9 @@
-"""One step of the learner, written once for every backend."""
+"""One training step, written once for every backend.
+
+A step prepares all microbatches (`_prepare`, reference logprobs included), makes a first pass where
+the loss needs one, then one optimizer update per minibatch and iteration (`_update_once`). Backends
+add forward, backward, the optimizer and their state. All ranks must call the methods in step.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +12,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from raygrpo.algorithm.entropy import EntropyControl
-from raygrpo.algorithm.loss import LossInputs, policy_loss
+from raygrpo.algorithm.loss import LossInputs, expected_grad, policy_loss
 from raygrpo.algorithm.packing import RowLayout
 from raygrpo.algorithm.step_plan import loss_config
-from raygrpo.algorithm.token_gradient import token_gradient
 from raygrpo.config import RunConfig
 from raygrpo.errors import ConfigError, NumericError, RayGrpoError, StorageError
-from raygrpo.learner.first_pass import Held, first_pass
+from raygrpo.learner.first_pass import StepCache, first_pass
 from raygrpo.learner.inputs import PolicyInputs, policy_inputs
 from raygrpo.learner.lora import adapter_off, adapter_parameters, base_parameters
 from raygrpo.learner.moving_reference import MovingReference
@@ -36,30 +40,33 @@ from raygrpo.learner.watch import MovementWatch, check_trainable
 from raygrpo.types import FloatArray, Microbatch, Stat, merge_stats
 from raygrpo.weights.adapter import merged_weights
 
-# Optimizer updates in a row that may be skipped because something was not finite.
+if TYPE_CHECKING:
+    from jaxtyping import Float, Float32, Int, Shaped
+
+# Optimizer updates in a row that may be skipped because a loss or gradient was not finite.
 MAX_SKIPPED_UPDATES = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Prepared:
-    """A microbatch on the device; ``ref_logprobs`` [B, T] is None when beta is 0."""
+    """A microbatch on the device; ``ref_logprobs`` is None when beta is 0."""
 
     inputs: PolicyInputs
-    sampler_logprobs: Tensor
-    sequence_ids: Tensor
-    advantages: Tensor
-    loss_weights: Tensor
-    ref_logprobs: Tensor | None
+    sampler_logprobs: Float[Tensor, "B T"]
+    sequence_ids: Int[Tensor, "B T"]
+    advantages: Float[Tensor, "S"]
+    loss_weights: Float[Tensor, "S"]
+    ref_logprobs: Float[Tensor, "B T"] | None
 
 
 class Learner(ABC):
-    """One rank of the learner; every method but ``num_updates`` is collective over the ranks.
+    """One rank of the learner; all methods are collective over the ranks.
 
     A step is ``num_iterations`` passes over its minibatches, one optimizer update each. An update
     whose loss or gradient is not finite is skipped, on all ranks and at every ZeRO stage.
 
     Attributes:
-        num_updates: optimizer updates done or skipped, which the learning rate is a function of.
+        num_updates: optimizer updates done or skipped; it determines the learning rate.
     """
 
     def __init__(
@@ -90,25 +97,24 @@ class Learner(ABC):
         self._loss_config = loss_config(config)
         loss = config.loss
         self._entropy = EntropyControl(coef=loss.entropy_coef, target=loss.entropy_target)
-        policy.logprob_head.entropy_gradient = loss.has_entropy_bonus
         train = config.train
         self._updates_per_step = train.num_iterations * train.num_minibatches
         self._total_updates = train.steps * self._updates_per_step
 
     @property
     def hf_model(self) -> Any:
-        """The Hugging Face model: its configurations are whole, its weights may be sharded."""
+        """The Hugging Face model; its weights may be sharded."""
         return self._policy.model
 
     @property
     def data_share(self) -> tuple[int, int]:
-        """Which of how many shares of a step this rank computes, alone or with others."""
+        """(share, number of shares): the part of a step that this rank computes, alone or not."""
         size = self._sequence_ranks
         return self.rank // size, self.config.learner.num_ranks // size
 
     @property
     def layout(self) -> RowLayout:
-        """What rows of microbatches may hold."""
+        """The rows of microbatches that the model computes rightly."""
         return self._policy.layout
 
     def update(
@@ -116,18 +122,17 @@ class Learner(ABC):
     ) -> dict[str, Stat]:
         """Trains one step on this rank's microbatches; returns this rank's statistics.
 
-        Every rank passes as many minibatches, with as many microbatches in each. Merging over
-        ranks is addition: ``loss``, ``grad_norm`` and ``learning_rate``, which are global, come
-        from rank 0 alone, with one count an update. A minibatch without microbatches makes no
-        optimizer update, but counts as one.
+        All ranks pass equal numbers of minibatches and of microbatches. Statistics of ranks are
+        merged by addition; the global ones (``loss``, ``grad_norm``, ``learning_rate``) come from
+        rank 0 alone, with one count per update. A minibatch without microbatches makes no optimizer
+        update, but counts as one.
 
         Args:
             skip: train nothing and only count the step's updates (``minibatches`` is not read).
 
         Raises:
-            NumericError: on every rank, when a loss or the gradient was not finite on any in more
-                than `MAX_SKIPPED_UPDATES` updates in a row (such an update is skipped), or when a
-                trainable tensor is not reached or does not move.
+            NumericError: on every rank, after more than `MAX_SKIPPED_UPDATES` skipped updates in a
+                row, or when a trainable tensor has no gradient or does not move.
         """
         if skip:
             self.num_updates += self._updates_per_step
@@ -136,27 +141,28 @@ class Learner(ABC):
             self._watch = self._start_watch()
         batches = [[self._prepare(item) for item in minibatch] for minibatch in minibatches]
         inputs = [[item.inputs for item in batch] for batch in batches]
-        held = first_pass(inputs, self._forward, self._sum_over_rows, self._loss_config)
+        caches = first_pass(inputs, self._forward, self._sum_over_rows, self._loss_config)
         stats: list[dict[str, Stat]] = []
         for _ in range(self.config.train.num_iterations):
-            for batch, kept in zip(batches, held, strict=True):
-                stats.append(self._update_once(batch, kept))
+            for index, batch in enumerate(batches):
+                found, caches[index] = self._update_once(batch, caches[index])
+                stats.append(found)
         self._sync_reference()
         # Ranks that share their rows have the same statistics.
         return {} if self.rank % self._sequence_ranks else merge_stats(list(stats))
 
-    def score(self, microbatch: Microbatch) -> FloatArray:
-        """Logprobs [B, T] of the trained tokens under the policy, in nats; 0 elsewhere."""
+    def score(self, microbatch: Microbatch) -> Float32[FloatArray, "B T"]:
+        """Logprobs of the trained tokens under the policy, in nats; 0 elsewhere."""
         with torch.no_grad():
             logprobs, _ = self._forward(policy_inputs(microbatch, self.device))
         scores: FloatArray = logprobs.cpu().numpy()
         return scores
 
     def save(self, directory: Path | str) -> None:
-        """Writes this rank's weights, optimizer, counter and generators into ``directory``.
+        """Writes this rank's weights, optimizer, counter and random states into ``directory``.
 
         Raises:
-            StorageError: the file cannot be written.
+            StorageError: the rank's file cannot be written.
         """
         state = {
             "num_updates": self.num_updates,
@@ -167,12 +173,12 @@ class Learner(ABC):
         write_shard(Path(directory), self.rank, self._layout, state)
 
     def load(self, directory: Path | str) -> None:
-        """Restores what `save` wrote, bit for bit.
+        """Restores the state that `save` wrote, bit for bit.
 
         Raises:
-            ConfigError: saved by another number of ranks, ZeRO stage, dtype or model. Nothing has
-                been changed then.
-            StorageError: this rank's file, or another's, is missing or unreadable.
+            ConfigError: the state is of another number of ranks, ZeRO stage, dtype or model; the
+                learner is unchanged then.
+            StorageError: the file of this rank, or of another, is missing or unreadable.
         """
         failure: RayGrpoError | None = None
         state: dict[str, Any] = {}
@@ -191,48 +197,48 @@ class Learner(ABC):
         set_random_state(state["random"], self.device)
         self.num_updates = int(state["num_updates"])
 
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+    def named_weights(self) -> Iterator[tuple[str, Shaped[Tensor, "..."]]]:
         """Weights and persistent buffers by their Hugging Face names, as CPU copies.
 
-        Lazy; every rank must iterate to the end, in step. Tied weights come once; floating-point
-        weights are in the model's dtype. With LoRA they are merged.
+        The iterator is lazy; every rank must iterate to the end, in step. Tied weights come once,
+        floating-point weights in the model's dtype. With LoRA the adapter is merged in.
         """
         model, lora = self._policy.model, self.config.learner.lora
         base = self._copies(base_parameters(model))
         yield from merged_weights(base, dict(self.adapter_weights()), lora)
         yield from persistent_buffers(model)
 
-    def adapter_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The adapter by peft's names, as `named_weights` gives weights; empty without LoRA."""
+    def adapter_weights(self) -> Iterator[tuple[str, Float[Tensor, "..."]]]:
+        """The adapter's weights by peft's names, as CPU copies; none without LoRA."""
         yield from self._copies(adapter_parameters(self._policy.model))
 
     @abstractmethod
     def close(self) -> None:
-        """Frees what the learner holds; it cannot be used afterwards."""
+        """Frees engine and process group; the learner cannot be used afterwards."""
 
     @abstractmethod
     def _copies(
         self, parameters: Iterable[tuple[str, torch.nn.Parameter]]
-    ) -> Iterator[tuple[str, Tensor]]:
+    ) -> Iterator[tuple[str, Float[Tensor, "..."]]]:
         """CPU copies of whole parameters, lazily; every rank must iterate to the end, in step."""
 
     @abstractmethod
-    def _forward(self, inputs: PolicyInputs) -> tuple[Tensor, Tensor]:
-        """Logprobs and entropies [B, T] under the policy."""
+    def _forward(self, inputs: PolicyInputs) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
+        """Logprobs and entropies under the policy."""
 
     @abstractmethod
-    def _backward(self, loss: Tensor, *, last: bool) -> None:
+    def _backward(self, loss: Float[Tensor, ""], *, last: bool) -> None:
         """Adds the gradient of this rank's part of the loss; ``last`` ends the minibatch."""
 
     @abstractmethod
     def _apply(self, lr: float) -> float:
         """Clips and applies the gradient; returns its norm before clipping.
 
-        A norm that is not finite leaves the weights as they are.
+        Under a norm that is not finite the weights stay as they are.
         """
 
     @abstractmethod
-    def _master_weights(self) -> Iterator[tuple[str, Tensor]]:
+    def _master_weights(self) -> Iterator[tuple[str, Float32[Tensor, "..."]]]:
         """The trained fp32 weights by name, whole; every rank must iterate to the end."""
 
     @abstractmethod
@@ -244,7 +250,7 @@ class Learner(ABC):
 
     @abstractmethod
     def _check_state(self, state: dict[str, Any]) -> None:
-        """Raises ConfigError when the state is of another model; changes nothing."""
+        """Raises ConfigError when the state is of another model; the learner stays unchanged."""
 
     @abstractmethod
     def _load_state(self, state: dict[str, Any]) -> None: ...
@@ -267,38 +273,41 @@ class Learner(ABC):
             ref_logprobs=ref_logprobs,
         )
 
-    def _update_once(self, batch: Sequence[_Prepared], held: Sequence[Held]) -> dict[str, Stat]:
-        """One optimizer update; old logprobs that are not held yet become this pass's."""
+    def _update_once(
+        self, batch: Sequence[_Prepared], caches: Sequence[StepCache]
+    ) -> tuple[dict[str, Stat], list[StepCache]]:
+        """One optimizer update: its statistics, and the caches with old logprobs from now on."""
         lr = learning_rate(self.num_updates, self._total_updates, self.config.optimizer)
         config = replace(self._loss_config, entropy_coef=self._entropy.applied)
         stats: list[dict[str, Stat]] = []
+        filled: list[StepCache] = []
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for index, (item, kept) in enumerate(zip(batch, held, strict=True)):
-            given = _loss_inputs(item, kept)
-            foretold = token_gradient(given, item.inputs.rows, item.inputs.columns, config)
-            logprobs, entropies = self._forward(replace(item.inputs, token_gradient=foretold))
+        for index, (item, cache) in enumerate(zip(batch, caches, strict=True)):
+            given = _loss_inputs(item, cache)
+            expected = expected_grad(given, item.inputs.rows, item.inputs.columns, config)
+            logprobs, entropies = self._forward(replace(item.inputs, expected_grad=expected))
             found = replace(given, logprobs=logprobs, entropies=entropies)
             loss, part = policy_loss(found, config)
             total += loss.detach()
             if last := index == len(batch) - 1:
-                # One rank's part that is not finite makes the sum so on all ranks: they agree.
+                # A part that is not finite on one rank makes the sum so on all: the ranks agree.
                 total.fill_(self._sum_over_ranks(float(total)) / self._sequence_ranks)
-                # Every ZeRO stage discards a gradient that is not finite, and what came before it.
+                # Every ZeRO stage discards a whole gradient that is not finite at the end.
                 loss = loss if total.isfinite() else loss * math.nan
             self._backward(loss, last=last)
-            if kept.old_logprobs is None:
-                kept.old_logprobs = logprobs.detach()
+            known = cache.old_logprobs is not None
+            filled.append(cache if known else replace(cache, old_logprobs=logprobs.detach()))
             stats.append(part)
         self.num_updates += 1
         if not batch:
-            return {}
+            return {}, filled
         if not self._finish(float(total), lr, stats):
-            return {"skipped_updates_frac": Stat.of(1.0)} if self.rank == 0 else {}
+            return ({"skipped_updates_frac": Stat.of(1.0)} if self.rank == 0 else {}), filled
         self._adapt_entropy(merge_stats(list(stats))["entropy"])
-        return merge_stats(list(stats))
+        return merge_stats(list(stats)), filled
 
     def _sum_over_rows(self, value: float) -> float:
-        """A sum over the ranks in which rows that several ranks share count once."""
+        """A sum over the ranks; rows that several ranks share count once."""
         return self._sum_over_ranks(value) / self._sequence_ranks
 
     def _adapt_entropy(self, entropy: Stat) -> None:
@@ -312,7 +321,7 @@ class Learner(ABC):
             self._moving.move(self.named_weights(), section.sync_alpha)
 
     def _extra_state(self) -> dict[str, Any]:
-        """What the loss remembers: the entropy's coefficient, and a reference that moves."""
+        """The state beside weights and optimizer: entropy coefficient and moving reference."""
         state: dict[str, Any] = {"entropy": (self._entropy.coef, self._entropy.entropy)}
         if self._moving is not None:
             state["reference"] = self._moving.state()
@@ -355,12 +364,12 @@ class Learner(ABC):
         return MovementWatch(trained, self._master_weights, self._sum_over_ranks)
 
 
-def _loss_inputs(item: _Prepared, held: Held) -> LossInputs:
-    """All but what the forward pass finds: the sampler's logprobs stand in for the policy's."""
+def _loss_inputs(item: _Prepared, cache: StepCache) -> LossInputs:
+    """The inputs known before the forward pass; ``logprobs`` is a placeholder."""
     return LossInputs(
         logprobs=item.sampler_logprobs,
-        old_logprobs=held.old_logprobs,
-        policy_mask=held.policy_mask,
+        old_logprobs=cache.old_logprobs,
+        policy_mask=cache.policy_mask,
         sampler_logprobs=item.sampler_logprobs,
         ref_logprobs=item.ref_logprobs,
         entropies=None,
@@ -371,8 +380,10 @@ def _loss_inputs(item: _Prepared, held: Held) -> LossInputs:
     )
 
 
-def persistent_buffers(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The buffers that a state dict of ``model`` holds, by name, as CPU copies."""
+def persistent_buffers(
+    model: torch.nn.Module,
+) -> Iterator[tuple[str, Shaped[Tensor, "..."]]]:
+    """The buffers in the state dict of ``model``, by name, as CPU copies."""
     for prefix, module in model.named_modules():
         for name, buffer in module.named_buffers(recurse=False):
             if name not in module._non_persistent_buffers_set:

@@ -12,8 +12,8 @@ from raygrpo.errors import ConfigError
 # Elements of a communication bucket; DeepSpeed's own 5e8 would hold 2 GB of fp32 for one.
 BUCKET_ELEMENTS = 50_000_000
 
-# What is refused, and the key that says it instead: with these, an update would no longer be the
-# one that the configuration describes.
+# Refused keys, and raygrpo's key in their place: these would make an update another one than the
+# configuration describes.
 _REFUSED = {
     "train_batch_size": "train.groups_per_step",
     "train_micro_batch_size_per_gpu": "train.tokens_per_microbatch",
@@ -29,8 +29,8 @@ _REFUSED = {
     "zero_optimization.stage": "learner.zero_stage",
     "zero_optimization.compute_grad_norm": "optimizer.max_grad_norm",
 }
-# Where the state lies, how it travels, and what is logged; DeepSpeed itself says nothing of a
-# top-level key that it does not know.
+# Keys about the place of the state, its transport and the log. DeepSpeed itself ignores unknown
+# top-level keys in silence.
 _SUPPORTED = {"zero_optimization", "checkpoint", "comms_logger", "flops_profiler",
               "steps_per_print", "wall_clock_breakdown"}  # fmt: skip
 
@@ -38,14 +38,13 @@ _SUPPORTED = {"zero_optimization", "checkpoint", "comms_logger", "flops_profiler
 def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     """DeepSpeed's configuration, the user's ``learner.deepspeed`` merged over ours.
 
-    Gradients are summed over the microbatches of one optimizer update, whose number varies, so
-    DeepSpeed is told of a batch of 1 and of each update's end. ``gradient_clipping`` is always set
-    (DeepSpeed clips to 1.0 otherwise); stage 0 in fp32, which reports no norm, is clipped by the
-    learner.
+    Gradients are summed over the microbatches of one optimizer update. The number of microbatches
+    varies, so DeepSpeed gets a batch size of 1 and a call at each update's end. DeepSpeed clips to
+    1.0 by default, so ``gradient_clipping`` is always set; stage 0 in fp32 reports no norm, and the
+    learner clips in its place.
 
     Raises:
-        ConfigError: a key in ``learner.deepspeed`` that would change what an update is, or that is
-            not supported.
+        ConfigError: a key in ``learner.deepspeed`` is not supported, or would change an update.
     """
     user = config.learner.deepspeed
     _refuse(user)
@@ -72,7 +71,7 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
 
 
 def check_learner(config: RunConfig) -> None:
-    """Refuses what the learner's own libraries are told and cannot do, without making one.
+    """Refuses options of DeepSpeed and peft that the learner cannot use, without a learner.
 
     Raises:
         ConfigError: in ``learner.deepspeed`` or ``learner.lora``.

@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,14 +25,17 @@ from raygrpo.learner.shards import Layout
 from raygrpo.models import DTYPES
 from raygrpo.weights.buckets import BUCKET_BYTES
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Float32
+
 
 class DeepSpeedLearner(Learner):
     """One rank of a ZeRO-sharded learner; all ranks construct it together.
 
-    Limits: each rank loads the whole model on its CPU before DeepSpeed shards it (so that the
-    initial weights are exactly those of a plain load), and keeps the frozen reference of the KL
-    whole, in the model's dtype, on its device. ZeRO-0 in bf16 accumulates gradients over
-    microbatches in bf16; the other stages accumulate in fp32.
+    Limits: each rank loads the whole model on its CPU before DeepSpeed shards it, so that the
+    initial weights are exactly those of a plain load. The frozen reference of the KL stays whole on
+    each rank's device, in the model's dtype. ZeRO-0 in bf16 accumulates gradients over microbatches
+    in bf16; the other stages accumulate in fp32.
 
     Args:
         rank: of ``config.learner.num_ranks``.
@@ -64,6 +67,7 @@ class DeepSpeedLearner(Learner):
             seed=config.seed,
             dtype=DTYPES[config.model.dtype],
             temperature=config.sampling.temperature,
+            entropy_gradient=config.loss.has_entropy_bonus,
             gradient_checkpointing=config.learner.gradient_checkpointing,
         )
         frozen = None
@@ -97,12 +101,14 @@ class DeepSpeedLearner(Learner):
             shard = SequenceShard(
                 policy.model, rank=rank, num_ranks=config.learner.num_ranks, size=size
             )
-            shard.attach(policy, frozen)
+            policy.share_rows(shard)
+            if frozen is not None:
+                frozen.share_rows(shard)
         self._engine = _make_engine(policy, self._optimizer, settings)
 
     def _copies(
         self, parameters: Iterable[tuple[str, nn.Parameter]]
-    ) -> Iterator[tuple[str, Tensor]]:
+    ) -> Iterator[tuple[str, Float[Tensor, "..."]]]:
         for group in _groups(parameters, BUCKET_BYTES):
             yield from self._gather(group)
 
@@ -113,8 +119,10 @@ class DeepSpeedLearner(Learner):
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    def _gather(self, group: list[tuple[str, nn.Parameter]]) -> list[tuple[str, Tensor]]:
-        """CPU copies; under ZeRO-3 the gather ends before a caller sees them."""
+    def _gather(
+        self, group: list[tuple[str, nn.Parameter]]
+    ) -> list[tuple[str, Float[Tensor, "..."]]]:
+        """CPU copies of whole parameters; under ZeRO-3 gathered for the copy alone."""
         if self._stage < 3:
             return [(name, parameter.detach().cpu().clone()) for name, parameter in group]
         from deepspeed.runtime.zero.partition_parameters import GatheredParameters
@@ -122,11 +130,11 @@ class DeepSpeedLearner(Learner):
         with GatheredParameters([parameter for _, parameter in group]):
             return [(name, parameter.detach().cpu().clone()) for name, parameter in group]
 
-    def _forward(self, inputs: PolicyInputs) -> tuple[Tensor, Tensor]:
+    def _forward(self, inputs: PolicyInputs) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
         output: tuple[Tensor, Tensor] = self._engine(inputs)
         return output
 
-    def _backward(self, loss: Tensor, *, last: bool) -> None:
+    def _backward(self, loss: Float[Tensor, ""], *, last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(last)
         # DeepSpeed averages gradients over ranks; the loss is normalised globally already.
         self._engine.backward(loss * self.config.learner.num_ranks)
@@ -151,7 +159,7 @@ class DeepSpeedLearner(Learner):
             self._engine.zero_grad()
         return norm
 
-    def _master_weights(self) -> Iterator[tuple[str, Tensor]]:
+    def _master_weights(self) -> Iterator[tuple[str, Float32[Tensor, "..."]]]:
         from deepspeed.utils import safe_get_full_fp32_param
 
         named = self._policy.model.named_parameters()
@@ -170,8 +178,8 @@ class DeepSpeedLearner(Learner):
         dist.all_reduce(total)
         return float(total)
 
-    def _masters(self) -> list[Tensor]:
-        """This rank's fp32 weights, which AdamW's state belongs to."""
+    def _masters(self) -> list[Float32[Tensor, "..."]]:
+        """This rank's fp32 weights, whole or flat parts; AdamW's state belongs to these tensors."""
         if self._stage == 3:
             return list(self._engine.optimizer.fp32_partitioned_groups_flat)
         return [item for group in self._optimizer.param_groups for item in group["params"]]
@@ -201,10 +209,10 @@ class DeepSpeedLearner(Learner):
         self._publish_masters()
 
     def _publish_masters(self) -> None:
-        """Brings the model's weights up to the fp32 ones, as the end of an optimizer step does."""
+        """Copies the fp32 weights into the model, as an optimizer step does at its end."""
         optimizer = self._engine.optimizer
         if self._stage == 3:
-            # Weights that are whole, as small ones are between steps, would not be gathered anew.
+            # Small weights stay whole between steps, and whole weights would not be gathered anew.
             optimizer._partition_all_parameters()
             for index in range(len(optimizer.fp32_partitioned_groups_flat)):
                 optimizer._reassign_or_swap_out_partitioned_parameters(index)
@@ -226,7 +234,7 @@ def _set_environment(
     master_port: int,
     device: torch.device,
 ) -> None:
-    """What DeepSpeed reads when it is imported and when its process group starts."""
+    """Sets the variables that DeepSpeed reads at its import and at the process group's start."""
     # A process that sees only its own GPU calls it 0, whatever its rank on the host.
     local = (device.index or 0) if device.type == "cuda" else local_rank
     os.environ.update(
@@ -249,7 +257,7 @@ def _fix_kernels(config: RunConfig) -> None:
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        # Filling DeepSpeed's large buffers at each update costs up to a second and orders nothing.
+        # Filling DeepSpeed's large buffers at each update takes time and makes nothing exact.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
@@ -259,7 +267,7 @@ def _init_distributed(config: RunConfig, device: torch.device) -> None:
     from deepspeed.utils import logger
 
     logger.setLevel("WARNING")
-    # DeepSpeed calls collectives that torch has renamed: a line for each, each time.
+    # DeepSpeed calls collectives by names that torch warns of, at every call.
     warnings.filterwarnings(
         "ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning
     )
@@ -281,8 +289,8 @@ def _make_engine(
     import deepspeed
     from deepspeed.runtime.zero import register_external_parameter
 
-    # The logprobs are made of the head's weight past its own forward. As a leaf module, whose
-    # gradients are reduced at its backward, it would lose a tied embedding's part of them.
+    # `LogprobHead` uses the head's weight without the head's own forward. As a leaf module, whose
+    # gradients are reduced at its backward, the head would lose a tied embedding's part of them.
     for parameter in policy.logprob_head.head.parameters():
         register_external_parameter(policy.logprob_head, parameter)
     engine, *_ = deepspeed.initialize(
@@ -298,7 +306,7 @@ def _groups(
     run: list[tuple[str, nn.Parameter]] = []
     size = 0
     for name, parameter in parameters:
-        # ZeRO-3 leaves numel() at 0 and keeps the real one here.
+        # Under ZeRO-3 numel() is 0 and ds_numel the real number.
         count = getattr(parameter, "ds_numel", parameter.numel())
         num_bytes = count * parameter.element_size()
         if run and size + num_bytes > max_bytes:

@@ -1,50 +1,60 @@
-"""What the policy's network is given: a microbatch as tensors."""
+"""A microbatch as the tensors that the policy's network reads."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from raygrpo.algorithm.logprobs import TokenGradient
+from raygrpo.algorithm.logprobs import ExpectedGrad
 from raygrpo.learner.attention.segments import SegmentPlan, make_plan
 from raygrpo.types import IntArray, Microbatch
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyInputs:
-    """What `PolicyModel` reads of a microbatch, on its device.
+    """The part of a microbatch that `PolicyModel` reads, on its device.
 
-    ``token_ids`` and ``loss_mask`` are [B, T]. ``rows``, ``columns`` and ``predictors`` [N] name
-    the N trained tokens and the column whose hidden state predicts each; without any, they name one
-    untrained token, so that every microbatch passes through all of the network (under ZeRO-3 ranks
-    must take the same path). ``tree`` is None where plain causal attention is exact.
-    ``token_gradient`` foretells what the loss gives each of the N tokens as gradient.
+    A microbatch without trained tokens names one untrained token, so that every microbatch passes
+    through the whole network: under ZeRO-3 all ranks must take the same path.
+
+    Attributes:
+        rows, columns: where the N trained tokens lie.
+        predictors: the column whose hidden state predicts each trained token.
+        tree: None where plain causal attention is exact.
+        expected_grad: the gradients that the loss will give to the N tokens, where they are known.
     """
 
-    token_ids: Tensor
-    loss_mask: Tensor
-    rows: Tensor
-    columns: Tensor
-    predictors: Tensor
+    token_ids: Int[Tensor, "B T"]
+    loss_mask: Bool[Tensor, "B T"]
+    rows: Int[Tensor, "N"]
+    columns: Int[Tensor, "N"]
+    predictors: Int[Tensor, "N"]
     tree: TreeLayout | None
-    token_gradient: TokenGradient | None = None
+    expected_grad: ExpectedGrad | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TreeLayout:
-    """Positions, segments and their parents [B, T] of rows with more than one segment."""
+    """Positions, segments and parent segments of rows with more than one segment.
 
-    positions: Tensor
-    segment_ids: Tensor
-    parent_ids: Tensor
+    Example: a prompt of 2 tokens with completions of 2 and 1 has ``positions`` [[0, 1, 2, 3, 2]],
+    ``segment_ids`` [[0, 0, 1, 1, 2]] and ``parent_ids`` [[-1, -1, 0, 0, 0]].
+    """
+
+    positions: Int[Tensor, "B T"]
+    segment_ids: Int[Tensor, "B T"]
+    parent_ids: Int[Tensor, "B T"]
     plan: SegmentPlan
 
-    def allowed(self) -> Tensor:
-        """[B, Q, K]: a token sees its own and its parent's segment, up to its position."""
+    def allowed(self) -> Bool[Tensor, "B T T"]:
+        """Which key (last axis) a query sees: own and parent segment, up to its position."""
         query, key = self.segment_ids[:, :, None], self.segment_ids[:, None, :]
         related = (query == key) | (self.parent_ids[:, :, None] == key)
         causal = self.positions[:, None, :] <= self.positions[:, :, None]
@@ -72,9 +82,12 @@ def policy_inputs(microbatch: Microbatch, device: torch.device) -> PolicyInputs:
 
 
 def tree_layout(
-    positions: IntArray, segment_ids: IntArray, parent_ids: IntArray, device: torch.device
+    positions: Int[IntArray, "B T"],
+    segment_ids: Int[IntArray, "B T"],
+    parent_ids: Int[IntArray, "B T"],
+    device: torch.device,
 ) -> TreeLayout:
-    """The layout of a microbatch's arrays [B, T]."""
+    """The layout of a microbatch's arrays, on ``device``."""
     return TreeLayout(
         positions=_tensor(positions, device).clamp(min=0),
         segment_ids=_tensor(segment_ids, device),
@@ -83,12 +96,12 @@ def tree_layout(
     )
 
 
-def _tensor(array: Any, device: torch.device) -> Tensor:
+def _tensor(array: Any, device: torch.device) -> Int[Tensor, "*shape"]:
     return torch.tensor(array, dtype=torch.long, device=device)
 
 
 def _is_plain(microbatch: Microbatch) -> bool:
-    """One segment a row, from column 0, padded on the right: causal attention needs no mask."""
+    """One segment per row, from column 0, padded on the right: causal attention needs no mask."""
     real = microbatch.segment_ids >= 0
     counted = np.broadcast_to(np.arange(real.shape[1]), real.shape)
     alone = microbatch.segment_ids == microbatch.segment_ids[:, :1]

@@ -1,11 +1,15 @@
-"""Which rows a model computes as it computes samples in rows of their own: found by comparing."""
+"""Loading the policy, and finding the row layout that its model computes rightly.
+
+A model shares prompts or packs rows only after a comparison: its logits in such a row must be those
+of the same samples in rows of their own.
+"""
 
 from __future__ import annotations
 
 import copy
 import logging
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,6 +23,9 @@ from raygrpo.learner.inputs import TreeLayout, tree_layout
 from raygrpo.learner.policy import PolicyModel
 from raygrpo.models import load_model
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
 log = logging.getLogger(__name__)
 
 PROMPT, COMPLETIONS = 7, (5, 4)
@@ -31,10 +38,11 @@ TOLERANCE = 1e-4
 def find_layout(model: Any) -> RowLayout:
     """The layout that saves most and gives the logits of an fp32 model's own forward.
 
-    Leaves the model's attention as it is for the layout found; says in the log what is given up.
+    The model keeps the attention function of the layout found. The log names layouts that the model
+    does not compute rightly.
 
     Raises:
-        ConfigError: not even plain rows give its logits.
+        ConfigError: not even plain rows give the model's logits.
     """
     vocabulary = model.config.get_text_config().vocab_size
     rows = _make_rows(vocabulary)
@@ -63,7 +71,7 @@ def find_layout(model: Any) -> RowLayout:
 
 
 def expected_layout(config: Any) -> RowLayout:
-    """What `find_layout` will most likely find for a text configuration, without its weights.
+    """The layout that `find_layout` will most likely find, from a text configuration alone.
 
     Attention by segment knows neither capped logits (Gemma 2) nor sinks (gpt-oss).
     """
@@ -71,12 +79,14 @@ def expected_layout(config: Any) -> RowLayout:
     return "shared" if capped or config.model_type == "gpt_oss" else "packed"
 
 
-def _try_layout(policy: PolicyModel, rows: list[Tensor], expected: list[Tensor]) -> str | None:
-    """Why a layout cannot be used; None when it can."""
+def _try_layout(
+    policy: PolicyModel, rows: list[Int[Tensor, "T"]], expected: list[Float[Tensor, "T V"]]
+) -> str | None:
+    """The reason why the policy's layout cannot be used; None when it can."""
     try:
         found = _packed_logits(policy, rows)
     except (ConfigError, TypeError, ValueError, RuntimeError, KeyError) as error:
-        # Which layers take what a layout needs only shows when it is given.
+        # A layer that does not take the layout's masks shows this only in a forward pass.
         return str(error)
     wanted = [*(logits[PROMPT - 1 :] for logits in expected), expected[0]]
     if all(_close(a, b) for a, b in zip(found, wanted, strict=True)):
@@ -84,16 +94,18 @@ def _try_layout(policy: PolicyModel, rows: list[Tensor], expected: list[Tensor])
     return "their logits differ from those of separate rows"
 
 
-def _make_rows(vocabulary: int) -> list[Tensor]:
+def _make_rows(vocabulary: int) -> list[Int[Tensor, "T"]]:
+    """One row per completion, each behind the same prompt."""
     tokens = torch.arange(1, 1 + PROMPT + sum(COMPLETIONS)) * 7919 % vocabulary
     prompt, *completions = torch.split(tokens, [PROMPT, *COMPLETIONS])
     return [torch.cat([prompt, completion]) for completion in completions]
 
 
-def _packed_logits(policy: PolicyModel, rows: list[Tensor]) -> list[Tensor]:
-    """One padded row: a prompt with its completions, and the first sample once more by itself.
+def _packed_logits(policy: PolicyModel, rows: list[Int[Tensor, "T"]]) -> list[Float[Tensor, "T V"]]:
+    """The logits of the rows, packed into one padded row.
 
-    The logits of each completion from the prompt's last token on, and those of that sample.
+    The packed row holds the prompt with its completions, and the first sample once more by itself.
+    Returned are the logits of each completion from the prompt's last token on, then the sample's.
     """
     tails = [row[PROMPT:] for row in rows]
     parts = [rows[0][:PROMPT], *tails, rows[0]]
@@ -120,7 +132,7 @@ def _layout(lengths: list[int], starts: list[int], parents: list[int]) -> TreeLa
     return tree_layout(position, segment, parent, torch.device("cpu"))
 
 
-def _close(ours: Tensor, expected: Tensor) -> bool:
+def _close(ours: Float[Tensor, "T V"], expected: Float[Tensor, "T V"]) -> bool:
     scale = max(1.0, float(expected.abs().max()))
     return float((ours - expected).abs().max()) <= TOLERANCE * scale
 
@@ -131,13 +143,14 @@ def load_policy(
     seed: int,
     dtype: torch.dtype,
     temperature: float,
+    entropy_gradient: bool = False,
     gradient_checkpointing: bool = False,
 ) -> PolicyModel:
-    """Loads the policy on CPU and probes that it computes what the Hugging Face model computes.
+    """Loads the policy on the CPU, in the best layout that gives the Hugging Face model's logits.
 
     Raises:
-        ConfigError: the model does not load, keeps parameters in several dtypes, or makes its
-            logits in a way that is not known here.
+        ConfigError: the model does not load, has parameters in several dtypes, or makes its logits
+            in an unknown way.
     """
     model = load_model(section, seed=seed, dtype=dtype)
     kinds = {p.dtype for p in model.parameters() if p.is_floating_point()}
@@ -146,9 +159,7 @@ def load_policy(
             f"{section.path!r} keeps parameters in {sorted(map(str, kinds))}, not only in {dtype}",
             "set model.dtype: float32",
         )
-    from raygrpo.learner.loading import find_layout
-
-    # The comparison is of exact mathematics: bfloat16's rounding would hide a real difference.
+    # In float32: bfloat16's rounding would hide a real difference.
     probed = model if dtype == torch.float32 else copy.deepcopy(model).float()
     layout = find_layout(probed)
     if layout == "packed":
@@ -158,5 +169,6 @@ def load_policy(
         temperature=temperature,
         layout=layout,
         fp32_head=section.fp32_head,
+        entropy_gradient=entropy_gradient,
         gradient_checkpointing=gradient_checkpointing,
     )

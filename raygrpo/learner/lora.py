@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -17,8 +17,11 @@ from raygrpo.config import RunConfig
 from raygrpo.errors import ConfigError, StorageError, nearest
 from raygrpo.weights.adapter import PREFIX
 
-# What merges by W0 + scale * B @ A. The rest of LoraConfig changes the base weights, trains others
-# beside the adapter, or is another method.
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+# Arguments under which the adapter merges as W0 + scale * B @ A. The rest of LoraConfig changes the
+# base weights, trains others beside the adapter, or is another method.
 _SUPPORTED = {
     "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform",
     "layers_pattern", "rank_pattern", "use_rslora", "init_lora_weights",
@@ -31,8 +34,8 @@ def lora_config(config: RunConfig) -> Any:
     """peft's ``LoraConfig`` of ``learner.lora``.
 
     Raises:
-        ConfigError: an unknown argument (with the nearest known one), one that cannot be merged, or
-            dropout: the ratio of two policies must not be noise.
+        ConfigError: an argument is unknown (the message names the nearest known one) or cannot be
+            merged, or there is dropout, which would make the ratio of two policies noise.
     """
     from peft import LoraConfig
 
@@ -65,8 +68,8 @@ def add_adapter(model: nn.Module, config: RunConfig) -> None:
     """Freezes the model and puts an adapter, drawn from the run's seed, beside its linear layers.
 
     Raises:
-        ConfigError: ``target_modules`` names no layer, one that is no plain linear layer, or the
-            language model's head.
+        ConfigError: ``target_modules`` names no layer, a layer that is not plainly linear, or the
+            language head.
     """
     from peft import inject_adapter_in_model
 
@@ -99,14 +102,14 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Parameters by the names that they have in the model without adapter, in its order."""
+    """The base's parameters by their names in the model without adapter, in the model's order."""
     for name, parameter in model.named_parameters():
         if not _is_adapter(name):
             yield name.replace(".base_layer.", "."), parameter
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The adapter's parameters by peft's names; none where the whole model is trained."""
+    """The adapter's parameters by peft's names; none without an adapter."""
     for name, parameter in model.named_parameters():
         if _is_adapter(name):
             yield PREFIX + name.replace(f".{_NAME}.", "."), parameter
@@ -118,10 +121,10 @@ def _is_adapter(name: str) -> bool:
 
 @contextlib.contextmanager
 def adapter_off(model: nn.Module) -> Iterator[None]:
-    """Within, the model computes what its base does.
+    """Within this context the model computes as its base alone.
 
-    By a scale of 0: the network's modules run in the same order as with the adapter, on which
-    ZeRO-3's prefetching relies.
+    The adapter gets a scale of 0: the network's modules still run in the same order, as ZeRO-3's
+    prefetching requires.
     """
     layers = [layer for _, layer in _layers(model)]
     for layer in layers:
@@ -133,7 +136,9 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
             layer.set_scale(_NAME, 1.0)
 
 
-def write_adapter(directory: Path, tensors: Mapping[str, Tensor], config: RunConfig) -> None:
+def write_adapter(
+    directory: Path, tensors: Mapping[str, Float[Tensor, "..."]], config: RunConfig
+) -> None:
     """Writes an adapter as ``peft.PeftModel.from_pretrained(base, directory)`` reads it.
 
     Raises:

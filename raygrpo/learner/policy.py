@@ -1,45 +1,61 @@
-"""The network in training: from a microbatch to the logprob of each trained token."""
+"""The network in training: from a microbatch to the logprob of each trained token.
+
+`PolicyModel` runs the Hugging Face network over the rows of a microbatch; `LogprobHead` turns the
+hidden states of the trained tokens into logprobs and entropies, chunk by chunk.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from raygrpo.algorithm.logprobs import (
+    ExpectedGrad,
     HeadSettings,
-    TokenGradient,
     chunk_tokens_for,
     token_logprobs,
     token_logprobs_by,
 )
-from raygrpo.algorithm.packing import RowLayout
+from raygrpo.algorithm.packing import RowLayout, unpacked
 from raygrpo.errors import ConfigError
 from raygrpo.learner.attention.segments import window_marks
 from raygrpo.learner.inputs import PolicyInputs, TreeLayout
 from raygrpo.models import attention_masks, logit_transform
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
 
 class RowShard(Protocol):
-    """This rank's part of rows whose tokens several ranks share."""
+    """This rank's part of rows whose tokens several ranks share.
 
-    def forward(self, policy: PolicyModel, inputs: PolicyInputs) -> tuple[Tensor, Tensor]:
-        """Logprobs and entropies [N] of all trained tokens, with gradient, on every rank."""
+    Attributes:
+        attention: the name of the attention function that sees whole rows.
+    """
+
+    attention: str
+
+    def forward(
+        self, policy: PolicyModel, inputs: PolicyInputs
+    ) -> tuple[Float[Tensor, "N"], Float[Tensor, "N"]]:
+        """Logprobs and entropies of all trained tokens, with gradient, on every rank."""
         ...
 
 
 class LogprobHead(nn.Module):
     """The language-model head, from hidden states to logprobs, in chunks.
 
-    One module, so that ZeRO-3 gathers the head's weight once for all chunks, whose number differs
-    between ranks: `forward` calls the head's own ``forward``, which passes by its hooks.
+    The number of chunks differs between ranks, so ZeRO-3 must gather the weight once for all of
+    them: at this module. `forward` calls the inner head's ``forward``, which bypasses its hooks.
     """
 
-    def __init__(self, model: Any, temperature: float, *, fp32: bool = False) -> None:
+    def __init__(
+        self, model: Any, temperature: float, *, fp32: bool, entropy_gradient: bool
+    ) -> None:
         super().__init__()
-        # The learner sets it where the loss has an entropy bonus.
-        self.entropy_gradient = False
+        self._entropy_gradient = entropy_gradient
         self.head = model.get_output_embeddings()
         if self.head is None:
             raise ConfigError(f"models of type {model.config.model_type!r} have no language head")
@@ -54,12 +70,15 @@ class LogprobHead(nn.Module):
         )
 
     def forward(
-        self, hidden: Tensor, targets: Tensor, token_gradient: TokenGradient | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Logprobs [N] and entropies [N] of ``targets`` [N], given ``hidden`` [N, H]."""
+        self,
+        hidden: Float[Tensor, "N H"],
+        targets: Int[Tensor, "N"],
+        expected_grad: ExpectedGrad | None = None,
+    ) -> tuple[Float[Tensor, "N"], Float[Tensor, "N"]]:
+        """Logprobs of ``targets`` and the entropies of their distributions."""
         common: dict[str, Any] = {
             "settings": self.settings,
-            "entropy_gradient": self.entropy_gradient,
+            "entropy_gradient": self._entropy_gradient,
         }
         if type(self.head) is not nn.Linear:
             return token_logprobs_by(self.head.forward, hidden, targets, **common)
@@ -68,12 +87,12 @@ class LogprobHead(nn.Module):
             self.head.weight,
             targets,
             bias=self.head.bias,
-            token_gradient=token_gradient,
+            expected_grad=expected_grad,
             **common,
         )
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """All logits at temperature 1; for probes."""
+    def logits(self, hidden: Float[Tensor, "*shape H"]) -> Float[Tensor, "*shape V"]:
+        """All logits at temperature 1, for the comparison of row layouts (`find_layout`)."""
         logits: Tensor = self.settings.transform(self.head(hidden).float())
         return logits
 
@@ -86,10 +105,6 @@ class PolicyModel(nn.Module):
 
     Attributes:
         model: the Hugging Face model; its parameters are the policy's.
-        layout: rows that compute the same as samples in rows of their own. ``plain``: one sample
-            a row; ``shared``: completions of a group that share their prompt, under a mask over
-            the row; ``packed``: any number of both, with attention by segment.
-        shard: this rank's part of the rows, where ranks share their tokens.
     """
 
     def __init__(
@@ -99,40 +114,50 @@ class PolicyModel(nn.Module):
         temperature: float = 1.0,
         layout: RowLayout = "shared",
         fp32_head: bool = False,
+        entropy_gradient: bool = False,
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
-        self.logprob_head = LogprobHead(model, temperature, fp32=fp32_head)
+        self.logprob_head = LogprobHead(
+            model, temperature, fp32=fp32_head, entropy_gradient=entropy_gradient
+        )
         self._layout: RowLayout = layout
-        self.shard: RowShard | None = None
+        self._shard: RowShard | None = None
         _disable_dropout(model)
         # Transformers recomputes activations in training mode only; nothing else depends on it.
         self.train(gradient_checkpointing)
         if gradient_checkpointing:
-            # The name since transformers 5.2x; the older one warns there.
+            # Releases of transformers have one name or the other; the old one warns in new ones.
             newer = getattr(model, "activation_checkpointing_enable", None)
             (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
     @property
     def layout(self) -> RowLayout:
-        """See the class; ranks that share a row's tokens attend under a mask over it."""
-        return "shared" if self._layout == "packed" and self.shard is not None else self._layout
+        """The rows that compute the same as samples in rows of their own (see `RowLayout`)."""
+        return self._layout
 
-    def forward(self, inputs: PolicyInputs) -> tuple[Tensor, Tensor]:
-        """Logprobs and entropies [B, T], fp32, in nats; zeros where nothing is trained."""
-        if self.shard is not None:
-            logprobs, entropies = self.shard.forward(self, inputs)
+    def share_rows(self, shard: RowShard) -> None:
+        """Makes ``shard`` compute each row together with other ranks, from now on."""
+        self._shard, self._layout = shard, unpacked(self._layout)
+        self.model.set_attn_implementation(shard.attention)
+
+    def forward(self, inputs: PolicyInputs) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
+        """Logprobs and entropies, fp32, in nats; zeros where nothing is trained."""
+        if self._shard is not None:
+            logprobs, entropies = self._shard.forward(self, inputs)
         else:
             hidden_BTH = self.hidden(inputs.token_ids, inputs.tree)
             targets = inputs.token_ids[inputs.rows, inputs.columns]
             logprobs, entropies = self.logprob_head(
-                hidden_BTH[inputs.rows, inputs.predictors], targets, inputs.token_gradient
+                hidden_BTH[inputs.rows, inputs.predictors], targets, inputs.expected_grad
             )
         return self._scatter(inputs, logprobs), self._scatter(inputs, entropies)
 
-    def hidden(self, token_ids: Tensor, tree: TreeLayout | None) -> Tensor:
-        """Last hidden states [B, T, H]."""
+    def hidden(
+        self, token_ids: Int[Tensor, "B T"], tree: TreeLayout | None
+    ) -> Float[Tensor, "B T H"]:
+        """The last hidden states."""
         options: dict[str, Any] = {}
         if tree is not None:
             options["position_ids"] = tree.positions
@@ -156,7 +181,7 @@ class PolicyModel(nn.Module):
         return dtype
 
     @staticmethod
-    def _scatter(inputs: PolicyInputs, values: Tensor) -> Tensor:
+    def _scatter(inputs: PolicyInputs, values: Float[Tensor, "N"]) -> Float[Tensor, "B T"]:
         shape = inputs.token_ids.shape
         grid = torch.zeros(shape, dtype=values.dtype, device=values.device)
         return grid.index_put((inputs.rows, inputs.columns), values) * inputs.loss_mask

@@ -1,4 +1,4 @@
-"""What a learner makes of the run's probe, for generators to be checked against."""
+"""The learner's logprobs of the run's probe; a generator must reproduce them after a load."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from raygrpo.weights.types import Probe
 
 
 def score_probe(learner: Learner) -> Probe:
-    """Scores the run's probe under the learner's weights; collective, so every rank takes part.
+    """Scores the run's probe under the learner's weights; every rank must take part.
 
-    A forward pass without gradients: nothing of the learner's state changes, nor any random one.
+    This is a forward pass without gradient: no state changes, random states included.
 
     Raises:
-        NumericError: the weights give logprobs that are not finite; no generator need try them.
+        NumericError: a logprob is not finite, so that no generator can use the weights.
     """
     text = learner.hf_model.config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None)
@@ -33,7 +33,7 @@ def score_probe(learner: Learner) -> Probe:
 
 
 def _microbatch(tokens: tuple[int, ...]) -> Microbatch:
-    """One plain row [1, T], each token but the first of which is to be scored."""
+    """One plain row in which every token but the first one is scored."""
     ids = np.array([tokens], np.int32)
     positions = np.arange(ids.size, dtype=np.int32)[None]
     zeros = np.zeros_like(ids)

@@ -10,17 +10,17 @@ from raygrpo.config import OptimizerSection
 def learning_rate(update: int, total_updates: int, optimizer: OptimizerSection) -> float:
     """The learning rate of optimizer update ``update``, counted from 0.
 
-    Warm-up of w updates: ``lr * (update + 1) / (w + 1)``, so that no update is at 0 and the first
-    one after the warm-up is at ``lr``. Afterwards, with the progress
+    In a warm-up of w updates: ``lr * (update + 1) / (w + 1)``. No update has a rate of 0, and the
+    first update after the warm-up has ``lr``. Afterwards, with the progress
     ``p = (update - w) / (total_updates - w)`` and ``m = min_lr_frac``:
 
     - constant: ``lr``
-    - linear: ``lr * (m + (1 - m) * (1 - p))``; without warm-up and with m = 0 this is
-      transformers' ``get_linear_schedule_with_warmup``, as TRL uses it
+    - linear: ``lr * (m + (1 - m) * (1 - p))``; with w = 0 and m = 0 this is transformers'
+      ``get_linear_schedule_with_warmup``, which TRL uses
     - cosine: ``lr * (m + (1 - m) * (1 + cos(pi p)) / 2)``
 
-    p reaches 1, and the rate ``lr * m``, at ``update = total_updates``, one past the last update,
-    so that the last one still moves the weights; it stays there beyond.
+    At ``update = total_updates``, one past the last update, p is 1 and the rate ``lr * m``;
+    the last update still moves the weights. Beyond, the rate stays.
     """
     warmup = optimizer.warmup_updates
     if update < warmup:

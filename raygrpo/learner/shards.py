@@ -1,7 +1,7 @@
 """A rank's part of a learner checkpoint: one file, written and read by that rank alone.
 
-The files hold plain tensors and numbers, so that reading one runs no code. Each rank's view of the
-directory may be its own disk.
+A file holds plain tensors and numbers, so that reading a file runs no code. Each rank may see the
+directory on a disk of its own.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from raygrpo.errors import ConfigError, StorageError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """How a learner's state is cut into shards; a checkpoint loads into the same layout only."""
+    """The cut of a learner's state into shards; a checkpoint loads into the same cut only."""
 
     num_ranks: int
     zero_stage: int
@@ -42,7 +42,7 @@ def write_shard(directory: Path, rank: int, layout: Layout, state: Mapping[str, 
     """Writes and fsyncs a rank's file.
 
     Raises:
-        StorageError: it cannot be written.
+        StorageError: the file cannot be written.
     """
     path = shard_path(directory, rank, layout.num_ranks)
     try:
@@ -58,11 +58,11 @@ def write_shard(directory: Path, rank: int, layout: Layout, state: Mapping[str, 
 
 
 def read_shard(directory: Path, rank: int, layout: Layout) -> dict[str, Any]:
-    """Reads a rank's file, after checking that it is of the same layout.
+    """Reads a rank's file, after a check that its layout is ``layout``.
 
     Raises:
-        ConfigError: it was saved with another number of ranks, ZeRO stage or dtype.
-        StorageError: it is missing or unreadable.
+        ConfigError: the checkpoint has another number of ranks, ZeRO stage or dtype.
+        StorageError: the file is missing or unreadable.
     """
     found = [name for name in _listing(directory) if _NAME.fullmatch(name)]
     if not found:
@@ -105,7 +105,7 @@ def _describe(layout: Layout) -> str:
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """The process's generators (torch, CUDA, Python, numpy) as plain values."""
+    """The states of the random generators (torch, CUDA, Python, numpy), as plain values."""
     kind, keys, *rest = cast(tuple[Any, ...], np.random.get_state())
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
@@ -118,7 +118,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
-    """Restores what `random_state` returned."""
+    """Restores the states that `random_state` returned."""
     torch.set_rng_state(state["torch"])
     random.setstate(state["python"])
     kind, keys, *rest = state["numpy"]

@@ -1,10 +1,14 @@
-"""Proof that training happens: every trainable tensor gets a gradient and moves."""
+"""Proof that training happens: every trainable tensor gets a gradient and moves.
+
+`MovementWatch` looks at the first updates of a process and raises when a tensor is left out.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +16,16 @@ from torch import Tensor, nn
 from raygrpo.errors import ConfigError, NumericError
 from raygrpo.weights.buckets import checksum, tensor_bytes
 
-# Updates with a gradient by which all must have moved. The second matrix of a LoRA adapter starts
-# at zero, so the first one's gradient is zero in the first update; rare experts need a few.
+if TYPE_CHECKING:
+    from jaxtyping import Float, Float32
+
+# All tensors must have moved after so many updates. The second matrix of a LoRA adapter starts at
+# zero, so the first matrix has no gradient in the first update; rare experts need several updates.
 PATIENCE = 8
 
 
 def check_trainable(model: nn.Module) -> None:
-    """Refuses a model that is to be trained whole and has a parameter that its code has frozen.
+    """Refuses a model with a frozen parameter, where the whole model is to be trained.
 
     Raises:
         ConfigError: naming the parameter.
@@ -33,10 +40,13 @@ def check_trainable(model: nn.Module) -> None:
 
 @dataclass(slots=True)
 class _Still:
-    """A tensor that has not moved: its checksum, and the updates that could have moved it.
+    """A tensor that has not moved yet.
 
-    ``min_lr``: from this rate on AdamW's steps, which are about as large, reach from any of the
-    tensor's values to the next; smaller ones may be lost in rounding.
+    Attributes:
+        checksum: of its first values.
+        min_lr: the learning rate from which AdamW moves any of its values by more than rounding;
+            AdamW's steps are about as large as the rate.
+        tried: updates so far that could have moved it.
     """
 
     checksum: int
@@ -47,9 +57,9 @@ class _Still:
 class MovementWatch:
     """Looks at the first updates of a process, until every trainable tensor has moved.
 
-    Costs one checksum of the fp32 weights at the start and one after each watched update, normally
-    the first alone. An update counts for a tensor that has not moved only if its learning rate is
-    large enough to move it. All ranks must construct it and call it together.
+    The cost is one checksum of the fp32 weights at the start and one after each watched update,
+    normally the first alone. An update counts for a tensor only if its learning rate can move the
+    tensor. All ranks must construct the watch and call it together.
 
     Args:
         parameters: the trainable parameters by name.
@@ -60,7 +70,7 @@ class MovementWatch:
     def __init__(
         self,
         parameters: Mapping[str, nn.Parameter],
-        masters: Callable[[], Iterable[tuple[str, Tensor]]],
+        masters: Callable[[], Iterable[tuple[str, Float32[Tensor, "..."]]]],
         sum_over_ranks: Callable[[float], float],
     ) -> None:
         self._masters = masters
@@ -78,11 +88,10 @@ class MovementWatch:
         ]
 
     def after_update(self, grad_norm: float, lr: float) -> None:
-        """Takes note of an applied update; one without any gradient teaches nothing and is not
-        counted.
+        """Takes note of an applied update; an update whose gradient is 0 does not count.
 
         Raises:
-            NumericError: on every rank, naming tensors that `PATIENCE` updates did not reach.
+            NumericError: on every rank, naming tensors that `PATIENCE` updates left out.
         """
         if not self._hooks or grad_norm == 0:
             return
@@ -102,7 +111,7 @@ class MovementWatch:
             self._end()
 
     def _look(self, lr: float) -> None:
-        """Forgets what has moved; spares itself the pass where nothing can have, after a few."""
+        """Forgets the tensors that have moved; skips the look where the rate can move none."""
         could = [item for item in self._still.values() if lr > item.min_lr]
         for item in could:
             item.tried += 1
@@ -111,7 +120,7 @@ class MovementWatch:
                 if name in self._still and self._still[name].checksum != _checksum(tensor):
                     del self._still[name]
 
-    def _see(self, name: str, gradient: Tensor) -> None:
+    def _see(self, name: str, gradient: Float[Tensor, "..."]) -> None:
         if name not in self._here and bool(gradient.ne(0).any()):
             self._here.add(name)
 
@@ -131,10 +140,10 @@ def _text(unreached: list[str], still: list[str]) -> str:
 
 
 @torch.no_grad()
-def _checksum(tensor: Tensor) -> int:
+def _checksum(tensor: Float32[Tensor, "..."]) -> int:
     return checksum(tensor_bytes(tensor))
 
 
 @torch.no_grad()
-def _smallest_rate(tensor: Tensor) -> float:
+def _smallest_rate(tensor: Float32[Tensor, "..."]) -> float:
     return torch.finfo(tensor.dtype).eps * float(tensor.abs().max())

@@ -143,8 +143,6 @@ def make_inputs(
     weights: Tensor,
     order: Sequence[int],
     layout: Layout = "padded",
-    *,
-    by_token: bool = False,
 ) -> tuple[LossInputs, Places]:
     """Rows [B, T] behind prompts of two tokens, garbage wherever nothing is trained.
 
@@ -176,10 +174,6 @@ def make_inputs(
         ids[row, here] = number
     present = list(places)
     advantages = torch.tensor([sequences[i].advantage for i in present], dtype=torch.float64)
-    per_sequence = weights.double()[present]
-    if by_token:
-        flat = ids.clamp(min=0)
-        advantages, per_sequence = advantages[flat], per_sequence[flat]
     inputs = LossInputs(
         logprobs=grid("new").requires_grad_(),
         old_logprobs=grid("old"),
@@ -187,9 +181,10 @@ def make_inputs(
         ref_logprobs=grid("ref"),
         entropies=grid("entropy").requires_grad_(),
         loss_mask=mask,
-        advantages=advantages,
+        policy_mask=None,
         sequence_ids=ids,
-        loss_weights=per_sequence,
+        advantages=advantages,
+        loss_weights=weights.double()[present],
     )
     return inputs, places
 
@@ -218,4 +213,6 @@ def gradients_of(
 
 
 def config_of(options: dict[str, Any]) -> LossConfig:
-    return LossConfig(**options)
+    """Without the aggregation, which is in the weights."""
+    beside = ("aggregation", "max_completion_length")
+    return LossConfig(**{name: value for name, value in options.items() if name not in beside})

@@ -24,7 +24,6 @@ from tests.algorithm.loss_cases import (
     CASES,
     CORRECTIONS,
     LAYOUTS,
-    LMAX,
     LOSSES,
     Layout,
     Places,
@@ -54,7 +53,9 @@ def test_value_and_gradient_equal_the_oracle(loss: str) -> None:
         inputs, places = make_inputs(
             sequences, weights_of(sequences, aggregation), order, LAYOUTS[number % 3]
         )
-        value, _ = policy_loss(inputs, config_of(options))
+        config = config_of(options)
+        inputs = with_policy_mask(inputs, oracle.entropy_bar(sequences, config.top_entropy_frac))
+        value, _ = policy_loss(inputs, config)
         # Weights are float32: 1e-7 relative each, of terms about 1 that cancel.
         expected = oracle.loss(sequences, **options)
         assert value.item() == pytest.approx(expected, rel=1e-6, abs=1e-7), (beside, aggregation)
@@ -114,7 +115,6 @@ def test_split_order_and_layout_do_not_matter(loss: str, aggregation: str, seed:
             weights,
             order[start:stop],
             rng.choice(LAYOUTS),
-            by_token=rng.random() < 0.5,
         )
         for start, stop in pairwise(edges)
     ]
@@ -122,7 +122,7 @@ def test_split_order_and_layout_do_not_matter(loss: str, aggregation: str, seed:
         config = config_of(options_for(loss, beside, aggregation))
         # The mask of top entropies is that of the whole update.
         bar = oracle.entropy_bar(sequences, config.top_entropy_frac)
-        expected, wanted = trained([whole], sequences, config, None)
+        expected, wanted = trained([whole], sequences, config, bar)
         total, got = trained(parts, sequences, config, bar)
         # float64 sums in another order.
         assert total == pytest.approx(expected, rel=1e-9, abs=1e-12), beside
@@ -134,7 +134,7 @@ def trained(
     parts: Sequence[tuple[LossInputs, Places]],
     sequences: list[Sequence_],
     config: LossConfig,
-    bar: float | None,
+    bar: float,
 ) -> tuple[float, list[Tensor]]:
     """The sum of the parts' losses, and each sequence's gradients; ``bar`` is of entropies."""
     total, got = 0.0, {}
@@ -142,8 +142,7 @@ def trained(
         for values in (inputs.logprobs, inputs.entropies):
             assert values is not None
             values.grad = None
-        masked = inputs if bar is None else with_policy_mask(inputs, bar)
-        value, _ = policy_loss(masked, config)
+        value, _ = policy_loss(with_policy_mask(inputs, bar), config)
         value.backward()
         total += value.item()
         got |= dict(zip(sorted(places), gradients_of(inputs, places, sequences), strict=True))
@@ -171,7 +170,6 @@ def test_at_ratio_one_every_loss_has_reinforces_gradient(
     value, stats = policy_loss(here, config_of(options_for(loss, "alone", aggregation)))
     value.backward()
     index = inputs.sequence_ids.clamp(min=0)
-    assert inputs.loss_weights is not None
     expected = -(inputs.advantages[index] * inputs.loss_weights[index]) * inputs.loss_mask
     assert inputs.logprobs.grad is not None
     assert torch.allclose(inputs.logprobs.grad, expected, rtol=1e-9, atol=1e-15)
@@ -218,6 +216,7 @@ def test_k3_is_a_distance(new: float, ref: float) -> None:
         ref_logprobs=one * ref,
         entropies=None,
         loss_mask=torch.ones(1, 1, dtype=torch.bool),
+        policy_mask=None,
         advantages=torch.zeros(1, dtype=torch.float64),
         sequence_ids=torch.zeros(1, 1, dtype=torch.long),
         loss_weights=torch.ones(1, dtype=torch.float64),
@@ -238,6 +237,7 @@ def test_untrained_positions_may_hold_anything(loss: str) -> None:
         sequences, weights_of(sequences, "token"), list(range(len(sequences))), "packed"
     )
     config = config_of(options_for(loss, "all", "token"))
+    inputs = with_policy_mask(inputs, oracle.entropy_bar(sequences, config.top_entropy_frac))
     plain, _ = policy_loss(inputs, config)
     plain.backward()
     assert inputs.logprobs.grad is not None
@@ -270,6 +270,7 @@ def two_tokens(advantage: float, log_ratio: tuple[float, float], **options: Any)
             ref_logprobs=None,
             entropies=torch.tensor([[0.3, 1.7]], dtype=torch.float64),
             loss_mask=torch.ones(1, 2, dtype=torch.bool),
+            policy_mask=torch.tensor([[False, True]]),
             advantages=torch.tensor([advantage], dtype=torch.float64),
             sequence_ids=torch.zeros(1, 2, dtype=torch.long),
             loss_weights=torch.ones(1, dtype=torch.float64),
@@ -346,19 +347,8 @@ def test_weights_by_hand() -> None:
         loss_weights_for("constant", lengths)
     with pytest.raises(ValueError, match="group"):
         loss_weights_for("prompt", lengths)
-
-
-def test_missing_weights_are_those_of_the_batch() -> None:
-    sequences = make_sequences(4)
-    for aggregation in ("token", "sequence", "constant"):
-        config = LossConfig(aggregation=aggregation, max_completion_length=LMAX)  # type: ignore[arg-type]
-        inputs, _ = make_inputs(
-            sequences, weights_of(sequences, aggregation), list(range(len(sequences)))
-        )
-        bare = replace(inputs, loss_weights=None)
-        assert policy_loss(bare, config)[0].item() == pytest.approx(
-            policy_loss(inputs, config)[0].item(), rel=1e-6
-        )
+    with pytest.raises(ValueError, match="unknown aggregation"):
+        loss_weights_for("mean", lengths)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -370,7 +360,7 @@ def test_missing_weights_are_those_of_the_batch() -> None:
         ("sampler_logprobs", {"correction": "tis"}),
         ("sampler_logprobs", {"off_policy_threshold": 0.1}),
         ("entropies", {"entropy_coef": 0.1}),
-        ("entropies", {"top_entropy_frac": 0.5}),
+        ("policy_mask", {"top_entropy_frac": 0.5}),
     ],
     ids=str,
 )
@@ -386,12 +376,11 @@ def test_what_a_loss_needs_is_named(missing: str, options: dict[str, Any]) -> No
     [
         ({"kl_estimator": "k1"}, "zero on average"),
         ({"loss": "ppo"}, "unknown loss 'ppo'"),
-        ({"aggregation": "mean"}, "unknown aggregation"),
         ({"correction": "clip"}, "unknown correction"),
         ({"ratio_anchor": "ref"}, "unknown ratio_anchor"),
-        ({"ratio_anchor": "sampler", "correction": "tis"}, "holds the gap"),
-        ({"loss": "dppo_tv", "correction": "tis"}, "holds the gap"),
-        ({"loss": "dppo_tv", "correction": "icepop"}, "holds the gap"),
+        ({"ratio_anchor": "sampler", "correction": "tis"}, "contains the gap"),
+        ({"loss": "dppo_tv", "correction": "tis"}, "contains the gap"),
+        ({"loss": "dppo_tv", "correction": "icepop"}, "contains the gap"),
         ({"top_entropy_frac": 0.0}, "top_entropy_frac"),
     ],
 )

@@ -57,7 +57,7 @@ def test_every_sample_has_one_place_and_ranks_agree(
     groups: list[tuple[int, list[int]]], ranks: int, budget: int, layout: RowLayout, scale: float
 ) -> None:
     batch = plan_of(groups)
-    options: dict[str, Any] = {"layout": layout, "attention_length": scale}
+    options: dict[str, Any] = {"layout": layout, "hidden_size": scale / 6}
     placed = place(batch, ranks, tokens_per_microbatch=budget, **options)
     assert len(placed) == ranks
     for index, minibatch in enumerate(batch.minibatches):
@@ -101,15 +101,11 @@ def test_sharing_is_chosen_where_it_saves_work() -> None:
     assert [len(row) for row in long_prompt[0][0][0]] == [8]
     # By segment, a long row pays for no more attention than separate rows do.
     by_segment = plan_of([(2, [500] * 8)])
-    packed = place(
-        by_segment, 1, tokens_per_microbatch=10**6, attention_length=300.0, layout="packed"
-    )
+    packed = place(by_segment, 1, tokens_per_microbatch=10**6, hidden_size=50, layout="packed")
     assert [len(row) for row in packed[0][0][0]] == [8]
     # Completions attend to nothing of each other, so a long row of long completions pays for
     # attention that separate rows do not.
-    short_prompt = place(
-        plan_of([(2, [500] * 8)]), 1, tokens_per_microbatch=10**6, attention_length=300.0
-    )
+    short_prompt = place(plan_of([(2, [500] * 8)]), 1, tokens_per_microbatch=10**6, hidden_size=50)
     assert {len(row) for m in short_prompt[0][0] for row in m} == {1}
 
 

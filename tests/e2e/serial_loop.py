@@ -68,7 +68,7 @@ def main(config_path: str, output: str) -> None:
             1,
             tokens_per_microbatch=config.train.tokens_per_microbatch,
             layout=learner.layout,
-            attention_length=6.0 * learner.hf_model.config.hidden_size,
+            hidden_size=learner.hf_model.config.hidden_size,
         )
         learner.update([[make_microbatch(rows, groups) for rows in plan] for plan in plans])
     save_file({name: t.clone() for name, t in learner.named_weights()}, output)

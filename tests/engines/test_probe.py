@@ -17,13 +17,13 @@ from raygrpo.engines.hf.engine import TransformersEngine
 from raygrpo.engines.probe import FIRST_LIMIT, FLOORS, ProbeCheck
 from raygrpo.errors import InfraError, NumericError, ProbeFailed
 from raygrpo.learner.probe import score_probe
-from raygrpo.learner.reference_learner import ReferenceLearner
 from raygrpo.models import load_model
 from raygrpo.types import Version
 from raygrpo.weights.buckets import make_buckets
 from raygrpo.weights.probe import PROBE_LENGTH, probe_tokens
 from raygrpo.weights.types import Probe, WeightsManifest
 from tests import runs
+from tests.parity.reference_learner import ReferenceLearner
 
 VERSION = Version(1, 3)
 PROBE = Probe(token_ids=(5, 6, 7, 8, 9), logprobs=(0.0, -1.0, -2.0, -3.0, -4.0))

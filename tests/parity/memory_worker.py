@@ -126,7 +126,7 @@ def full_microbatches(config: RunConfig, learner: Any) -> list[Microbatch]:
     )  # fmt: skip
     (plans,) = place(
         batch, ranks, tokens_per_microbatch=config.train.tokens_per_microbatch,
-        layout=learner.layout, attention_length=6.0 * learner.hf_model.config.hidden_size,
+        layout=learner.layout, hidden_size=learner.hf_model.config.hidden_size,
     )[index]  # fmt: skip
     made = {group: full_group(config, group) for group in groups}
     return [make_microbatch(plan, made) for plan in plans]

@@ -20,7 +20,6 @@ from raygrpo.config import ModelSection
 from raygrpo.config.file import load_config
 from raygrpo.errors import ConfigError
 from raygrpo.learner.deepspeed_config import deepspeed_config
-from raygrpo.learner.reference_learner import ReferenceLearner
 from raygrpo.models import load_model
 from raygrpo.types import merge_stats
 from tests.parity.learner_cases import (
@@ -31,6 +30,7 @@ from tests.parity.learner_cases import (
     separate,
     wide_logprobs,
 )
+from tests.parity.reference_learner import ReferenceLearner
 from tests.tiny import save_tiny_model
 
 REPOSITORY = Path(__file__).parents[2]

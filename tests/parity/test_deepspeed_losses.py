@@ -10,12 +10,12 @@ import pytest
 from torch import Tensor
 
 from raygrpo.config import RunConfig
-from raygrpo.learner.reference_learner import ReferenceLearner
 from raygrpo.learner.watch import PATIENCE
 from raygrpo.types import Stat, merge_stats
 from tests import oracle
 from tests.algorithm.loss_cases import AGGREGATIONS, CORRECTIONS, LOSSES
 from tests.parity.learner_cases import make_config, make_steps, planned_step, random_groups
+from tests.parity.reference_learner import ReferenceLearner
 from tests.parity.test_deepspeed import RELATIVE, make_case, relative, run_ranks
 from tests.tiny import save_tiny_model
 

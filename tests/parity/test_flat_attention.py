@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,16 @@ from torch import Tensor
 from torch.nn.attention import flex_attention as torch_flex
 from torch.utils.checkpoint import checkpoint
 
-from raygrpo.learner import policy
-from raygrpo.learner.attention import flex as flat_attention
-from raygrpo.learner.attention import segments
-from raygrpo.learner.attention.flex import LayerKind, block_pairs, make_flat_row
-from raygrpo.learner.attention.segments import SegmentPlan, make_plan, segment_attention
+from raygrpo.learner import inputs as learner_inputs
+from raygrpo.learner.attention import flex
+from raygrpo.learner.attention.flex import FlatRow, LayerKind, block_pairs, make_flat_row
+from raygrpo.learner.attention.segments import (
+    SegmentAttention,
+    SegmentPlan,
+    attend_in_batches,
+    both_ways,
+    make_plan,
+)
 from raygrpo.learner.inputs import tree_layout
 from tests.parity.test_segments import (
     GROUPS,
@@ -55,7 +59,7 @@ def by_definition(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Flex attention uncompiled, with gradients, which torch checks for on a CPU and refuses."""
     monkeypatch.setattr(torch_flex, "_validate_device", lambda *_: None)
     monkeypatch.setattr(torch_flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
-    monkeypatch.setattr(flat_attention, "_flex_attention", lambda: torch_flex.flex_attention)
+    monkeypatch.setattr(flex, "_flex_attention", lambda: torch_flex.flex_attention)
     with warnings.catch_warnings():
         # Of tracing, within torch.
         warnings.simplefilter("ignore")
@@ -63,10 +67,9 @@ def by_definition(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture
-def undecided() -> Iterator[None]:
-    segments.served.clear()
-    yield
-    segments.served.clear()
+def accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison at first use finds no difference."""
+    monkeypatch.setattr(flex, "disagreement", lambda *_: None)
 
 
 @given(rows=ROWS, window=WINDOWS)
@@ -79,7 +82,7 @@ def test_pairs_of_tokens_and_of_blocks_are_those_of_the_layout(
     near = layout.positions[:, :, None] - layout.positions[:, None, :] < (window or 10**9)
     allowed = torch.block_diag(*(layout.allowed() & near)).bool()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flat_attention, "BLOCK", 8)
+        patch.setattr(flex, "BLOCK", 8)
         row = make_flat_row(*arrays, CPU)
         some, every = block_pairs(row, window)
         mask = row.mask(window)
@@ -120,12 +123,18 @@ def test_blocks_are_hardly_more_than_those_that_hold_a_pair() -> None:
         assert int(some.sum()) < 0.15 * some.numel()
 
 
-def attended(plan: SegmentPlan, inputs: list[Tensor], upstream: Tensor, window: Any) -> Any:
-    """Output where tokens are, and gradients, of `segment_attention`."""
+def attended(
+    plan: SegmentPlan,
+    inputs: list[Tensor],
+    upstream: Tensor,
+    window: Any,
+    attention: SegmentAttention,
+) -> Any:
+    """Output where tokens are, and gradients."""
     leaves = [t.clone().requires_grad_() for t in inputs]
     mark = torch.zeros(1).expand(1, 1, 1, (window or 0) + 1)
     q, k, v = (t.transpose(1, 2) for t in leaves)
-    output, _ = segment_attention(Layer(), q, k, v, mark, segments=plan, scaling=0.3)
+    output, _ = attention(Layer(), q, k, v, mark, segments=plan, scaling=0.3)
     (output * upstream).sum().backward()
     return [output * (upstream != 0), *(leaf.grad for leaf in leaves)]
 
@@ -141,10 +150,11 @@ def example(rows: list[Lengths], heads: int, key_heads: int, seed: int) -> Any:
         for n in (heads, key_heads, key_heads, heads)
     ]
     tensors[3][torch.from_numpy(arrays[1]) < 0] = 0
-    return plan, replace(plan, row=make_flat_row(*arrays, CPU)), tensors[:3], tensors[3]
+    flat = SegmentPlan(plan.gather, plan.batches, make_flat_row(*arrays, CPU))
+    return plan, flat, tensors[:3], tensors[3]
 
 
-@pytest.mark.usefixtures("by_definition", "undecided")
+@pytest.mark.usefixtures("by_definition", "accepted")
 @given(
     rows=ROWS,
     window=WINDOWS,
@@ -156,10 +166,10 @@ def test_one_kernel_equals_batches_in_value_and_gradient(
     rows: list[Lengths], window: int | None, heads: tuple[int, int], seed: int
 ) -> None:
     plan, flat, inputs, upstream = example(rows, *heads, seed)
-    kind = LayerKind(CPU, torch.float32, heads[0], heads[1], 16, 0.3)
-    segments.served[kind] = True
-    expected = attended(plan, inputs, upstream, window)
-    for mine, other in zip(attended(flat, inputs, upstream, window), expected, strict=True):
+    attention = SegmentAttention()
+    expected = attended(plan, inputs, upstream, window, attention)
+    found = attended(flat, inputs, upstream, window, attention)
+    for mine, other in zip(found, expected, strict=True):
         # fp32 sums in another order; where a window is 1, gradients are sums that vanish.
         torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-5)
 
@@ -173,19 +183,19 @@ def test_the_compiled_kernel_computes_listed_blocks_alone() -> None:
     real = torch.from_numpy(segment_arrays(MIXED)[1]) >= 0
     with torch.no_grad():
         for window in (None, 30):
-            expected = segments._attend_in_batches(plan, q, k, v, window, 0.3)[real]
-            found = flat_attention.attend(flat.row, q, k, v, window, 0.3)[real]
+            expected = attend_in_batches(plan, q, k, v, window, 0.3)[real]
+            found = flex.attend(flat.row, q, k, v, window, 0.3)[real]
             assert relative(found, expected) < RELATIVE
         # Without the first block of what the others may see, it is something else.
-        mask = flat.row.masks[None]
+        mask = flat.row.mask(None)
         mask.kv_num_blocks[0, 0, 1:] -= 1
-        wrong = flat_attention.attend(flat.row, q, k, v, None, 0.3)[real]
+        wrong = flex.attend(flat.row, q, k, v, None, 0.3)[real]
         assert relative(wrong, expected) > 0.01
 
 
 @pytest.mark.usefixtures("by_definition")
 def test_the_comparison_at_first_use_accepts_it() -> None:
-    assert flat_attention.disagreement(KIND, partial(segments._both_ways, None)) is None
+    assert flex.disagreement(KIND, partial(both_ways, None)) is None
 
 
 def _later(first: Any) -> Any:
@@ -203,15 +213,15 @@ def _without_gradient(first: Any) -> Any:
 @pytest.mark.parametrize("change", [_later, _windowless, _without_gradient])
 def test_the_comparison_at_first_use_refuses_what_differs(change: Any) -> None:
     def ways(*arrays: Any) -> Any:
-        _, second = segments._both_ways(None, *arrays)
+        _, second = both_ways(None, *arrays)
         return change(second), second
 
-    found = flat_attention.disagreement(KIND, ways)
+    found = flex.disagreement(KIND, ways)
     assert found is not None
     assert found.startswith("differs by")
 
 
-@pytest.mark.usefixtures("by_definition", "undecided")
+@pytest.mark.usefixtures("by_definition")
 @pytest.mark.parametrize("when", ["at first", "later"])
 def test_what_cannot_be_compiled_is_computed_in_batches_and_said_once(
     when: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -223,38 +233,42 @@ def test_what_cannot_be_compiled_is_computed_in_batches_and_said_once(
         raise RuntimeError("no compiler")
 
     compiled = torch.compile(torch_flex.flex_attention, fullgraph=True, backend=fail)
-    monkeypatch.setattr(flat_attention, "_flex_attention", lambda: compiled)
+    monkeypatch.setattr(flex, "_flex_attention", lambda: compiled)
     plan, flat, inputs, upstream = example(MIXED, 4, 2, 0)
     if when == "later":
-        segments.served[replace(KIND, scaling=0.3)] = True
+        monkeypatch.setattr(flex, "disagreement", lambda *_: None)
+    attention = SegmentAttention()
     for window in (None, 30):
-        expected = attended(plan, inputs, upstream, window)
-        found = attended(flat, inputs, upstream, window)
+        expected = attended(plan, inputs, upstream, window, attention)
+        found = attended(flat, inputs, upstream, window, attention)
         assert all((a == b).all() for a, b in zip(found, expected, strict=True))
     assert len(calls) == 1
-    (record,) = [r for r in caplog.records if r.name.startswith("raygrpo")]
+    (record,) = [r for r in caplog.records if r.levelname == "WARNING"]
     assert "since flex attention fails: BackendCompilerFailed" in record.getMessage()
     assert "no compiler" in record.getMessage()
 
 
-@pytest.mark.usefixtures("undecided")
 def test_memory_that_runs_out_is_no_reason_to_change_the_kernel(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def fail(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(flat_attention, "_flex_attention", lambda: fail)
+    monkeypatch.setattr(flex, "_flex_attention", lambda: fail)
     for known in (False, True):
         _, flat, inputs, upstream = example(MIXED, 4, 2, 0)
         if known:
-            segments.served[replace(KIND, scaling=0.3)] = True
+            monkeypatch.setattr(flex, "disagreement", lambda *_: None)
         with pytest.raises(torch.OutOfMemoryError):
-            attended(flat, inputs, upstream, None)
+            attended(flat, inputs, upstream, None, SegmentAttention())
 
 
-@pytest.mark.usefixtures("by_definition", "undecided")
-def test_the_comparison_may_run_while_activations_are_checkpointed() -> None:
+@pytest.mark.usefixtures("by_definition")
+def test_the_comparison_may_run_while_activations_are_checkpointed(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", "raygrpo")
+    attention = SegmentAttention()
     plan, flat, inputs, upstream = example([[(9, [4, 5])]], 4, 2, 0)
     mark = torch.zeros(1, 1, 1, 1)
     found = []
@@ -263,17 +277,17 @@ def test_the_comparison_may_run_while_activations_are_checkpointed() -> None:
 
         def layer(*tensors: Tensor, which: SegmentPlan = which) -> Tensor:
             q, k, v = (t.transpose(1, 2) for t in tensors)
-            return segment_attention(Layer(), q, k, v, mark, segments=which, scaling=0.3)[0]
+            return attention(Layer(), q, k, v, mark, segments=which, scaling=0.3)[0]
 
         output = checkpoint(layer, *leaves, use_reentrant=False)
         (output * upstream).sum().backward()
         found.append([leaf.grad for leaf in leaves])
-    assert list(segments.served.values()) == [True]
+    assert caplog.text.count("attention by flex attention in") == 1
     for mine, other in zip(*found, strict=True):
         assert relative(mine, other) < RELATIVE  # type: ignore[arg-type]
 
 
-@pytest.mark.usefixtures("by_definition", "undecided")
+@pytest.mark.usefixtures("by_definition", "accepted")
 @pytest.mark.parametrize("kind", KINDS)
 def test_models_learn_the_same_by_one_kernel(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -285,14 +299,21 @@ def test_models_learn_the_same_by_one_kernel(
     expected.update([microbatches(*made, "packed", 100)])
 
     def with_row(*arrays: Any) -> SegmentPlan:
-        return replace(make_plan(*arrays), row=make_flat_row(*arrays))
+        plan = make_plan(*arrays)
+        return SegmentPlan(plan.gather, plan.batches, make_flat_row(*arrays))
 
-    monkeypatch.setattr(policy, "make_plan", with_row)
-    monkeypatch.setattr(flat_attention, "disagreement", lambda *_: None)
+    calls = []
+
+    def counted(row: FlatRow, *given: Any) -> Tensor:
+        calls.append(row)
+        return attend(row, *given)
+
+    attend = flex.attend
+    monkeypatch.setattr(learner_inputs, "make_plan", with_row)
+    monkeypatch.setattr(flex, "attend", counted)
     learner = Recorder(path, "packed")
     learner.update([microbatches(*made, "packed", 100)])
-    assert segments.served
-    assert all(segments.served.values())
+    assert calls
     assert relative(learner.gradients[0], expected.gradients[0]) < RELATIVE
 
 

@@ -21,7 +21,6 @@ from raygrpo.errors import ConfigError, NumericError, StorageError
 from raygrpo.learner.inputs import policy_inputs
 from raygrpo.learner.loading import find_layout, load_policy
 from raygrpo.learner.policy import PolicyModel
-from raygrpo.learner.reference_learner import ReferenceLearner
 from raygrpo.learner.schedule import learning_rate
 from raygrpo.learner.watch import PATIENCE, MovementWatch
 from raygrpo.models import load_model
@@ -36,6 +35,7 @@ from tests.parity.learner_cases import (
     separate,
     wide_logprobs,
 )
+from tests.parity.reference_learner import ReferenceLearner
 from tests.tiny import save_tiny_model
 
 KINDS = ("llama", "qwen2", "gemma3")
@@ -125,9 +125,7 @@ def test_an_fp32_head_in_bfloat16(kind: str, fused: bool, models: dict[str, Path
             dtype=torch.bfloat16,
             temperature=0.8,
         )
-        given = replace(
-            inputs, token_gradient=(lambda w, *_: (weights[w], None)) if fused else None
-        )
+        given = replace(inputs, expected_grad=(lambda w, *_: (weights[w], None)) if fused else None)
         logprobs = policy(given)[0][inputs.loss_mask]
         (logprobs * weights).sum().backward()
         values.append(float((logprobs - found.logprobs).detach().abs().max()))

@@ -13,7 +13,6 @@ from torch import Tensor
 from raygrpo.learner.first_pass import first_pass
 from raygrpo.learner.inputs import policy_inputs
 from raygrpo.learner.moving_reference import MovingReference
-from raygrpo.learner.reference_learner import ReferenceLearner
 from raygrpo.types import Microbatch
 from tests.parity.learner_cases import (
     filler,
@@ -23,6 +22,7 @@ from tests.parity.learner_cases import (
     random_trees,
     separate,
 )
+from tests.parity.reference_learner import ReferenceLearner
 from tests.tiny import save_tiny_model
 
 CPU = torch.device("cpu")

@@ -14,16 +14,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from raygrpo.algorithm import loss as losses
 from raygrpo.algorithm.logprobs import (
+    ExpectedGrad,
     HeadSettings,
     LogitTransform,
-    TokenGradient,
     chunk_tokens_for,
     token_logprobs,
     token_logprobs_by,
 )
-from raygrpo.algorithm.loss import LossConfig, LossInputs, policy_loss
-from raygrpo.algorithm.token_gradient import is_token_separable, token_gradient
+from raygrpo.algorithm.loss import LossConfig, LossInputs, is_token_separable, policy_loss
 
 # fp32 sums of a few dozen terms in another order differ in the seventh digit.
 RELATIVE = 1e-5
@@ -69,7 +69,7 @@ def problem(num_tokens: int, seed: int = 0) -> dict[str, Tensor]:
     }
 
 
-def foretell(given: dict[str, Tensor], calls: list[int], *, wrong: float = 0.0) -> TokenGradient:
+def predict(given: dict[str, Tensor], calls: list[int], *, wrong: float = 0.0) -> ExpectedGrad:
     def gradient(
         which: slice | Tensor, logprobs: Tensor, entropies: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -132,7 +132,7 @@ def test_values_and_gradients_equal_the_full_logits(
     given, head = problem(num_tokens, seed), replace(CASES[case], chunk_tokens=chunk)
     calls: list[int] = []
     if form == "fused":
-        compute = chunked(given, head, token_gradient=foretell(given, calls))
+        compute = chunked(given, head, expected_grad=predict(given, calls))
     elif form == "recomputed":
         compute = chunked(given, head)
     else:
@@ -153,21 +153,21 @@ def test_blocks_of_the_vocabulary_change_nothing(
     assert_same(results(given, chunked(given, head)), expected)
 
 
-def test_a_gradient_other_than_foretold_is_recomputed() -> None:
+def test_a_gradient_other_than_expected_is_recomputed() -> None:
     """What was formed in the forward pass is not used, so nothing is ever silently wrong."""
     given, head = problem(30), CASES["plain"]
     calls: list[int] = []
-    wrong = chunked(given, head, token_gradient=foretell(given, calls, wrong=0.01))
+    wrong = chunked(given, head, expected_grad=predict(given, calls, wrong=0.01))
     assert_same(results(given, wrong), results(given, full(given, head)))
     assert calls
     none = {**given, "by_logprob": torch.zeros(30), "by_entropy": torch.zeros(30)}
     assert_same(
-        results(given, chunked(given, head, token_gradient=foretell(none, calls))),
+        results(given, chunked(given, head, expected_grad=predict(none, calls))),
         results(given, full(given, head)),
     )
     spoilt = {**given, "by_logprob": given["by_logprob"].clone()}
     spoilt["by_logprob"][3] = math.nan
-    poisoned = results(spoilt, chunked(spoilt, head, token_gradient=foretell(spoilt, calls)))
+    poisoned = results(spoilt, chunked(spoilt, head, expected_grad=predict(spoilt, calls)))
     assert all(gradient.isnan().any() for gradient in poisoned[2:])
 
 
@@ -185,7 +185,7 @@ def test_entropies_carry_a_gradient_only_where_asked() -> None:
 def test_tied_weights_get_both_gradients(fused: bool) -> None:
     """The embedding that is also the head: its gradient is the sum over the two uses."""
     given, head = problem(30), CASES["plain"]
-    options: dict[str, Any] = {"token_gradient": foretell(given, [])} if fused else {}
+    options: dict[str, Any] = {"expected_grad": predict(given, [])} if fused else {}
 
     def tied(compute: Head) -> Head:
         return lambda h, w, b: compute(torch.tanh(w[given["targets"].flip(0)]) + 0 * h, w, b)
@@ -224,7 +224,7 @@ def test_a_frozen_head_gets_no_gradient_and_costs_none() -> None:
             given["weight"],
             given["targets"],
             settings=CASES["plain"],
-            token_gradient=foretell(given, []),
+            expected_grad=predict(given, []),
         )
         (logprobs @ given["by_logprob"]).backward()
     assert hidden.grad is not None
@@ -239,7 +239,7 @@ def test_no_more_logits_than_a_chunk_exist_or_are_saved(form: str) -> None:
     if form == "any head":
         compute = by_any_head(given, head)
     else:
-        options = {"token_gradient": foretell(given, [])} if form == "fused" else {}
+        options = {"expected_grad": predict(given, [])} if form == "fused" else {}
         compute = chunked(given, head, **options)
     saved: list[int] = []
 
@@ -254,7 +254,7 @@ def test_no_more_logits_than_a_chunk_exist_or_are_saved(form: str) -> None:
     leaves = [given[name].numel() for name in ("hidden", "weight", "bias")]
     assert shapes.largest == max(leaves) < num_tokens * VOCABULARY
     # What the gradient is of, the gradients formed already, and three numbers a token: its target,
-    # and what is foretold. The sum of the results is this test's own, with five more.
+    # and the expected gradients. The sum of the results is this test's own, with five more.
     assert sum(saved) <= 2 * sum(leaves) + 8 * num_tokens
     assert 2 * sum(leaves) + 8 * num_tokens < 2 * num_tokens * VOCABULARY
 
@@ -276,7 +276,7 @@ def test_an_fp32_head_multiplies_bfloat16_weights_in_float32(fused: bool) -> Non
         k: v.bfloat16() if k in ("hidden", "weight", "bias") else v for k, v in problem(50).items()
     }
     exact = {k: v.float() if v.dtype == torch.bfloat16 else v for k, v in rounded.items()}
-    options: dict[str, Any] = {"token_gradient": foretell(rounded, [])} if fused else {}
+    options: dict[str, Any] = {"expected_grad": predict(rounded, [])} if fused else {}
     head = replace(CASES["all"], fp32=True)
     ours = results(rounded, chunked(rounded, head, **options))
     expected = results(exact, full(exact, head))
@@ -342,14 +342,14 @@ def loss_problem(with_old: bool) -> tuple[LossInputs, Tensor, Tensor, dict[str, 
 
 @pytest.mark.parametrize("with_old", [True, False])
 @pytest.mark.parametrize("name", [*LOSSES, *BY_SEQUENCE])
-def test_every_loss_has_the_gradient_that_the_fused_head_foretells(
+def test_every_loss_has_the_gradient_that_the_fused_head_expects(
     name: str, with_old: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Through the learner's own way: the loss is computed once more after the head."""
     config = LossConfig(**{**LOSSES, **BY_SEQUENCE}[name])
     inputs, rows, columns, given = loss_problem(with_old)
-    foretold = token_gradient(inputs, rows, columns, config)
-    assert (foretold is not None) == is_token_separable(config) == (name in LOSSES)
+    expected_grad = losses.expected_grad(inputs, rows, columns, config)
+    assert (expected_grad is not None) == is_token_separable(config) == (name in LOSSES)
     targets, head = given["targets"][: len(rows)], replace(CASES["all"], chunk_tokens=3)
     gradients = []
     for compute in ("ours", "full"):
@@ -357,13 +357,13 @@ def test_every_loss_has_the_gradient_that_the_fused_head_foretells(
         w = given["weight"].clone().requires_grad_()
         if compute == "ours":
             flat = token_logprobs(
-                h, w, targets, settings=head, entropy_gradient=True, token_gradient=foretold
+                h, w, targets, settings=head, entropy_gradient=True, expected_grad=expected_grad
             )
         else:
             flat = full_reference(h @ w.T, targets, head)
         grids = [torch.zeros(2, 8).index_put((rows, columns), values.float()) for values in flat]
         loss, _ = policy_loss(replace(inputs, logprobs=grids[0], entropies=grids[1]), config)
-        if compute == "ours" and foretold is not None:
+        if compute == "ours" and expected_grad is not None:
             # Recomputing would fail now: the gradients of the forward pass are used.
             monkeypatch.setattr("raygrpo.algorithm.logprobs._chunks", None)
         loss.backward()
@@ -372,7 +372,7 @@ def test_every_loss_has_the_gradient_that_the_fused_head_foretells(
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_foretelling_reads_nothing_back_from_the_device(name: str) -> None:
+def test_expecting_reads_nothing_back_from_the_device(name: str) -> None:
     """On the meta device nothing can be: statistics would wait for a GPU once a chunk."""
     config = LossConfig(**LOSSES[name])
     inputs, rows, columns, _ = loss_problem(with_old=True)
@@ -381,18 +381,18 @@ def test_foretelling_reads_nothing_back_from_the_device(name: str) -> None:
         for field in fields(inputs)
         if isinstance(value := getattr(inputs, field.name), Tensor)
     }
-    foretold = token_gradient(
+    expected_grad = losses.expected_grad(
         replace(inputs, **on_meta), rows.to("meta"), columns.to("meta"), config
     )
-    assert foretold is not None
+    assert expected_grad is not None
     values = torch.zeros(len(rows), device="meta")
-    by_logprob, by_entropy = foretold(slice(0, len(rows)), values, values)
+    by_logprob, by_entropy = expected_grad(slice(0, len(rows)), values, values)
     assert by_logprob.shape == values.shape
     assert (by_entropy is not None) == (config.entropy_coef > 0)
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_what_is_foretold_is_the_gradient_to_the_bit(name: str) -> None:
+def test_what_is_expected_is_the_gradient_to_the_bit(name: str) -> None:
     """Of all tokens at once, of a run of them, and of some in any order."""
     config = LossConfig(**LOSSES[name])
     inputs, rows, columns, _ = loss_problem(with_old=True)
@@ -401,20 +401,14 @@ def test_what_is_foretold_is_the_gradient_to_the_bit(name: str) -> None:
     for leaf in leaves.values():
         leaf.requires_grad_()
     policy_loss(replace(inputs, **leaves), config)[0].backward()
-    foretold = token_gradient(inputs, rows, columns, config)
-    assert foretold is not None
+    expected_grad = losses.expected_grad(inputs, rows, columns, config)
+    assert expected_grad is not None
     for which in (slice(0, len(rows)), slice(2, 5), torch.tensor([4, 0, 3])):
         given = [leaf.detach()[rows, columns][which] for leaf in leaves.values()]
-        for ours, leaf in zip(foretold(which, *given), leaves.values(), strict=True):
+        for ours, leaf in zip(expected_grad(which, *given), leaves.values(), strict=True):
             if ours is not None:
                 assert leaf.grad is not None
                 assert torch.equal(ours, leaf.grad[rows, columns][which])
-
-
-def test_a_top_entropy_mask_that_is_not_given_is_not_separable() -> None:
-    inputs, rows, columns, _ = loss_problem(with_old=True)
-    config = LossConfig(top_entropy_frac=0.5)
-    assert token_gradient(replace(inputs, policy_mask=None), rows, columns, config) is None
 
 
 def test_a_linear_layer_is_what_the_head_is() -> None:

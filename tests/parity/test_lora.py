@@ -14,13 +14,13 @@ from torch import Tensor
 from raygrpo.config.file import load_config
 from raygrpo.errors import ConfigError, InfraError
 from raygrpo.learner.lora import add_adapter, lora_config, write_adapter
-from raygrpo.learner.reference_learner import ReferenceLearner
 from raygrpo.models import load_model
 from raygrpo.types import Version, merge_stats
 from raygrpo.weights.adapter import AdapterBase, adapter_scale, merged_weights
 from raygrpo.weights.buckets import make_buckets, unpack
 from raygrpo.weights.types import WeightsManifest
 from tests.parity.learner_cases import make_config, make_steps
+from tests.parity.reference_learner import ReferenceLearner
 from tests.parity.test_deepspeed import NUM_STEPS, make_case, relative, run_ranks
 from tests.tiny import save_tiny_model
 

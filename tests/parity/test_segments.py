@@ -17,10 +17,9 @@ from torch import Tensor
 from raygrpo.algorithm.loss import Aggregation, loss_weights_for
 from raygrpo.algorithm.packing import RowLayout, make_microbatch, place
 from raygrpo.config import ModelSection
-from raygrpo.learner.attention.segments import segment_attention
+from raygrpo.learner.attention.segments import SegmentAttention
 from raygrpo.learner.inputs import tree_layout
 from raygrpo.learner.loading import expected_layout, find_layout, load_policy
-from raygrpo.learner.reference_learner import ReferenceLearner
 from raygrpo.types import Group, Microbatch, PlannedSample, StepBatch
 from tests.algorithm.loss_cases import (
     AGGREGATIONS,
@@ -32,6 +31,7 @@ from tests.algorithm.loss_cases import (
 )
 from tests.builders import completion, group, request
 from tests.parity.learner_cases import VOCABULARY, make_config
+from tests.parity.reference_learner import ReferenceLearner
 from tests.tiny import save_tiny_model
 
 KINDS = ("llama", "qwen2", "gemma3")
@@ -203,7 +203,7 @@ def test_any_lengths_in_any_budget_teach_the_same(
 
 
 class Layer(torch.nn.Module):
-    """What `segment_attention` reads of an attention layer in the plain case."""
+    """What `SegmentAttention` reads of an attention layer in the plain case."""
 
     num_key_value_groups = 2
     is_causal = True
@@ -238,7 +238,9 @@ def test_attention_by_segment_equals_dense_attention(
         q, k, v = (t.transpose(1, 2) for t in leaves)
         if ours:
             mark = torch.zeros(1).expand(1, 1, 1, (window or 0) + 1)
-            output, _ = segment_attention(Layer(), q, k, v, mark, segments=layout.plan, scaling=0.3)
+            output, _ = SegmentAttention()(
+                Layer(), q, k, v, mark, segments=layout.plan, scaling=0.3
+            )
         else:
             scores = q @ k.repeat_interleave(2, 1).transpose(2, 3) * 0.3
             scores = scores.masked_fill(~allowed[:, None], float("-inf"))

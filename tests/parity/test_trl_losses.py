@@ -16,7 +16,13 @@ from torch import Tensor
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from raygrpo.algorithm.entropy import EntropyControl, entropy_threshold, top_entropy_mask
-from raygrpo.algorithm.loss import LossConfig, LossInputs, policy_loss
+from raygrpo.algorithm.loss import (
+    Aggregation,
+    LossConfig,
+    LossInputs,
+    loss_weights_for,
+    policy_loss,
+)
 
 ROWS, LENGTH = 7, 9
 
@@ -96,21 +102,26 @@ class Theirs:
         return value.item(), self.logprobs.grad
 
 
-def ours(data: dict[str, Tensor], **options: Any) -> tuple[float, Tensor]:
+def ours(
+    data: dict[str, Tensor], aggregation: Aggregation = "token", **options: Any
+) -> tuple[float, Tensor]:
     logprobs = data["new"].clone().requires_grad_()
+    config = LossConfig(**{"clip_low": 0.1, "clip_high": 0.15, **options})
+    mask = data["mask"].bool()
+    bar = entropy_threshold(data["entropies"][mask], config.top_entropy_frac)
     inputs = LossInputs(
         logprobs=logprobs,
         old_logprobs=data["old"],
         sampler_logprobs=data["sampler"],
         ref_logprobs=data["ref"],
         entropies=data["entropies"],
-        loss_mask=data["mask"].bool(),
+        loss_mask=mask,
+        policy_mask=top_entropy_mask(data["entropies"], mask, bar),
         advantages=data["advantages"],
         sequence_ids=torch.arange(ROWS)[:, None].expand(ROWS, LENGTH),
-        loss_weights=None,
+        loss_weights=loss_weights_for(aggregation, mask.sum(1).tolist(), max_completion_length=20),
     )
-    config = {"clip_low": 0.1, "clip_high": 0.15, "max_completion_length": 20, **options}
-    value, _ = policy_loss(inputs, LossConfig(**config))
+    value, _ = policy_loss(inputs, config)
     value.backward()
     assert logprobs.grad is not None
     return value.item(), logprobs.grad

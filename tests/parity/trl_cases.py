@@ -22,9 +22,9 @@ from raygrpo.algorithm.packing import MicrobatchPlan, make_microbatch, place
 from raygrpo.algorithm.step_plan import make_step_batch
 from raygrpo.config import RunConfig
 from raygrpo.config.file import load_config
-from raygrpo.learner.reference_learner import ReferenceLearner
 from raygrpo.types import FinishedGroup, Group, Microbatch, Score, Stat, summarise
 from tests.builders import completion, request
+from tests.parity.reference_learner import ReferenceLearner
 from tests.tiny import Kind, save_tiny_model, tiny_tokenizer
 
 KINDS: tuple[Kind, ...] = ("llama", "gemma3")
@@ -217,7 +217,7 @@ def train(
             1,
             tokens_per_microbatch=config.train.tokens_per_microbatch,
             layout=learner.layout,
-            attention_length=6.0 * learner.hf_model.config.hidden_size,
+            hidden_size=learner.hf_model.config.hidden_size,
         )
         microbatches = [make_microbatch(plan, payloads) for plan in plans]
         if noise is not None:

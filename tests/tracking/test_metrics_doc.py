@@ -93,6 +93,7 @@ def learner_stats() -> dict[str, Stat]:
         ref_logprobs=-0.8 * ones,
         entropies=ones,
         loss_mask=torch.ones(1, 4, dtype=torch.bool),
+        policy_mask=None,
         advantages=torch.ones(1),
         sequence_ids=ids,
         loss_weights=torch.ones(1),

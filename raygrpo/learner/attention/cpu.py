@@ -1,27 +1,29 @@
-"""Attention on a CPU by torch's kernels, with a backward pass in float32 where they have less.
+"""Attention on a CPU by torch's kernels, with the backward pass in float32 at least.
 
-In bfloat16 the backward kernel rounds more, and on a CPU with AMX takes two to three times as long
-as in float32 for segments of a few hundred tokens; as long at 500, and a third less at 2,000, which
-is not worth another path. The kernels know heads that share keys, so that keys, values and their
-gradients are neither repeated nor added up.
+The backward kernel rounds more in bfloat16, and is slower there than in float32 for segments of a
+few hundred tokens. The kernels know heads that share keys: keys and values are not repeated, and
+their gradients need no addition.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
 
 def attend(
-    query: Tensor,  # [n, heads, Q, D]
-    key: Tensor,  # [n, key heads, K, D]
-    value: Tensor,  # [n, key heads, K, D]
-    mask: Tensor | None,  # additive, [n or 1, 1, Q, K]
+    query: Float[Tensor, "n heads Q D"],
+    key: Float[Tensor, "n key_heads K D"],
+    value: Float[Tensor, "n key_heads K D"],
+    mask: Float[Tensor, "#n 1 Q K"] | None,
     scaling: float | None,
-) -> Tensor:
-    """Attention [n, heads, Q, D]; without a mask it is causal, with as many keys as queries."""
+) -> Float[Tensor, "n heads Q D"]:
+    """Attention under an additive mask; without a mask causal, with as many keys as queries."""
     output: Tensor = _Attention.apply(query, key, value, mask, scaling)  # type: ignore[no-untyped-call]
     return output
 
@@ -30,12 +32,12 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
+        query: Float[Tensor, "n heads Q D"],
+        key: Float[Tensor, "n key_heads K D"],
+        value: Float[Tensor, "n key_heads K D"],
+        mask: Float[Tensor, "#n 1 Q K"] | None,
         scaling: float | None,
-    ) -> Tensor:
+    ) -> Float[Tensor, "n heads Q D"]:
         output, log_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, is_causal=mask is None, attn_mask=mask, scale=scaling
         )
@@ -44,7 +46,7 @@ class _Attention(torch.autograd.Function):
         return output  # type: ignore[no-any-return]
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, gradient: Float[Tensor, "n heads Q D"]) -> Any:
         query, key, value, output, log_sums, mask = ctx.saved_tensors
         dtype = torch.promote_types(query.dtype, torch.float32)
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(

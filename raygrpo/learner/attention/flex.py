@@ -1,19 +1,18 @@
 """Attention by segment on a GPU: torch's flex attention, with a microbatch as one row of tokens.
 
-Who sees whom is said twice: exactly, for each pair of tokens, and for pairs of blocks of tokens,
-where nothing is computed. A prompt's keys and values are read where they lie, by all that share it.
+Visibility has two forms: exact, for each pair of tokens, and coarse, for pairs of blocks of tokens,
+which tells the blocks to skip. All completions read their prompt's keys and values where they lie.
 
-No GPU has run it with raygrpo yet, so each kind of layer first compares it with attention by
-batches of segments, on small rows; what fails there, or differs, is not used.
+No GPU has run flex attention with raygrpo yet. So each kind of layer first compares flex attention
+with attention by batches of segments, on small rows (`disagreement`).
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,25 +20,26 @@ from torch import Tensor
 
 from raygrpo.types import IntArray
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int, Int32
 
-# The tokens of a block, as flex attention has them by default.
+# The tokens of a block; flex attention's default.
 BLOCK = 128
 # Above every position.
 _NEVER = 2**30
-# Norms of differences: bfloat16 rounds to 0.005, a mask that is wrong shows above 0.1.
+# Norms of differences: bfloat16 rounds to 0.005, a wrong mask differs by more than 0.1.
 _TOLERANCE = 0.03
-# Two shapes, so that the kernel is compiled for any; lengths of prompts and their completions.
+# Lengths of prompts and their completions. Two shapes make torch compile a kernel for any shape.
 _PROBES = (((200, (90, 130)), (70, ())), ((300, (250, 10, 140)), (5, (130,)), (170, ())))
 _WINDOWS = (None, 50)
 
-# Query, key and value [B, heads, T, D] and window to attention [B, T, heads, D].
+# From query, key and value [B, heads, T, D] and window to attention [B, T, heads, D].
 Attention = Callable[[Tensor, Tensor, Tensor, int | None], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class LayerKind:
-    """What a kernel is compiled for."""
+    """The properties of a layer that a kernel is compiled for."""
 
     device: torch.device
     dtype: torch.dtype
@@ -49,33 +49,46 @@ class LayerKind:
     scaling: float | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class FlatRow:
-    """A microbatch's tokens [T] one row after the other, padded to whole blocks; int32.
+    """A microbatch's tokens, one row after the other, padded to whole blocks.
 
-    ``segments`` are numbers of their own in every row. A token that only pads is a segment of its
-    own, below -1. ``parents`` are -1 where there is none. ``masks`` are made once a forward pass
-    for each window, when the first layer that needs one asks.
+    The masks of a row are cached: the first layer of each window makes the window's mask.
+
+    Attributes:
+        segments: a number for each segment of each row; padding tokens are segments of their own,
+            below -1.
+        parents: the parent's segment; -1 for none.
+        positions: of each token in its sequence.
     """
 
-    segments: Tensor
-    parents: Tensor
-    positions: Tensor
-    masks: dict[int | None, Any] = field(default_factory=dict)
+    def __init__(
+        self,
+        segments: Int32[Tensor, "T"],
+        parents: Int32[Tensor, "T"],
+        positions: Int32[Tensor, "T"],
+    ) -> None:
+        self.segments = segments
+        self.parents = parents
+        self.positions = positions
+        self._masks: dict[int | None, Any] = {}
 
     def mask(self, window: int | None) -> Any:
         """The `BlockMask` of layers with this window."""
-        if window not in self.masks:
-            self.masks[window] = _make_mask(self, window)
-        return self.masks[window]
+        if window not in self._masks:
+            self._masks[window] = _make_mask(self, window)
+        return self._masks[window]
 
-    def sees(self, window: int | None) -> Callable[[Any, Any, Tensor, Tensor], Tensor]:
-        """Whether a query sees a key, from their indices; as flex attention calls it."""
+    def sees(
+        self, window: int | None
+    ) -> Callable[[Any, Any, Int[Tensor, "*shape"], Int[Tensor, "*shape"]], Bool[Tensor, "*shape"]]:
+        """Flex attention's ``mask_mod``: whether a query sees a key, from their indices."""
         segments, parents, positions = self.segments, self.parents, self.positions
-        # A tensor rather than a number: layers with and without a window share a kernel.
+        # As a tensor, not a number, so that layers with and without a window share a kernel.
         since = positions - ((window or _NEVER) - 1)
 
-        def visible(_batch: Any, _head: Any, query: Tensor, key: Tensor) -> Tensor:
+        def visible(
+            _batch: Any, _head: Any, query: Int[Tensor, "*shape"], key: Int[Tensor, "*shape"]
+        ) -> Bool[Tensor, "*shape"]:
             related = (segments[query] == segments[key]) | (parents[query] == segments[key])
             before = (positions[key] <= positions[query]) & (positions[key] >= since[query])
             return related & before
@@ -83,23 +96,13 @@ class FlatRow:
         return visible
 
 
-# Whether flex attention serves a kind of layer, once it is known.
-served: dict[LayerKind, bool] = {}
-
-
-def settle(kind: LayerKind, reason: str | None) -> None:
-    """Notes, and says once, that it serves, or why not."""
-    served[kind] = reason is None
-    if reason is None:
-        log.info("attention by flex attention in %s", kind)
-    else:
-        log.warning("attention by batches in %s, since flex attention %s", kind, reason)
-
-
 def make_flat_row(
-    positions: IntArray, segment_ids: IntArray, parent_ids: IntArray, device: torch.device
+    positions: Int[IntArray, "B T"],
+    segment_ids: Int[IntArray, "B T"],
+    parent_ids: Int[IntArray, "B T"],
+    device: torch.device,
 ) -> FlatRow:
-    """From a microbatch's arrays [B, T]; what pads has a segment id below 0."""
+    """The row of a microbatch's arrays; padding tokens have a segment id below 0."""
     rows, width = segment_ids.shape
     first = np.arange(rows)[:, None] * width
     segments = np.where(segment_ids >= 0, segment_ids + first, -1).ravel()
@@ -110,13 +113,18 @@ def make_flat_row(
     alone = arrays[0] < 0
     arrays[0] = np.where(alone, -2 - np.arange(alone.size), arrays[0])
     tensors = [torch.tensor(array, dtype=torch.int32, device=device) for array in arrays]
-    return FlatRow(segments=tensors[0], parents=tensors[1], positions=tensors[2])
+    return FlatRow(*tensors)
 
 
 def attend(
-    row: FlatRow, query: Tensor, key: Tensor, value: Tensor, window: int | None, scaling: Any
-) -> Tensor:
-    """Attention of [B, heads, T, D], with as many or fewer key heads, as [B, T, heads, D]."""
+    row: FlatRow,
+    query: Float[Tensor, "B heads T D"],
+    key: Float[Tensor, "B key_heads T D"],
+    value: Float[Tensor, "B key_heads T D"],
+    window: int | None,
+    scaling: float | None,
+) -> Float[Tensor, "B T heads D"]:
+    """Attention over the row by one kernel."""
     num_rows, _, length, _ = query.shape
     more = len(row.segments) - num_rows * length
     flat = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
@@ -132,14 +140,14 @@ def attend(
 
 @cache
 def _flex_attention() -> Any:
-    """Compiled; with ``fullgraph``, what cannot be compiled is an error and never merely slow."""
+    """Flex attention, compiled; with ``fullgraph`` a failed compilation is an error."""
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention, fullgraph=True)
 
 
 def compile_errors() -> tuple[type[Exception], ...]:
-    """What a call raises where compilation fails; signals of checkpointing are none of them."""
+    """The errors of a call whose compilation fails; checkpointing's signals are not among them."""
     from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
     return TorchDynamoException, FailOnRecompileLimitHit
@@ -156,16 +164,20 @@ def _make_mask(row: FlatRow, window: int | None) -> Any:
     )
 
 
-def _listed(pairs: Tensor) -> tuple[Tensor, Tensor]:
-    """How many blocks of keys each block of queries has, and their numbers first: [1, 1, ...]."""
+def _listed(
+    pairs: Bool[Tensor, "Q K"],
+) -> tuple[Int32[Tensor, "1 1 Q"], Int32[Tensor, "1 1 Q K"]]:
+    """The number of key blocks of each query block, and all blocks with those numbers first."""
     order = pairs.int().argsort(dim=-1, descending=True, stable=True)
     return pairs.sum(-1, dtype=torch.int32)[None, None], order.int()[None, None]
 
 
-def block_pairs(row: FlatRow, window: int | None) -> tuple[Tensor, Tensor]:
-    """For blocks [Q, K]: whether some token of Q may see one of K, and whether each sees all.
+def block_pairs(
+    row: FlatRow, window: int | None
+) -> tuple[Bool[Tensor, "Q K"], Bool[Tensor, "Q K"]]:
+    """For blocks of queries and keys: whether some query sees some key; whether each sees all.
 
-    The first is right where it says no, the second where it says yes.
+    Both are bounds: a False of the first and a True of the second are certain.
     """
     segments, parents, positions = (
         t.view(-1, BLOCK) for t in (row.segments, row.parents, row.positions)
@@ -177,15 +189,15 @@ def block_pairs(row: FlatRow, window: int | None) -> tuple[Tensor, Tensor]:
     latest, earliest = _range(positions, real)[1], positions.amin(1)
     first_seen, last_first_seen = _range(since, real)[0], since.amax(1)
 
-    def meets(lowest: Tensor, highest: Tensor) -> Tensor:
+    def meets(lowest: Int[Tensor, "Q"], highest: Int[Tensor, "Q"]) -> Bool[Tensor, "Q K"]:
         return (low[None] <= highest[:, None]) & (high[None] >= lowest[:, None])
 
     number = torch.arange(len(segments), device=segments.device)
-    # A parent, and what a token sees of its own segment, lie before it in the row.
+    # A token's parent, and the visible part of its own segment, lie before the token in the row.
     before = number[None] < number[:, None]
     some = before & (meets(low, high) | meets(parent_low, parent_high))
     some &= latest[None] >= first_seen[:, None]
-    # Blocks of one segment alone; blocks whose tokens all have one parent, be they siblings.
+    # Blocks of one segment alone, and blocks whose tokens all have one parent (siblings included).
     whole = real.all(1) & (low == high)
     own = whole[:, None] & (low[None] == low[:, None])
     parent = (parents.amin(1) == parents.amax(1))[:, None] & (low[None] == parents[:, :1])
@@ -194,13 +206,15 @@ def block_pairs(row: FlatRow, window: int | None) -> tuple[Tensor, Tensor]:
     return some | torch.eye(len(number), dtype=torch.bool, device=number.device), every
 
 
-def _range(values: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
-    """Least and greatest of those that count in each block; an empty range where none does."""
+def _range(
+    values: Int32[Tensor, "K BLOCK"], counted: Bool[Tensor, "K BLOCK"]
+) -> tuple[Int32[Tensor, "K"], Int32[Tensor, "K"]]:
+    """Least and greatest counted value of each block; an empty range where nothing is counted."""
     return values.where(counted, _NEVER).amin(1), values.where(counted, -_NEVER).amax(1)
 
 
 def disagreement(kind: LayerKind, ways: Callable[..., tuple[Attention, Attention]]) -> str | None:
-    """What one way to attend has, in value or gradient, that the other has not; None if nothing.
+    """The difference of two ways to attend in value or gradient, in words; None if there is none.
 
     ``ways`` makes both for a row's positions, segments and parents [1, T] on a device.
     """
@@ -212,7 +226,7 @@ def disagreement(kind: LayerKind, ways: Callable[..., tuple[Attention, Attention
                 first, second = (_results(kind, way, window, arrays[1]) for way in attentions)
             except torch.OutOfMemoryError:
                 raise
-            # Whatever a compiler raises.
+            # A compiler of kernels may raise any error.
             except Exception as error:
                 return f"fails: {type(error).__name__}: {str(error)[:500]}"
             gaps = [float((a - b).norm() / b.norm()) for a, b in zip(first, second, strict=True)]
@@ -222,8 +236,8 @@ def disagreement(kind: LayerKind, ways: Callable[..., tuple[Attention, Attention
 
 
 def _results(
-    kind: LayerKind, attention: Attention, window: int | None, segments: IntArray
-) -> list[Tensor]:
+    kind: LayerKind, attention: Attention, window: int | None, segments: Int[IntArray, "1 T"]
+) -> list[Float[Tensor, "..."]]:
     """Output and gradients of one way to attend, for random inputs and upstream gradients."""
     generator = torch.Generator().manual_seed(0)
     real = torch.tensor(segments >= 0, device=kind.device)
@@ -233,7 +247,7 @@ def _results(
         .requires_grad_()
         for heads in (kind.heads, kind.key_heads, kind.key_heads, kind.heads)
     )
-    # Activation checkpointing, which may be under way, must not see what is saved here.
+    # Activation checkpointing may be under way; it must not see the tensors saved here.
     keep = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
     with torch.enable_grad(), keep:
         output = attention(query, key, value, window)[real]
@@ -242,8 +256,10 @@ def _results(
     return [t.detach().float() for t in (output, *gradients)]
 
 
-def _probe_arrays(trees: Sequence[tuple[int, Sequence[int]]]) -> tuple[IntArray, ...]:
-    """Positions, segments and parents [1, T] of trees in a row, and three tokens that pad."""
+def _probe_arrays(
+    trees: Sequence[tuple[int, Sequence[int]]],
+) -> tuple[Int[IntArray, "1 T"], ...]:
+    """Positions, segments and parents of trees in a row, with three padding tokens."""
     found: list[tuple[int, int, int, int]] = []
     for prompt, completions in trees:
         number = len(found)

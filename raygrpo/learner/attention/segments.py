@@ -1,95 +1,105 @@
 """Attention within segments: rows of several samples, and completions that share their prompt.
 
-A row of T tokens that holds many segments needs only the products of each token with its own
-segment and its parent's, while attention under a [T, T] mask computes all of them. Here segments of
-like length become a batch of their own, whatever row they lie in, and attention runs once a batch:
-causal for segments without a parent, under a small mask for those that continue one. Padding in
-these batches costs attention alone, never a layer of the network. On a GPU one kernel does it all
-where it can (`flat_attention`).
+A token needs only the products with its own segment and its parent segment; attention under a mask
+of [T, T] computes those with the whole row. Here segments of like length form a batch, in whatever
+rows they lie, and attention runs once per batch: causal for segments without a parent, under a mask
+of their own for segments that continue one. Padding in a batch costs attention alone.
+
+`SegmentAttention` is the function that a model's layers call. On a GPU it uses flex attention
+(`flex`) for the kinds of layers that a comparison finds right, and batches for all others.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from raygrpo.learner.attention import cpu as cpu_attention
-from raygrpo.learner.attention import flex as flat_attention
-from raygrpo.learner.attention.flex import (
-    Attention,
-    FlatRow,
-    LayerKind,
-    make_flat_row,
-    served,
-    settle,
-)
+from raygrpo.learner.attention import cpu, flex
 from raygrpo.models import attention_windows, refuse_unknown
 from raygrpo.types import IntArray
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int, Shaped
+
+log = logging.getLogger(__name__)
 
 NAME = "raygrpo_segments"
 # A segment shorter than this share of a batch's longest goes to the next batch.
 _ALIKE = 0.75
-# The position of what only pads.
+# The position of padding.
 _FUTURE = 2**30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gather:
-    """Tokens [N, ...] to slots [S, ...] and back; every token lies in one slot at most.
+    """Moves values of tokens into slots and back; a token lies in one slot at most.
 
-    ``tokens`` [S] names each slot's token, ``empty`` the slots that only pad; ``slots`` [N] names
-    each token's slot, ``absent`` the tokens without one.
+    Attributes:
+        tokens: the token of each slot.
+        empty: the slots that only pad.
+        slots: the slot of each token.
+        absent: the tokens without a slot.
     """
 
-    tokens: Tensor
-    empty: Tensor
-    slots: Tensor
-    absent: Tensor
+    tokens: Int[Tensor, "slots"]
+    empty: Int[Tensor, "padding"]
+    slots: Int[Tensor, "N"]
+    absent: Int[Tensor, "absent"]
 
-    def __call__(self, values: Tensor) -> Tensor:
+    def __call__(self, values: Float[Tensor, "N *rest"]) -> Float[Tensor, "slots *rest"]:
         """Slots from tokens; padding slots hold a copy of some token."""
         taken: Tensor = _Move.apply(values, self.tokens, self.slots, self.absent)  # type: ignore[no-untyped-call]
         return taken
 
-    def back(self, values: Tensor) -> Tensor:
+    def back(self, values: Float[Tensor, "slots *rest"]) -> Float[Tensor, "N *rest"]:
         """Tokens from slots; absent tokens hold a copy of some slot."""
         put: Tensor = _Move.apply(values, self.slots, self.tokens, self.empty)  # type: ignore[no-untyped-call]
         return put
 
 
 class _Move(torch.autograd.Function):
-    """``values[index]`` where ``inverse`` undoes it, so that the gradient needs no addition."""
+    """``values[index]``, with the gradient ``gradient[inverse]``: a move needs no addition."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, index: Tensor, inverse: Tensor, lost: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        values: Float[Tensor, "from *rest"],
+        index: Int[Tensor, "to"],
+        inverse: Int[Tensor, "from"],
+        lost: Int[Tensor, "lost"],
+    ) -> Float[Tensor, "to *rest"]:
         ctx.save_for_backward(inverse, lost)
         return values.index_select(0, index)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, gradient: Float[Tensor, "to *rest"]) -> Any:
         inverse, lost = ctx.saved_tensors
         return gradient.index_select(0, inverse).index_fill_(0, lost, 0), None, None, None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prefix:
-    """The parents of a batch's segments: ``gather`` their tokens, [parents, length] aligned right.
+    """The parents of a batch's segments.
 
-    ``parent`` [n] is each segment's. ``positions`` [n, length + Q] are those of its keys, its own
-    last, and far in the future where nothing is; [1, length + Q] when all segments have the same.
+    Attributes:
+        gather: moves the parents' tokens into [num_parents, length] slots, aligned right.
+        parent: the parent of each of the n segments.
+        positions: of each segment's K keys, the parent's first; padding is far in the future. One
+            row serves all segments where their positions are equal.
     """
 
     gather: Gather
     num_parents: int
-    parent: Tensor
-    positions: Tensor
+    parent: Int[Tensor, "n"]
+    positions: Int[Tensor, "#n K"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,27 +112,36 @@ class Batch:
     prefix: Prefix | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class SegmentPlan:
-    """How a microbatch's tokens become batches of segments.
+    """The batches of segments of a microbatch.
 
-    ``masks`` are made once a forward pass, when the first layer that needs one asks. ``row`` is
-    the same for one kernel, on devices that have it.
+    The masks of a plan are cached: the first layer that needs a mask makes it.
+
+    Attributes:
+        gather: moves tokens into the slots of all batches, one batch after the other.
+        row: the microbatch as flex attention reads it; None on a CPU.
     """
 
-    gather: Gather
-    batches: tuple[Batch, ...]
-    row: FlatRow | None = None
-    masks: dict[tuple[int, int | None, torch.dtype], Tensor | None] = field(default_factory=dict)
+    def __init__(
+        self, gather: Gather, batches: tuple[Batch, ...], row: flex.FlatRow | None
+    ) -> None:
+        self.gather = gather
+        self.batches = batches
+        self.row = row
+        self._masks: dict[tuple[int, int | None, torch.dtype], Tensor | None] = {}
 
-    def mask(self, number: int, window: int | None, dtype: torch.dtype) -> Tensor | None:
-        """The additive mask of a batch, [num or 1, 1, Q, K]; None where causal attention is it."""
+    def mask(
+        self, number: int, window: int | None, dtype: torch.dtype
+    ) -> Float[Tensor, "#n 1 Q K"] | None:
+        """The additive mask of a batch; None where plain causal attention is right."""
         key = (number, window, dtype)
-        if key not in self.masks:
-            self.masks[key] = self._make_mask(self.batches[number], window, dtype)
-        return self.masks[key]
+        if key not in self._masks:
+            self._masks[key] = self._make_mask(self.batches[number], window, dtype)
+        return self._masks[key]
 
-    def _make_mask(self, batch: Batch, window: int | None, dtype: torch.dtype) -> Tensor | None:
+    def _make_mask(
+        self, batch: Batch, window: int | None, dtype: torch.dtype
+    ) -> Float[Tensor, "#n 1 Q K"] | None:
         if batch.prefix is not None:
             keys = batch.prefix.positions
         elif window is None or window >= batch.length:
@@ -130,7 +149,7 @@ class SegmentPlan:
         else:
             keys = torch.arange(batch.length, device=self.gather.tokens.device)[None]
         distance = keys[:, -batch.length :, None] - keys[:, None, :]
-        # What only pads is far in the future of all that is not, and sees itself.
+        # Padding is far in the future of all tokens, and sees itself.
         visible = distance >= 0
         if window is not None:
             visible &= distance < window
@@ -140,16 +159,19 @@ class SegmentPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Segment:
-    """Tokens [L] of a segment, as indices into the flattened microbatch, and its parent's."""
+    """The tokens of a segment as indices into the flattened microbatch, and its parent's number."""
 
-    tokens: IntArray
+    tokens: Int[IntArray, "L"]
     parent: int | None
 
 
 def make_plan(
-    positions: IntArray, segment_ids: IntArray, parent_ids: IntArray, device: torch.device
+    positions: Int[IntArray, "B T"],
+    segment_ids: Int[IntArray, "B T"],
+    parent_ids: Int[IntArray, "B T"],
+    device: torch.device,
 ) -> SegmentPlan:
-    """The plan of a microbatch, from its arrays [B, T].
+    """The plan of a microbatch.
 
     Positions rise by one within a segment; a parent has no parent itself.
     """
@@ -168,15 +190,15 @@ def make_plan(
         batches.append(Batch(start=start, num=len(run), length=length, prefix=prefix))
         start += len(run) * length
     slots = np.concatenate([place.ravel() for place in places])
-    arrays = (positions, segment_ids, parent_ids)
-    return SegmentPlan(
-        gather=_make_gather(slots, positions.size, device),
-        batches=tuple(batches),
-        row=make_flat_row(*arrays, device) if device.type == "cuda" else None,
-    )
+    row = None
+    if device.type == "cuda":
+        row = flex.make_flat_row(positions, segment_ids, parent_ids, device)
+    return SegmentPlan(_make_gather(slots, positions.size, device), tuple(batches), row)
 
 
-def _find_segments(segment_ids: IntArray, parent_ids: IntArray) -> list[_Segment]:
+def _find_segments(
+    segment_ids: Int[IntArray, "B T"], parent_ids: Int[IntArray, "B T"]
+) -> list[_Segment]:
     width = segment_ids.shape[1]
     found: list[_Segment] = []
     for row, (ids, parents) in enumerate(zip(segment_ids, parent_ids, strict=True)):
@@ -192,12 +214,12 @@ def _find_segments(segment_ids: IntArray, parent_ids: IntArray) -> list[_Segment
 
 
 def _sort_key(segments: list[_Segment], index: int) -> tuple[int, int]:
-    """The class of the parent's length, parentless first; then by length, long before short."""
+    """First by the class of the parent's length, parentless first; then long before short."""
     return _prefix_class(segments, index), -segments[index].tokens.size
 
 
 def _prefix_class(segments: list[_Segment], index: int) -> int:
-    """Parents of a class differ in length by less than the factor `_ALIKE`."""
+    """The class of the parent's length; lengths of one class are within the factor `_ALIKE`."""
     parent = segments[index].parent
     if parent is None:
         return -1
@@ -210,8 +232,10 @@ def _alike(segments: list[_Segment], first: int, other: int) -> bool:
     return same_class and sizes[1] >= _ALIKE * sizes[0]
 
 
-def _aligned(runs: Iterable[IntArray], length: int, *, right: bool = False) -> IntArray:
-    """Runs of indices as rows [n, length], padded with -1."""
+def _aligned(
+    runs: Iterable[Int[IntArray, "L"]], length: int, *, right: bool = False
+) -> Int[IntArray, "n length"]:
+    """Runs of indices as rows, padded with -1."""
     rows = []
     for run in runs:
         pad = np.full(length - run.size, -1, np.int32)
@@ -219,8 +243,8 @@ def _aligned(runs: Iterable[IntArray], length: int, *, right: bool = False) -> I
     return np.stack(rows)
 
 
-def _make_gather(slots: IntArray, num_tokens: int, device: torch.device) -> Gather:
-    """From each slot's token, -1 for padding."""
+def _make_gather(slots: Int[IntArray, "slots"], num_tokens: int, device: torch.device) -> Gather:
+    """The moves between tokens and slots, from the token of each slot (-1 for padding)."""
     filled = np.flatnonzero(slots >= 0)
     back = np.full(num_tokens, -1, np.int64)
     back[slots[filled]] = filled
@@ -233,8 +257,12 @@ def _make_gather(slots: IntArray, num_tokens: int, device: torch.device) -> Gath
 
 
 def _make_prefix(
-    segments: list[_Segment], run: list[int], positions: IntArray, device: torch.device
+    segments: list[_Segment],
+    run: list[int],
+    positions: Int[IntArray, "N"],
+    device: torch.device,
 ) -> Prefix | None:
+    """The parents of a run of segments; None where the segments have none."""
     above = [segments[i].parent for i in run]
     parents = sorted({parent for parent in above if parent is not None})
     if not parents:
@@ -256,76 +284,103 @@ def _make_prefix(
     )
 
 
-def segment_attention(
-    module: Any,
-    query: Tensor,  # [B, heads, T, D]
-    key: Tensor,  # [B, key heads, T, D]
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    segments: SegmentPlan | None = None,
-    scaling: float | None = None,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """An attention function of transformers; without ``segments`` its own SDPA.
+class SegmentAttention:
+    """An attention function of transformers; it remembers the layers that flex attention serves."""
 
-    With them ``attention_mask`` only tells the window, see `window_marks`.
+    def __init__(self) -> None:
+        self._served: dict[flex.LayerKind, bool] = {}
 
-    Raises:
-        ValueError: the layer wants what is not known here.
-    """
-    if segments is None:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    def __call__(
+        self,
+        module: Any,
+        query: Float[Tensor, "B heads T D"],
+        key: Float[Tensor, "B key_heads T D"],
+        value: Float[Tensor, "B key_heads T D"],
+        attention_mask: Float[Tensor, "..."] | None,
+        *,
+        segments: SegmentPlan | None = None,
+        scaling: float | None = None,
+        **options: Any,
+    ) -> tuple[Float[Tensor, "B T heads D"], None]:
+        """Attention by segment; without ``segments`` transformers' own SDPA.
 
-        plain: tuple[Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, **options
-        )
-        return plain
-    refuse_unknown(options, "segments")
-    if attention_mask is None or attention_mask.shape[:3] != (1, 1, 1):
-        raise ValueError("the layer was not told its window")
-    window = attention_mask.shape[-1] - 1 or None
-    if segments.row is not None:
-        flat = _attend_flat(segments.row, query, key, value, window, scaling)
-        if flat is not None:
-            return flat, None
-    return _attend_in_batches(segments, query, key, value, window, scaling), None
+        With ``segments``, the shape of ``attention_mask`` tells the window (see `window_marks`).
+
+        Raises:
+            ValueError: the layer has an option that attention by segment does not know.
+        """
+        if segments is None:
+            from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+            plain: tuple[Tensor, None] = sdpa_attention_forward(
+                module, query, key, value, attention_mask, scaling=scaling, **options
+            )
+            return plain
+        refuse_unknown(options, "segments")
+        if attention_mask is None or attention_mask.shape[:3] != (1, 1, 1):
+            raise ValueError("the layer was not told its window")
+        window = attention_mask.shape[-1] - 1 or None
+        if segments.row is not None:
+            flat = self._by_flex(segments.row, query, key, value, window, scaling)
+            if flat is not None:
+                return flat, None
+        return attend_in_batches(segments, query, key, value, window, scaling), None
+
+    def _by_flex(
+        self,
+        row: flex.FlatRow,
+        query: Float[Tensor, "B heads T D"],
+        key: Float[Tensor, "B key_heads T D"],
+        value: Float[Tensor, "B key_heads T D"],
+        window: int | None,
+        scaling: float | None,
+    ) -> Float[Tensor, "B T heads D"] | None:
+        """Attention by flex attention; None for kinds of layers where it failed or differed."""
+        heads, size = query.shape[1], query.shape[3]
+        kind = flex.LayerKind(query.device, query.dtype, heads, key.shape[1], size, scaling)
+        if kind not in self._served:
+            self._settle(kind, flex.disagreement(kind, partial(both_ways, scaling)))
+        if self._served[kind]:
+            try:
+                return flex.attend(row, query, key, value, window, scaling)
+            except flex.compile_errors() as error:
+                self._settle(kind, f"fails: {type(error).__name__}: {str(error)[:500]}")
+        return None
+
+    def _settle(self, kind: flex.LayerKind, reason: str | None) -> None:
+        """Notes and logs that flex attention serves a kind of layer, or the reason why not."""
+        self._served[kind] = reason is None
+        if reason is None:
+            log.info("attention by flex attention in %s", kind)
+        else:
+            log.warning("attention by batches in %s, since flex attention %s", kind, reason)
 
 
-def _attend_flat(
-    row: FlatRow, query: Tensor, key: Tensor, value: Tensor, window: int | None, scaling: Any
-) -> Tensor | None:
-    """Attention by one kernel; None for kinds of layers for which it failed or was wrong."""
-    heads, size = query.shape[1], query.shape[3]
-    kind = LayerKind(query.device, query.dtype, heads, key.shape[1], size, scaling)
-    if kind not in served:
-        settle(kind, flat_attention.disagreement(kind, partial(_both_ways, scaling)))
-    if served[kind]:
-        try:
-            return flat_attention.attend(row, query, key, value, window, scaling)
-        except flat_attention.compile_errors() as error:
-            settle(kind, f"fails: {type(error).__name__}: {str(error)[:500]}")
-    return None
-
-
-def _both_ways(scaling: Any, *arrays: Any) -> tuple[Attention, Attention]:
-    """Attention by one kernel and by batches, for the arguments of `make_flat_row`."""
-    row, plan = make_flat_row(*arrays), make_plan(*arrays)
+def both_ways(
+    scaling: float | None,
+    positions: Int[IntArray, "B T"],
+    segment_ids: Int[IntArray, "B T"],
+    parent_ids: Int[IntArray, "B T"],
+    device: torch.device,
+) -> tuple[flex.Attention, flex.Attention]:
+    """Flex attention and attention by batches over a microbatch, to be compared."""
+    row = flex.make_flat_row(positions, segment_ids, parent_ids, device)
+    plan = make_plan(positions, segment_ids, parent_ids, device)
     return (
-        lambda q, k, v, window: flat_attention.attend(row, q, k, v, window, scaling),
-        lambda q, k, v, window: _attend_in_batches(plan, q, k, v, window, scaling),
+        lambda q, k, v, window: flex.attend(row, q, k, v, window, scaling),
+        lambda q, k, v, window: attend_in_batches(plan, q, k, v, window, scaling),
     )
 
 
-def _attend_in_batches(
+def attend_in_batches(
     segments: SegmentPlan,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    query: Float[Tensor, "B heads T D"],
+    key: Float[Tensor, "B key_heads T D"],
+    value: Float[Tensor, "B key_heads T D"],
     window: int | None,
     scaling: float | None,
-) -> Tensor:
-    """Attention [B, T, heads, D] of segments of like length at a time."""
+) -> Float[Tensor, "B T heads D"]:
+    """Attention by segment, one batch of segments at a time."""
     tokens = [t.transpose(1, 2).flatten(0, 1) for t in (query, key, value)]
     slots = [segments.gather(t) for t in tokens]
     outputs = []
@@ -343,20 +398,26 @@ def _attend_in_batches(
     return together.view(query.shape[0], query.shape[2], *together.shape[1:])
 
 
-def _prompts(tokens: Tensor, prefix: Prefix) -> Tensor:
-    """Each segment's parent's keys or values [n, length, heads, D]."""
+def _prompts(
+    tokens: Float[Tensor, "N heads D"], prefix: Prefix
+) -> Float[Tensor, "n length heads D"]:
+    """The keys or values of each segment's parent."""
     parents = prefix.gather(tokens).view(prefix.num_parents, -1, *tokens.shape[1:])
     return parents.index_select(0, prefix.parent)
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None
-) -> Tensor:
-    """Attention of [n, L, heads, D], with as many or fewer key heads."""
+    query: Float[Tensor, "n Q heads D"],
+    key: Float[Tensor, "n K key_heads D"],
+    value: Float[Tensor, "n K key_heads D"],
+    mask: Float[Tensor, "#n 1 Q K"] | None,
+    scaling: float | None,
+) -> Float[Tensor, "n Q heads D"]:
+    """Attention within one batch; key heads may be fewer than heads."""
     repeats = query.shape[2] // key.shape[2]
     query, key, value = (t.transpose(1, 2) for t in (query, key, value))
     if query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
-        return cpu_attention.attend(query, key, value, mask, scaling).transpose(1, 2)
+        return cpu.attend(query, key, value, mask, scaling).transpose(1, 2)
     if repeats > 1:
         key, value = (
             t[:, :, None].expand(-1, -1, repeats, -1, -1).flatten(1, 2) for t in (key, value)
@@ -367,11 +428,11 @@ def _attend(
     return output.transpose(1, 2)
 
 
-def window_marks(config: Any, like: Tensor) -> Any:
-    """What a model passes to its layers in the place of masks: their window, in a shape.
+def window_marks(config: Any, like: Shaped[Tensor, "..."]) -> Any:
+    """Tensors that a model passes to its layers as masks; their shape tells a layer its window.
 
-    A model sorts its layers by the mask that each kind of them gets, so a mark of width window + 1
-    reaches those with a sliding window, and one of width 1 the others.
+    A model gives each kind of layer its own mask. So a mark of width window + 1 reaches the layers
+    with a sliding window, and one of width 1 the others.
     """
     mark = like.new_zeros(1)
     windows = attention_windows(config)
@@ -380,10 +441,10 @@ def window_marks(config: Any, like: Tensor) -> Any:
 
 
 def use_segments(model: Any) -> None:
-    """Makes a model's layers call `segment_attention`; its own attention must be SDPA."""
+    """Makes a model's layers call a `SegmentAttention`; their own attention must be SDPA."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(NAME, segment_attention)
+    AttentionInterface.register(NAME, SegmentAttention())
     AttentionMaskInterface.register(NAME, sdpa_mask)
     model.set_attn_implementation(NAME)

@@ -1,9 +1,9 @@
 """Sequence parallelism (DeepSpeed Ulysses, arXiv 2309.14509): ranks share a row's tokens.
 
-Consecutive ranks form a group that computes the same microbatches. Each holds a run of every row's
-columns; around attention an all-to-all trades columns for heads, so that attention sees whole rows,
-with any mask. Each rank computes the logprobs that its hidden states predict, and all ranks of the
-group get all of them: the loss is that of whole rows, whatever its level, and is the same on each.
+Consecutive ranks form a group that computes the same microbatches. Each rank holds a run of every
+row's columns. Around attention an all-to-all trades columns for heads, so that attention sees whole
+rows under any mask. Each rank computes the logprobs that its hidden states predict, and sends them
+to the other ranks of the group: all compute the same loss of whole rows.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from raygrpo.algorithm.logprobs import TokenGradient
+from raygrpo.algorithm.logprobs import ExpectedGrad
 from raygrpo.errors import ConfigError
 from raygrpo.models import attention_masks, refuse_unknown
 
 if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
     from raygrpo.learner.inputs import PolicyInputs
     from raygrpo.learner.policy import PolicyModel
 
@@ -41,7 +43,7 @@ def check_attention(config: Any, size: int) -> None:
             "choose a divisor",
         )
     capped = getattr(text, "attn_logit_softcapping", None) is not None
-    # What SDPA cannot compute is loaded with the model's own attention.
+    # A model whose attention SDPA cannot compute is loaded with its own ("eager").
     if capped or getattr(config, "_attn_implementation", None) == "eager":
         what = "caps its logits" if capped else "is not that of SDPA"
         raise ConfigError(
@@ -52,47 +54,45 @@ def check_attention(config: Any, size: int) -> None:
 
 
 class SequenceShard:
-    """One rank's part in computing a policy's rows; see `PolicyModel.shard`.
+    """One rank's part in computing a policy's rows (see `PolicyModel.share_rows`).
 
-    Made on every rank at once, after the process group.
+    All ranks construct it at once, after the process group.
 
     Raises:
         ConfigError: see `check_attention`.
     """
 
     def __init__(self, model: Any, *, rank: int, num_ranks: int, size: int) -> None:
+        from transformers import AttentionInterface
+
         check_attention(model.config, size)
         groups = [dist.new_group(list(range(r, r + size))) for r in range(0, num_ranks, size)]
         self._group, self._index, self._size = groups[rank // size], rank % size, size
-
-    def attach(self, *policies: PolicyModel | None) -> None:
-        """Makes the policies compute their forward passes together with the group's other ranks."""
-        from transformers import AttentionInterface
-
+        self.attention = _ATTENTION
         AttentionInterface.register(_ATTENTION, _UlyssesAttention(self._group, self._size))
-        for policy in policies:
-            if policy is not None:
-                policy.model.set_attn_implementation(_ATTENTION)
-                policy.shard = self
 
-    def forward(self, policy: PolicyModel, inputs: PolicyInputs) -> tuple[Tensor, Tensor]:
-        """Logprobs and entropies [N] of all trained tokens, with gradient, on every rank."""
+    def forward(
+        self, policy: PolicyModel, inputs: PolicyInputs
+    ) -> tuple[Float[Tensor, "N"], Float[Tensor, "N"]]:
+        """Logprobs and entropies of all trained tokens, with gradient, on every rank."""
         start, hidden = self._hidden(policy, inputs)
         local = inputs.predictors - start
         mine = (local >= 0) & (local < hidden.shape[1])
-        # Every rank passes through the head: under ZeRO-3 they gather its weight together.
+        # Every rank passes through the head: under ZeRO-3 the ranks gather its weight together.
         picked = mine.nonzero()[:, 0] if mine.any() else torch.zeros_like(local[:1])
         columns = local[picked].clamp(0, hidden.shape[1] - 1)
         targets = inputs.token_ids[inputs.rows, inputs.columns][picked]
-        foretold = None if inputs.token_gradient is None else _of(inputs.token_gradient, picked)
-        values = policy.logprob_head(hidden[inputs.rows[picked], columns], targets, foretold)
+        expected = None if inputs.expected_grad is None else _of(inputs.expected_grad, picked)
+        values = policy.logprob_head(hidden[inputs.rows[picked], columns], targets, expected)
         kept = mine[picked]
         written = (v.new_zeros(len(mine)).index_put((picked,), v * kept) for v in values)
         logprobs, entropies = (_sum_over_group(value, self._group) for value in written)
         return logprobs, entropies
 
-    def _hidden(self, policy: PolicyModel, inputs: PolicyInputs) -> tuple[int, Tensor]:
-        """The first column of this rank's run, and its last hidden states [B, T / size, H]."""
+    def _hidden(
+        self, policy: PolicyModel, inputs: PolicyInputs
+    ) -> tuple[int, Float[Tensor, "B T/size H"]]:
+        """The first column of this rank's run, and the run's last hidden states."""
         num_rows, length = inputs.token_ids.shape
         padding = -length % self._size
         run = (length + padding) // self._size
@@ -114,37 +114,39 @@ class SequenceShard:
         return here.start, output.last_hidden_state
 
 
-def _of(gradient: TokenGradient, picked: Tensor) -> TokenGradient:
-    """The gradients of some tokens, from those of all."""
+def _of(gradient: ExpectedGrad, picked: Int[Tensor, "n"]) -> ExpectedGrad:
+    """The expected gradient of the picked tokens, numbered among themselves."""
     return lambda which, *values: gradient(picked[which], *values)
 
 
-def _pad(values: Tensor, count: int) -> Tensor:
+def _pad(values: Int[Tensor, "B T"], count: int) -> Int[Tensor, "B T+count"]:
     return torch.nn.functional.pad(values, (0, count))
 
 
-def _sum_over_group(value: Tensor, group: Any) -> Tensor:
+def _sum_over_group(value: Float[Tensor, "N"], group: Any) -> Float[Tensor, "N"]:
     total: Tensor = _SumOverGroup.apply(value, group)  # type: ignore[no-untyped-call]
     return total
 
 
 class _SumOverGroup(torch.autograd.Function):
-    """Adds up tensors of which each rank wrote its own part. Every rank has the same loss, so a
-    part's gradient is that of the sum, counted once."""
+    """Adds up tensors of which each rank wrote its own part.
+
+    Every rank has the same loss, so the gradient of a part is the gradient of the sum, once.
+    """
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, group: Any) -> Tensor:
+    def forward(ctx: Any, value: Float[Tensor, "N"], group: Any) -> Float[Tensor, "N"]:
         total = value.clone()
         dist.all_reduce(total, group=group)
         return total
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Float[Tensor, "N"]) -> tuple[Float[Tensor, "N"], None]:
         return gradient, None
 
 
 class _UlyssesAttention:
-    """An attention function for transformers, over columns that the ranks of a group share."""
+    """An attention function of transformers for rows whose columns a group of ranks shares."""
 
     def __init__(self, group: Any, size: int) -> None:
         from deepspeed.sequence.layer import DistributedAttention
@@ -155,15 +157,15 @@ class _UlyssesAttention:
     def __call__(
         self,
         module: Any,
-        query: Tensor,  # [B, heads, T / size, D], as are key and value with their heads
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
+        query: Float[Tensor, "B heads T/size D"],
+        key: Float[Tensor, "B key_heads T/size D"],
+        value: Float[Tensor, "B key_heads T/size D"],
+        attention_mask: Float[Tensor, "B 1 T T"] | None,
         *,
         scaling: float | None = None,
         sliding_window: int | None = None,
         **options: Any,
-    ) -> tuple[Tensor, None]:
+    ) -> tuple[Float[Tensor, "B T/size heads D"], None]:
         refuse_unknown(options, "sequence parallelism")
         if key.shape[1] % self._size:
             repeats = query.shape[1] // key.shape[1]
@@ -174,15 +176,15 @@ class _UlyssesAttention:
 
 
 def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    query: Float[Tensor, "B T heads D"],
+    key: Float[Tensor, "B T key_heads D"],
+    value: Float[Tensor, "B T key_heads D"],
     *,
-    mask: Tensor | None,
+    mask: Float[Tensor, "B 1 T T"] | None,
     scale: float | None,
     window: int | None,
-) -> Tensor:
-    """Attention over whole rows [B, T, heads, D]; causal, within the window, without a mask."""
+) -> Float[Tensor, "B T heads D"]:
+    """Attention over whole rows; without a mask causal, within the window."""
     length, repeats = query.shape[1], query.shape[2] // key.shape[2]
     if mask is None and window is not None and window < length:
         index = torch.arange(length, device=query.device)

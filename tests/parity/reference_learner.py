@@ -1,4 +1,4 @@
-"""The learner that the others are measured against: one process, plain torch, fp32."""
+"""The oracle of learners: one process, plain torch, fp32."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ class ReferenceLearner(Learner):
             seed=config.seed,
             dtype=torch.float32,
             temperature=config.sampling.temperature,
+            entropy_gradient=config.loss.has_entropy_bonus,
             gradient_checkpointing=config.learner.gradient_checkpointing,
         )
         policy.to(device)
