@@ -12,7 +12,8 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from raygrpo.commands.signals import Stopped
-from raygrpo.config.file import describe_keys, dump_config, dump_recipe, load_config
+from raygrpo.config.describe import describe_keys
+from raygrpo.config.file import dump_config, dump_recipe, load_config
 from raygrpo.errors import ConfigError, DataError, RayGrpoError, RewardError
 
 EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_FAILED = 2, 3, 4

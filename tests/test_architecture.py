@@ -165,7 +165,7 @@ def test_public_things_are_documented(path: Path) -> None:
 
 
 def test_every_key_is_documented() -> None:
-    from raygrpo.config.file import describe_keys
+    from raygrpo.config.describe import describe_keys
 
     assert all(row.meaning for row in describe_keys())
 

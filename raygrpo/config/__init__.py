@@ -1,4 +1,4 @@
-"""What a run is told: typed sections, and how a file becomes one."""
+"""The configuration of a run: typed sections, and how a file becomes one."""
 
 from raygrpo.config.algorithm import AdvantageSection, LossSection
 from raygrpo.config.sections import (

@@ -1,4 +1,4 @@
-"""What a section of the configuration is made of."""
+"""Sections and keys: the pieces of a configuration."""
 
 from __future__ import annotations
 

@@ -1,20 +1,19 @@
-"""Configurations as people write and read them: files, overrides, mistakes, and what keys mean."""
+"""Configurations as people write them: files, overrides, and mistakes with their fixes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from raygrpo.config import RunConfig
+from raygrpo.config.describe import section_of
 from raygrpo.config.moved import MOVED
 from raygrpo.config.recipes import RECIPES
-from raygrpo.config.sections import DataChanges, DataKeys, PartSection
 from raygrpo.errors import ConfigError, nearest
 
 
@@ -24,8 +23,8 @@ def load_config(source: Path | str | Mapping[str, Any], overrides: Sequence[str]
     From weakest to strongest: defaults, the recipe, the file, the overrides.
 
     Raises:
-        ConfigError: a missing or malformed file, an unknown key (with the nearest known one), a
-            value out of range, or an impossible combination.
+        ConfigError: a missing or malformed file, an unknown key (with its new name, or the nearest
+            known one), a value out of range, or an impossible combination.
     """
     user = deepcopy(dict(source)) if isinstance(source, Mapping) else _read_yaml(Path(source))
     for override in overrides:
@@ -40,10 +39,10 @@ def load_config(source: Path | str | Mapping[str, Any], overrides: Sequence[str]
 
 
 def recipe_overrides(name: str) -> Mapping[str, Any]:
-    """What a recipe sets.
+    """The keys that a recipe sets, by section.
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: no recipe has that name.
     """
     if name not in RECIPES:
         raise ConfigError(f"unknown recipe {name!r}", nearest(name, list(RECIPES)))
@@ -51,10 +50,10 @@ def recipe_overrides(name: str) -> Mapping[str, Any]:
 
 
 def dump_recipe(name: str) -> str:
-    """What a recipe sets, as YAML that a configuration can hold.
+    """The keys that a recipe sets, as YAML that a configuration can hold.
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: no recipe has that name.
     """
     text: str = yaml.safe_dump({"recipe": name, **recipe_overrides(name)}, sort_keys=False)
     return text
@@ -121,7 +120,7 @@ def _explain(error: ValidationError) -> ConfigError:
         else:
             reason = item["msg"].removeprefix("Value error, ")
             lines.append(f"{location}: {reason}" if location else reason)
-            if location:
+            if item["type"] != "value_error":  # its message names the fix
                 fixes.append(f"it is {item['input']!r} now")
     return ConfigError("; ".join(lines), "; ".join(fixes))
 
@@ -142,60 +141,7 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
     return list(model.model_fields)
 
 
-def section_of(annotation: Any) -> type[BaseModel] | None:
-    """The section that a field holds, alone or in a list; None for a plain value."""
-    arguments = getattr(annotation, "__args__", (annotation,))
-    nested = [a for a in arguments if isinstance(a, type) and issubclass(a, BaseModel)]
-    return nested[0] if nested else None
-
-
 def dump_config(config: RunConfig) -> str:
     """The whole resolved configuration as YAML; loading it gives the same configuration."""
     text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=100)
     return text
-
-
-class Key(NamedTuple):
-    """What `raygrpo config` says of a key.
-
-    Example: ``Key("train.steps", "int", "100", "steps", "Steps of the run.")``.
-    """
-
-    path: str
-    type: str
-    default: str
-    unit: str
-    meaning: str
-
-
-def describe_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[Key]:
-    """Every key of a section and of the sections in it, in their order."""
-    rows: list[Key] = []
-    for name, info in model.model_fields.items():
-        if (section := section_of(info.annotation)) is not None:
-            mark = "[]" if get_origin(info.annotation) is list else ""
-            rows += describe_keys(section, f"{prefix}{name}{mark}.")
-            continue
-        extra = info.json_schema_extra
-        unit = str(extra.get("unit", "")) if isinstance(extra, dict) else ""
-        default = "required" if info.is_required() else repr(info.default)
-        meaning = info.description or ""
-        if issubclass(model, DataChanges) and name in DataKeys.model_fields:
-            outer = prefix.removesuffix("mixture[].") if model is PartSection else "data."
-            default, meaning = "inherited", f"In place of {outer}{name}."
-        rows.append(Key(f"{prefix}{name}", _type_name(info.annotation), default, unit, meaning))
-    return rows
-
-
-def _type_name(annotation: Any) -> str:
-    """A type as users write its values: ``int``, ``str | None``, ``k2 | k3``, ``mapping``."""
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Literal:
-        return " | ".join(map(str, arguments))
-    if origin in (Union, UnionType):
-        return " | ".join(_type_name(argument) for argument in arguments)
-    if origin is dict:
-        return "mapping"
-    if origin in (list, tuple):
-        return "list"
-    return "None" if annotation is NoneType else str(annotation.__name__)

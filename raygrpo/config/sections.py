@@ -1,6 +1,6 @@
 """The configuration: pydantic models in which every key has one meaning, unit and default.
 
-Unknown keys are refused, and nothing changes a configuration after it is loaded.
+Unknown keys are refused. A configuration is frozen: a changed one is a copy.
 """
 
 from __future__ import annotations
@@ -26,20 +26,21 @@ class ModelSection(Section):
     """The policy's model."""
 
     path: str = key(..., "Hub id or directory of the causal language model.")
-    revision: str | None = key(None, "Hub revision; none takes the default branch.")
+    revision: str | None = key(None, "Hub revision of path; none: the default branch.")
     dtype: Literal["float32", "bfloat16"] = key(
-        "float32", "Compute and publishing dtype; bfloat16 trains fp32 master weights."
+        "float32",
+        "Dtype of computing and of published weights; bfloat16 trains float32 master weights.",
     )
     random_init: bool = key(
         False,
-        "Build random weights (from the run's seed) from path's config.json; no weights read.",
+        "Draw random weights by the run's seed for path's config.json; none are read.",
     )
     fp32_head: bool = key(
         False,
-        "Form the language head's product in float32 where dtype is bfloat16, in training and in "
-        "the transformers engine (vLLM cannot).",
+        "With dtype bfloat16, compute the language head in float32, in training and in the "
+        "transformers engine (vLLM cannot).",
     )
-    trust_remote_code: bool = key(False, "Run modelling code that comes with the model.")
+    trust_remote_code: bool = key(False, "Run the modelling code that comes with the model.")
 
 
 class DataKeys(Section):
@@ -52,16 +53,14 @@ class DataKeys(Section):
         "datasets.load_dataset (name, split, revision, streaming, ...); a hub's split is train.",
     )
     columns: dict[str, str] = key(
-        {}, "Renames columns, new: old; the prompt is column prompt (text, or chat messages)."
+        {}, "New names of columns, new: old. The column prompt holds text or chat messages."
     )
-    template: str | None = key(
-        None, "Text prompt with {column} fields, used in place of the prompt column."
-    )
-    system: str | None = key(None, "System message put before prompts that have none.")
+    template: str | None = key(None, "Text with {column} fields that replaces the column prompt.")
+    system: str | None = key(None, "System message of prompts that have none.")
     chat: bool | None = key(
         None,
-        "Apply the chat template: true to text too, as a user turn; false never; none to message "
-        "lists only.",
+        "Apply the chat template. none: to message lists. true: to text too, as a user turn. "
+        "false: never.",
     )
     chat_params: dict[str, Any] = key({}, "Arguments of the chat template (enable_thinking, ...).")
     max_prompt_length: int = key(512, "Longest prompt.", "tokens", ge=1)
@@ -71,7 +70,7 @@ class DataKeys(Section):
     shuffle: bool = key(True, "Shuffle each epoch, by the run's seed.")
     max_pass_rate: float | None = key(
         None,
-        "Prompts with this share of correct completions, or more, are not drawn again.",
+        "Share of correct completions from which a prompt is not drawn again.",
         gt=0,
         le=1,
     )
@@ -136,10 +135,10 @@ class Filters(Section):
 class SamplingSection(Section):
     """How completions are drawn."""
 
-    num_completions: int = key(8, "Completions of one prompt (the group).", "completions", ge=1)
+    num_completions: int = key(8, "Completions of one prompt: a group.", "completions", ge=1)
     temperature: float = key(1.0, "Sampling temperature.", gt=0)
     max_tokens: int = key(256, "Longest completion.", "tokens", ge=1)
-    stop: list[str] = key([], "Strings that end a completion (kept in it, and trained).")
+    stop: list[str] = key([], "Strings that end a completion; they are part of it and trained.")
     filters: Filters = Filters()
 
     @model_validator(mode="after")
@@ -159,14 +158,14 @@ class RewardSection(Section):
 
     func: str = key(
         ...,
-        "exact, number, format, math, length, reasoning_gym, reward_model, http, judge, "
+        "Function: exact, number, format, math, length, reasoning_gym, reward_model, http, judge, "
         "module:function, or file.py:function.",
     )
-    name: str | None = key(None, "Name in metrics; none takes the function's.")
-    weight: float = key(1.0, "Weight in the sum.")
-    params: dict[str, Any] = key({}, "Keyword arguments given to every call.")
+    name: str | None = key(None, "Name in metrics; none: the function's name.")
+    weight: float = key(1.0, "Weight of the reward in the sum.")
+    params: dict[str, Any] = key({}, "Keyword arguments of every call.")
     timeout_s: float = key(60.0, "Deadline of one call on one group.", "seconds", gt=0)
-    cache: bool = key(False, "Reuse the value of a completion of the same row that came before.")
+    cache: bool = key(False, "Score equal completions of a row once.")
 
 
 class BestCheckpoint(Section):
@@ -190,14 +189,20 @@ class EvalSection(Section):
 
     eval_steps: int = key(
         0,
-        "Steps between evaluations, also before the first and after the last; 0: never.",
+        "Steps between evaluations, which also come before the first step and after the last; 0: "
+        "none.",
         "steps",
         ge=0,
     )
     data: EvalDataSection = EvalDataSection()
-    num_prompts: int = key(64, "Prompts, from the top of the evaluation set.", "prompts", ge=1)
+    num_prompts: int = key(
+        64, "Prompts of an evaluation, from the top of its data.", "prompts", ge=1
+    )
     num_completions: int = key(
-        0, "Sampled completions of each, as in training; 0: greedy alone.", "completions", ge=0
+        0,
+        "Sampled completions of a prompt, beside the greedy one.",
+        "completions",
+        ge=0,
     )
     best: BestCheckpoint = BestCheckpoint()
 
@@ -205,19 +210,19 @@ class EvalSection(Section):
 class TrainSection(Section):
     """Steps, groups and updates."""
 
-    steps: int = key(100, "Steps of the run; one step makes one version.", "steps", ge=1)
+    steps: int = key(100, "Steps of the run; each makes one version of the weights.", "steps", ge=1)
     groups_per_step: int = key(8, "Groups in one step.", "groups", ge=1)
     max_staleness: int = key(
-        0, "Versions that a trained group may lag; 0 is on-policy.", "versions", ge=0
+        0, "Versions that a trained group may lag behind; 0: on-policy.", "versions", ge=0
     )
-    dynamic_sampling: bool = key(True, "Replace groups without signal by new ones (refill).")
+    dynamic_sampling: bool = key(True, "Replace groups without signal by new groups (refill).")
     max_refill_factor: float = key(
-        3.0, "Groups tried for a step, at most, in multiples of groups_per_step.", ge=1
+        3.0, "Most groups tried for a step, in multiples of groups_per_step.", ge=1
     )
-    num_iterations: int = key(1, "Passes over a step.", "passes", ge=1)
+    num_iterations: int = key(1, "Passes over the groups of a step.", "passes", ge=1)
     num_minibatches: int = key(1, "Optimizer updates of one pass.", "updates", ge=1)
     tokens_per_microbatch: int = key(
-        4096, "Padded tokens computed at once by a rank; one row may exceed it.", "tokens", ge=1
+        4096, "Padded tokens that a rank computes at once; one row may exceed it.", "tokens", ge=1
     )
 
 
@@ -237,10 +242,12 @@ class OptimizerSection(Section):
 
     lr: float = key(1e-6, "Peak learning rate of AdamW.", ge=0)
     schedule: Literal["constant", "linear", "cosine"] = key("constant", "Decay after the warm-up.")
-    min_lr_frac: float = key(0.0, "Last learning rate as a share of lr.", ge=0, le=1)
-    warmup_updates: int = key(0, "Optimizer updates of linear warm-up.", "updates", ge=0)
+    min_lr_frac: float = key(0.0, "Share of lr that the learning rate decays to.", ge=0, le=1)
+    warmup_updates: int = key(0, "Optimizer updates of the linear warm-up.", "updates", ge=0)
     adamw: AdamW = AdamW()
-    max_grad_norm: float = key(1.0, "Gradient clipping by global norm; 0 is none.", ge=0)
+    max_grad_norm: float = key(
+        1.0, "Largest global norm of a gradient, which is clipped to it; 0: no clipping.", ge=0
+    )
 
 
 class Reference(Section):
@@ -257,12 +264,14 @@ class Reference(Section):
 class LearnerSection(Section):
     """The learner's ranks."""
 
-    num_ranks: int = key(1, "Learner processes, one DeepSpeed rank each.", "ranks", ge=1)
+    num_ranks: int = key(1, "Learner processes; each is one DeepSpeed rank.", "ranks", ge=1)
     zero_stage: Literal[0, 1, 2, 3] = key(1, "DeepSpeed ZeRO stage.")
     gradient_checkpointing: bool = key(False, "Recompute activations in the backward pass.")
     reference: Reference = Reference()
     lora: dict[str, Any] = key(
-        {}, "Arguments of peft's LoraConfig (r, lora_alpha, target_modules, ...); empty trains all."
+        {},
+        "Arguments of peft's LoraConfig (r, lora_alpha, target_modules, ...); empty: all weights "
+        "train.",
     )
     sequence_parallel: int = key(
         1, "Ranks that share the tokens of a row; a divisor of num_ranks.", "ranks", ge=1
@@ -291,14 +300,15 @@ class GeneratorsSection(Section):
 
     count: int = key(1, "Generator processes.", "generators", ge=1)
     engine: Literal["auto", "transformers", "vllm"] = key(
-        "auto", "Inference engine; auto: vllm where it is installed and loads, else transformers."
+        "auto", "Inference engine. auto: vllm where it is installed and loads, else transformers."
     )
     options: dict[str, Any] = key({}, "Arguments of vLLM (vllm.AsyncEngineArgs), by name.")
     placement: Literal["disaggregate", "colocate"] = key(
         "disaggregate",
-        "colocate: generators share the learner's GPUs and sleep while it trains; on-policy only.",
+        "colocate: generators share the learner's GPUs and sleep while it trains; needs "
+        "max_staleness 0.",
     )
-    max_rows: int = key(64, "Completions decoded at once by a generator.", "completions", ge=1)
+    max_rows: int = key(64, "Completions that a generator decodes at once.", "completions", ge=1)
 
 
 class WeightsSection(Section):
@@ -316,15 +326,17 @@ class ScorersSection(Section):
 
     count: int = key(2, "Scorer processes.", "scorers", ge=1)
     max_reward_error_frac: float = key(
-        0.1, "Share of errored scores in a step past which the run stops.", ge=0, le=1
+        0.1, "Share of errored scores in a step above which the run stops.", ge=0, le=1
     )
 
 
 class CheckpointSection(Section):
-    """When to save, what to keep."""
+    """Checkpoints: how often, and how many are kept."""
 
-    save_steps: int = key(0, "Steps between checkpoints; 0: only the last.", "steps", ge=0)
-    keep: int = key(2, "Newest checkpoints kept; 0 keeps all.", "checkpoints", ge=0)
+    save_steps: int = key(
+        0, "Steps between checkpoints; 0: only the last step has one.", "steps", ge=0
+    )
+    keep: int = key(2, "Newest checkpoints that are kept; 0: all.", "checkpoints", ge=0)
 
 
 class CompletionsStore(Section):
@@ -335,7 +347,7 @@ class CompletionsStore(Section):
 
 
 class TrackingSection(Section):
-    """Where a run is recorded, files aside."""
+    """Where a run is recorded, beside its directory."""
 
     wandb: Literal["online", "offline", "disabled"] = key("disabled", "Weights & Biases mode.")
     tensorboard: bool = key(False, "Write TensorBoard files (extra: tensorboard).")
@@ -369,24 +381,27 @@ class RaySection(Section):
     """The cluster and its deadlines."""
 
     address: str = key(
-        "auto", "auto: RAY_ADDRESS where set, else a local Ray of its own; local; or an address."
+        "auto",
+        "Address of the cluster. local: a Ray of the run's own on this machine. auto: RAY_ADDRESS "
+        "if it is set, else local.",
     )
     timeouts_s: Timeouts = Timeouts()
     threads: Threads = Threads()
     gpus: Gpus = Gpus()
     labels: dict[Literal["learner", "generator", "scorer"], dict[str, str]] = key(
-        {}, "Labels of the nodes that a role's actors run on; a role without runs anywhere."
+        {}, "Labels of the nodes for a role's actors; a role without labels runs on any node."
     )
 
 
 class RunConfig(Section):
     """A whole run."""
 
-    recipe: str = key("default", "Named set of overrides that the file builds on.")
-    run_dir: str = key("grpo_output", "Directory of the run; the same one resumes.")
+    recipe: str = key("default", "Named set of keys that the file builds on.")
+    run_dir: str = key("grpo_output", "Directory of the run; a run in the same directory resumes.")
     seed: int = key(0, "Seed of weights, data order and sampling.", ge=0)
     deterministic: bool = key(
-        False, "Bit-exact: each group decodes alone, fixed kernels; needs max_staleness 0."
+        False,
+        "Bit-exact runs: groups decode one by one, with fixed kernels; needs max_staleness 0.",
     )
     model: ModelSection
     data: DataSection
@@ -430,15 +445,15 @@ class RunConfig(Section):
     def _loss_fits(self) -> RunConfig:
         if self.loss.needs_sampler and self.changes_distribution:
             raise ValueError(
-                "the loss uses the sampler's logprobs (loss.correction, ratio_anchor: sampler, "
-                "dppo_tv or off_policy_threshold) with sampling.filters: those logprobs are of the "
-                "renormalised distribution, so the ratio to the policy is biased; turn one of the "
-                "two off"
+                "sampling.filters with a loss that uses the sampler's logprobs (loss.correction, "
+                "ratio_anchor: sampler, dppo_tv or off_policy_threshold): the filtered "
+                "distribution is renormalised, so its ratio to the policy is biased; turn one of "
+                "the two off"
             )
         updates = self.train.num_iterations * self.train.num_minibatches
         if self.loss.loss == "reinforce" and updates > 1:
             raise ValueError(
-                f"loss.loss: reinforce has no ratio, so it is right for one update a step, not "
+                "loss.loss: reinforce has no ratio, so a step may have one update, not "
                 f"{updates}: set loss.loss: clip, or train.num_iterations and num_minibatches to 1"
             )
         if self.learner.reference.sync_steps and not self.loss.beta:
@@ -452,7 +467,9 @@ class RunConfig(Section):
         if self.train.max_staleness:
             raise ValueError("generators.placement: colocate needs train.max_staleness: 0")
         if labels.get("generator", {}) not in ({}, labels.get("learner", {})):
-            raise ValueError("colocated generators run where ray.labels.learner says")
+            raise ValueError(
+                "generators.placement: colocate needs the same ray.labels for generator and learner"
+            )
         shared = gpus.learner + gpus.generator * -(-self.generators.count // self.learner.num_ranks)
         if gpus.generator and (shared > 1 or gpus.generator > 1):
             raise ValueError(

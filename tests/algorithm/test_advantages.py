@@ -414,5 +414,5 @@ def test_a_group_without_success_has_no_signal_for_max_rl(
 def test_other_baselines_beside_it_are_refused() -> None:
     base = {"model": {"path": "m"}, "data": {"source": "d"}}
     for other in ("leave_one_out", "max_rl"):
-        with pytest.raises(ConfigError, match="gdpo takes off means"):
+        with pytest.raises(ConfigError, match="gdpo subtracts means"):
             load_config({**base, "advantage": {"scale": "gdpo", "baseline": other}})

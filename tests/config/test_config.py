@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raygrpo.config import RunConfig
-from raygrpo.config.file import describe_keys, dump_config, load_config
+from raygrpo.config.describe import describe_keys
+from raygrpo.config.file import dump_config, load_config
 from raygrpo.config.moved import MOVED
 from raygrpo.config.recipes import RECIPES
 from raygrpo.errors import ConfigError
@@ -183,7 +184,7 @@ def test_recipes_say_what_their_papers_say() -> None:
 def test_every_key_is_described() -> None:
     rows = {row.path: row[1:] for row in describe_keys()}
     assert rows["model.path"][:2] == ("str", "required")
-    meaning = "Steps of the run; one step makes one version."
+    meaning = "Steps of the run; each makes one version of the weights."
     assert rows["train.steps"] == ("int", "100", "steps", meaning)
     assert rows["loss.kl_estimator"][0] == "k2 | k3"
     assert rows["data.template"][0] == "str | None"

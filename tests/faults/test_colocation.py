@@ -101,7 +101,7 @@ def test_bundles_are_what_a_rank_and_its_generators_ask_for() -> None:
         ({"ray": {"gpus": {"learner": 1, "generator": 0.5}}}, "add up to 1"),
         (
             {"ray": {"labels": {"generator": {"zone": "b"}}}},
-            "colocated generators run where ray.labels.learner says",
+            "the same ray.labels for generator and learner",
         ),
     ],
 )
