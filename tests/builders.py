@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from raygrpo.config import RunConfig
+from raygrpo.config.file import load_config
 from raygrpo.types import (
     Completion,
     Finish,
@@ -18,6 +21,14 @@ from raygrpo.types import (
     Score,
     Version,
 )
+
+# The smallest configuration; nothing is loaded from these names.
+SMALLEST: dict[str, Any] = {"model": {"path": "m"}, "data": {"source": "d"}}
+
+
+def config(**sections: Any) -> RunConfig:
+    """The smallest configuration with these sections, or keys beside them."""
+    return load_config({**SMALLEST, **sections})
 
 
 def prompt(tokens: Sequence[int] = (1, 2, 3), name: str = "p") -> Prompt:

@@ -18,12 +18,11 @@ from raygrpo.actors.idle import IdleClock, IdleReading, IdleShare
 from raygrpo.actors.pool.dispatch import Dispatcher
 from raygrpo.actors.pool.pool import RolloutPool
 from raygrpo.actors.pool.workers import Role, Worker, least_loaded
-from raygrpo.config import RunConfig
 from raygrpo.rewards.contract import TrainerState
+from tests import builders
 from tests.builders import request
 
 ROWS, CAPACITY = 4, 8
-CONFIG = {"model": {"path": "m"}, "data": {"source": "d"}}
 
 
 def workers(count: int) -> list[Worker]:
@@ -172,7 +171,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
 
 
 def pool() -> RolloutPool:
-    return RolloutPool(RunConfig.model_validate(CONFIG), None, [], {}, local=True)
+    return RolloutPool(builders.config(), None, [], {}, local=True)
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import pytest
 
 from raygrpo.actors import generator
 from raygrpo.actors.generator import GeneratorActor
-from raygrpo.config import RunConfig
 from raygrpo.types import Group, GroupRequest, Version
+from tests import builders
 from tests.builders import completion, group, request
 
 TIMEOUT_S = 30.0
@@ -46,7 +46,7 @@ async def asked_while_the_first_is_submitted(num_groups: int) -> list[int]:
     loop = asyncio.get_running_loop()
     taken = asyncio.Event()
     engine = OneStepEngine(lambda: loop.call_soon_threadsafe(taken.set))
-    config = RunConfig.model_validate({"model": {"path": "m"}, "data": {"source": "none.jsonl"}})
+    config = builders.config()
 
     def make_engine(*_: Any, **__: Any) -> Any:
         return engine

@@ -21,25 +21,21 @@ from raygrpo.errors import ConfigError, InfraError, ProbeFailed, WeightsLost
 from raygrpo.types import Version
 from raygrpo.weights.native import NativeTransfer
 from raygrpo.weights.types import Probe
+from tests import builders
 from tests.weights.test_native import FakeReceiver, FakeSender, buckets, held, weights
 
 TIMEOUT_S = 30.0
-
-
-def run_config(**sections: Any) -> RunConfig:
-    base: dict[str, Any] = {"model": {"path": "m"}, "data": {"source": "none.jsonl"}}
-    return RunConfig.model_validate(base | sections)
 
 
 def configured(kind: str = "nccl", **sections: Any) -> RunConfig:
     gpus = {"learner": 1, "generator": 1} if kind == "nccl" else {"learner": 0.5, "generator": 0.25}
     generators = {"engine": "vllm", "count": 2}
     given = {"ray": {"gpus": gpus}, "weights": {"transport": kind}, **sections}
-    return run_config(generators=generators | given.pop("generators", {}), **given)
+    return builders.config(generators=generators | given.pop("generators", {}), **given)
 
 
 def test_what_can_work_is_taken() -> None:
-    check_transfer(run_config())
+    check_transfer(builders.config())
     check_transfer(configured("nccl"))
     check_transfer(configured("ipc"))
 
@@ -70,7 +66,7 @@ def test_what_cannot_work_is_refused_by_name(
 
 
 def test_a_publication_has_time_to_say_which_generator_missed_the_transfers_deadline() -> None:
-    assert publish_timeout_s(run_config()) == run_config().ray.timeouts_s.sync
+    assert publish_timeout_s(builders.config()) == builders.config().ray.timeouts_s.sync
     sent = configured("nccl")
     assert publish_timeout_s(sent) > sent.ray.timeouts_s.sync
 
@@ -81,7 +77,7 @@ def test_members_are_the_generators_that_serve_and_names_outlast_no_replacement(
     workers[3].joining, workers[4].asleep, workers[5].leaving = True, True, "its node is drained"
     found = receivers(configured(), workers)
     assert found == {"generator-0/10": workers[0].actor}
-    assert receivers(run_config(), workers) == {}
+    assert receivers(builders.config(), workers) == {}
     assert broken(workers, {"generator-0/10": "why"}) == [(workers[0], "why")]
     workers[0].pid = 99  # another one has taken its place
     assert broken(workers, {"generator-0/10": "why"}) == []

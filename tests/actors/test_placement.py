@@ -14,13 +14,12 @@ from raygrpo.actors.cluster.placement import (
     unplaceable,
 )
 from raygrpo.config import RunConfig
-from raygrpo.config.file import load_config
 from raygrpo.errors import ConfigError
+from tests import builders
 
 
 def config(**sections: Any) -> RunConfig:
-    base = {"model": {"path": "m"}, "data": {"source": "d"}, "scorers": {"count": 1}}
-    return load_config({**base, **sections})
+    return builders.config(**{"scorers": {"count": 1}, **sections})
 
 
 def node(cpus: float, gpus: float = 0, **labels: str) -> dict[str, Any]:

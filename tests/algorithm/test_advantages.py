@@ -25,11 +25,10 @@ from raygrpo.algorithm.step_plan import (
 )
 from raygrpo.algorithm.window import Window
 from raygrpo.config import RunConfig
-from raygrpo.config.file import load_config
 from raygrpo.errors import ConfigError
 from raygrpo.rewards.text import length
 from raygrpo.types import FinishedGroup, GroupSummary, Score
-from tests import oracle
+from tests import builders, oracle
 from tests.builders import request, summary
 
 REWARD = st.one_of(st.none(), st.floats(-5, 5, allow_nan=False, width=32))
@@ -122,36 +121,28 @@ def test_soft_overlong_penalty_by_hand() -> None:
 
 def test_the_plan_takes_the_overlong_penalty_off() -> None:
     """In the advantages and in what has signal; a completion without a score stays without."""
-    config = load_config(
-        {
-            "model": {"path": "m"},
-            "data": {"source": "d"},
-            "sampling": {"max_tokens": 10},
-            "advantage": {"overlong_buffer": 0.4},
-            "train": {"groups_per_step": 1},
-        }
+    config = builders.config(
+        sampling={"max_tokens": 10},
+        advantage={"overlong_buffer": 0.4},
+        train={"groups_per_step": 1},
     )
     alike = summary(0, [1.0, 1.0, None], lengths=[10, 7, 10])
     assert signal_values(alike, config) == [0.0, 0.75, None]
     batch = make_step_batch(0, [held(alike, config)], config)
     assert batch.has_signal
     assert [sample.advantage for sample in batch.minibatches[0]] == [-0.375, 0.375]
-    plain = load_config({"model": {"path": "m"}, "data": {"source": "d"}})
+    plain = builders.config()
     assert signal_values(alike, plain) == [1.0, 1.0, None]
 
 
 def configured(scale: str = "none", baseline: str = "mean", **advantage: object) -> RunConfig:
     advantage |= {"scale": scale, "baseline": baseline}
-    return load_config(
-        {
-            "model": {"path": "m"},
-            "data": {"source": "d"},
-            "rewards": [{"func": "exact", "name": "r"}],
-            "sampling": {"max_tokens": 10},
-            "loss": {"aggregation": "sequence"},
-            "advantage": advantage,
-            "train": {"groups_per_step": 2},
-        }
+    return builders.config(
+        rewards=[{"func": "exact", "name": "r"}],
+        sampling={"max_tokens": 10},
+        loss={"aggregation": "sequence"},
+        advantage=advantage,
+        train={"groups_per_step": 2},
     )
 
 
@@ -335,17 +326,13 @@ def several(group_id: int, parts: list[dict[str, float | None] | str]) -> GroupS
 
 
 def gdpo_config(weight_a: float, groups: int = 1) -> RunConfig:
-    return load_config(
-        {
-            "model": {"path": "m"},
-            "data": {"source": "d"},
-            "rewards": [
-                {"func": "exact", "name": "a", "weight": weight_a},
-                {"func": "number", "name": "b"},
-            ],
-            "advantage": {"scale": "gdpo"},
-            "train": {"groups_per_step": groups},
-        }
+    return builders.config(
+        rewards=[
+            {"func": "exact", "name": "a", "weight": weight_a},
+            {"func": "number", "name": "b"},
+        ],
+        advantage={"scale": "gdpo"},
+        train={"groups_per_step": groups},
     )
 
 
@@ -412,7 +399,6 @@ def test_a_group_without_success_has_no_signal_for_max_rl(
 
 
 def test_other_baselines_beside_it_are_refused() -> None:
-    base = {"model": {"path": "m"}, "data": {"source": "d"}}
     for other in ("leave_one_out", "max_rl"):
         with pytest.raises(ConfigError, match="gdpo subtracts means"):
-            load_config({**base, "advantage": {"scale": "gdpo", "baseline": other}})
+            builders.config(advantage={"scale": "gdpo", "baseline": other})

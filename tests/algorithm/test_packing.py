@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from raygrpo.algorithm.packing import RowLayout, make_microbatch, place, row_length, trees_of
 from raygrpo.algorithm.step_plan import make_step_batch
-from raygrpo.config.file import load_config
 from raygrpo.types import FinishedGroup, Group, PlannedSample, StepBatch
+from tests import builders
 from tests.builders import completion, finished, group, request, summary
 
 LAYOUTS: tuple[RowLayout, ...] = ("plain", "shared", "packed")
@@ -168,13 +168,8 @@ def test_fillers_weigh_nothing() -> None:
     assert not arrays.loss_weights.any()
 
 
-def config(**sections: object) -> object:
-    base = {"model": {"path": "m"}, "data": {"source": "d"}}
-    return load_config({**base, **sections})
-
-
 def test_plan_excludes_what_has_no_score_and_counts_what_is_filtered() -> None:
-    settings_ = config(
+    settings_ = builders.config(
         advantage={"mask_truncated": True},
         loss={"aggregation": "sequence"},
         sampling={"num_completions": 4},
@@ -189,12 +184,12 @@ def test_plan_excludes_what_has_no_score_and_counts_what_is_filtered() -> None:
         payload="ref",
         teaches=True,
     )
-    batch = make_step_batch(0, [done], settings_)  # type: ignore[arg-type]
+    batch = make_step_batch(0, [done], settings_)
     (samples,) = batch.minibatches
     assert [s.completion_index for s in samples] == [0, 1]
     # Three sequences count: two computed, one filtered; the unscored one is in no denominator.
     assert [s.loss_weight for s in samples] == pytest.approx([1 / 6, 1 / 12])
-    unfiltered = config(loss={"aggregation": "sequence"}, sampling={"num_completions": 4})
+    unfiltered = builders.config(loss={"aggregation": "sequence"}, sampling={"num_completions": 4})
     (samples_all,) = make_step_batch(0, [done], unfiltered).minibatches  # type: ignore[arg-type]
     assert [s.completion_index for s in samples_all] == [0, 1, 3]
     # The filtered one is in the baseline: (1 + 0 + 1) / 3.
@@ -209,7 +204,7 @@ def test_a_kept_group_without_signal_counts_in_every_denominator(
     aggregation: str, weight: float
 ) -> None:
     """Two groups of two completions of 4 tokens, at most 10."""
-    settings_ = config(
+    settings_ = builders.config(
         loss={"aggregation": aggregation}, sampling={"num_completions": 2, "max_tokens": 10}
     )
     groups = [finished(0, [1.0, 0.0]), finished(1, [1.0, 1.0])]
@@ -219,10 +214,10 @@ def test_a_kept_group_without_signal_counts_in_every_denominator(
 
 
 def test_minibatches_have_denominators_of_their_own() -> None:
-    settings_ = config(train={"groups_per_step": 2, "num_minibatches": 2})
-    batch = make_step_batch(0, [finished(0, [1.0, 0.0]), finished(1, [1.0, 1.0])], settings_)  # type: ignore[arg-type]
+    settings_ = builders.config(train={"groups_per_step": 2, "num_minibatches": 2})
+    batch = make_step_batch(0, [finished(0, [1.0, 0.0]), finished(1, [1.0, 1.0])], settings_)
     assert [len(m) for m in batch.minibatches] == [2, 2]
     assert {s.loss_weight for m in batch.minibatches for s in m} == {np.float32(1 / 8)}
     assert batch.has_signal
-    flat = make_step_batch(0, [finished(0, [1.0, 1.0]), finished(1, [0.0, 0.0])], settings_)  # type: ignore[arg-type]
+    flat = make_step_batch(0, [finished(0, [1.0, 1.0]), finished(1, [0.0, 0.0])], settings_)
     assert not flat.has_signal

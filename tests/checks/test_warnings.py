@@ -10,13 +10,7 @@ import pytest
 
 from raygrpo.checks import warnings
 from raygrpo.checks.warnings import start_events
-from raygrpo.config import RunConfig
-from raygrpo.config.file import load_config
-
-
-def config(**sections: Any) -> RunConfig:
-    base: dict[str, Any] = {"model": {"path": "m"}, "data": {"source": "d"}}
-    return load_config({**base, **sections})
+from tests import builders
 
 
 def test_each_thing_is_told_once() -> None:
@@ -25,7 +19,7 @@ def test_each_thing_is_told_once() -> None:
         "eval": SimpleNamespace(num_dropped=0, num_truncated=0),
     }
     told = start_events(
-        config(),
+        builders.config(),
         refused=["step-3 is torn"],
         changed=["a: 1 -> 2"],
         revisions=["m"],
@@ -69,7 +63,7 @@ def test_a_slow_dtype_is_told(
     if cpuinfo is not None:
         (tmp_path / "cpuinfo").write_text(cpuinfo)
     monkeypatch.setattr(warnings, "CPUINFO", tmp_path / "cpuinfo")
-    run = config(
+    run = builders.config(
         model={"path": "m", "dtype": dtype},
         ray={"address": address, "gpus": {"learner": gpus, "generator": 0}},
     )
@@ -94,7 +88,7 @@ def test_a_slow_dtype_is_told(
 def test_evaluations_on_training_rows_are_told(
     data: dict[str, Any], evaluation: dict[str, Any], told: bool
 ) -> None:
-    run = config(data=data, eval={"eval_steps": 5, **evaluation})
+    run = builders.config(data=data, eval={"eval_steps": 5, **evaluation})
     events = list(start_events(run, refused=(), changed=(), revisions=(), sources={}))
     assert [kind for kind, _ in events] == (["eval_on_training_rows"] if told else [])
     assert not told or data["source"] in events[0][1]["reason"]

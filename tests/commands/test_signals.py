@@ -14,7 +14,7 @@ import pytest
 
 from raygrpo.commands.signals import Stopped, StopSignals
 from raygrpo.commands.train import Session
-from raygrpo.config.file import load_config
+from tests import builders
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_a_signal_after_the_last_step_changes_nothing(
     monkeypatch.setattr("raygrpo.training.trainer.Trainer", lambda *_: trainer)
     monkeypatch.setattr("raygrpo.training.boundary.Parts", lambda **_: None)
     names = ("_pool", "_learner", "_prompts", "_evaluations", "_rollouts", "_checkpoints")
-    with Session(load_config({"model": {"path": "m"}, "data": {"source": "d"}})) as session:
+    with Session(builders.config()) as session:
         for name in (*names, "_incarnation", "_restored"):
             setattr(session, name, None)
         session.run_dir = SimpleNamespace(root=tmp_path)  # type: ignore[assignment]
@@ -81,7 +81,7 @@ def test_a_signal_after_the_last_step_changes_nothing(
 
 def test_a_signal_does_not_interrupt_the_closing() -> None:
     closed: list[str] = []
-    with Session(load_config({"model": {"path": "m"}, "data": {"source": "d"}})) as session:
+    with Session(builders.config()) as session:
         session._closers.callback(closed.append, "last")
         session._closers.callback(send)
     assert closed == ["last"]

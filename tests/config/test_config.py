@@ -15,13 +15,13 @@ from raygrpo.config.file import dump_config, load_config
 from raygrpo.config.moved import MOVED
 from raygrpo.config.recipes import RECIPES
 from raygrpo.errors import ConfigError
-
-BASE = {"model": {"path": "m"}, "data": {"source": "d"}}
+from tests import builders
+from tests.builders import SMALLEST
 
 
 def test_weakest_to_strongest(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump({**BASE, "recipe": "trl024", "loss": {"clip_high": 0.25}}))
+    path.write_text(yaml.safe_dump({**SMALLEST, "recipe": "trl024", "loss": {"clip_high": 0.25}}))
     config = load_config(path, ["--optimizer.lr=3e-5", "sampling.stop=['a']"])
     assert config.advantage.scale == "group"  # recipe
     assert config.loss.clip_low == 0.2  # recipe, although the file has the section too
@@ -111,9 +111,9 @@ def set_keys(config: RunConfig) -> list[set[str]]:
     ],
     ids=str,
 )
-def test_mistakes_are_named_with_their_fix(change: dict[str, object], message: str) -> None:
+def test_mistakes_are_named_with_their_fix(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        load_config({**BASE, **change})
+        builders.config(**change)
     assert message in str(caught.value)
 
 
@@ -135,7 +135,8 @@ def test_missing_file() -> None:
 
 def test_what_is_named_leaves_the_other_values_alone() -> None:
     config = load_config(
-        {**BASE, "ray": {"timeouts_s": {"start": 5}}}, ["ray.timeouts_s.update=7", "data.chat=true"]
+        {**SMALLEST, "ray": {"timeouts_s": {"start": 5}}},
+        ["ray.timeouts_s.update=7", "data.chat=true"],
     )
     deadlines = {"start": 5.0, "generate": 1800.0, "update": 7.0, "sync": 600.0}
     assert config.ray.timeouts_s.model_dump() == deadlines
@@ -151,23 +152,22 @@ def test_moved_keys_name_keys_that_exist() -> None:
 def test_bad_overrides() -> None:
     for override, message in (("--train.steps", "cannot read"), ("model.path.x=1", "no section")):
         with pytest.raises(ConfigError, match=message):
-            load_config(BASE, [override])
+            load_config(SMALLEST, [override])
 
 
 def test_overrides_leave_the_mapping_alone() -> None:
-    source = {"model": {"path": "m"}, "data": {"source": "d"}}
-    load_config(source, ["model.path=other"])
-    assert source["model"]["path"] == "m"
+    load_config(SMALLEST, ["model.path=other"])
+    assert SMALLEST["model"]["path"] == "m"
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES))
 def test_recipes_are_valid(recipe: str) -> None:
-    config = load_config({**BASE, "recipe": recipe})
+    config = builders.config(recipe=recipe)
     assert config.recipe == recipe
 
 
 def test_recipes_say_what_their_papers_say() -> None:
-    got = {name: load_config({**BASE, "recipe": name}) for name in RECIPES}
+    got = {name: builders.config(recipe=name) for name in RECIPES}
     assert (got["deepseekmath"].loss.beta, got["deepseekmath"].loss.kl_estimator) == (0.04, "k3")
     assert got["deepseekmath"].loss.aggregation == "sequence"
     assert got["dr_grpo"].advantage.scale == "none"

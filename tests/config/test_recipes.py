@@ -11,12 +11,11 @@ from typer.testing import CliRunner
 from raygrpo.algorithm.step_plan import loss_config
 from raygrpo.cli import app
 from raygrpo.commands.model_card_papers import papers_of
-from raygrpo.config import RunConfig
-from raygrpo.config.file import load_config, merged_sections
+from raygrpo.config.file import merged_sections
 from raygrpo.config.recipes import RECIPES
 from raygrpo.errors import ConfigError
-
-BASE: dict[str, Any] = {"model": {"path": "m"}, "data": {"source": "d"}}
+from tests import builders
+from tests.builders import SMALLEST
 
 # docs/algorithms.md's table: advantage, loss, clip range, aggregation, beta, refill.
 TABLE = {
@@ -32,17 +31,13 @@ TABLE = {
 }
 
 
-def load(recipe: str = "default", **sections: Any) -> RunConfig:
-    return load_config({**BASE, "recipe": recipe, **sections})
-
-
 def test_every_recipe_is_in_the_table() -> None:
     assert set(TABLE) == set(RECIPES)
 
 
 @pytest.mark.parametrize("recipe", TABLE)
 def test_recipes_are_those_of_the_table(recipe: str) -> None:
-    config = load(recipe)
+    config = builders.config(recipe=recipe)
     advantage, loss, clip, aggregation, beta, refill = TABLE[recipe]
     assert f"{config.advantage.baseline}/{config.advantage.scale}" == advantage
     assert (config.loss.loss, config.loss.aggregation) == (loss, aggregation)
@@ -53,13 +48,13 @@ def test_recipes_are_those_of_the_table(recipe: str) -> None:
 
 
 def test_what_else_recipes_set() -> None:
-    scalerl, dppo, dapo = load("scalerl"), load("dppo"), load("dapo")
+    scalerl, dppo, dapo = (builders.config(recipe=name) for name in ("scalerl", "dppo", "dapo"))
     assert (scalerl.loss.cispo_cap, scalerl.loss.ratio_anchor) == (5.0, "sampler")
     assert scalerl.model.fp32_head
     assert (scalerl.data.max_pass_rate, scalerl.train.max_staleness) == (0.9, 8)
     assert (dppo.loss.dppo_tv, dppo.loss.anchored_at_sampler) == (0.2, True)
     assert dapo.advantage.overlong_buffer == 4096 / 20480
-    deepseekmath = load("deepseekmath")
+    deepseekmath = builders.config(recipe="deepseekmath")
     assert deepseekmath.loss.kl_estimator == "k3"
     assert deepseekmath.train.num_iterations * deepseekmath.train.num_minibatches == 1
     assert {name for name in RECIPES if len(papers_of(name)) > 1} == set(RECIPES) - {
@@ -77,8 +72,8 @@ def test_recipes_are_printed_as_they_are_written(recipe: str) -> None:
     # A few overrides of one configuration.
     leaves = [leaf for section in RECIPES[recipe].values() for leaf in section]
     assert len(leaves) <= 16
-    assert merged_sections(BASE, printed) == merged_sections(
-        RECIPES[recipe], {**BASE, "recipe": recipe}
+    assert merged_sections(SMALLEST, printed) == merged_sections(
+        RECIPES[recipe], {**SMALLEST, "recipe": recipe}
     )
 
 
@@ -90,14 +85,16 @@ def test_an_unknown_recipe_is_bad_input() -> None:
 
 def test_correction_auto_is_tis_where_generation_may_be_stale() -> None:
     stale = {"train": {"max_staleness": 2}}
-    assert loss_config(load()).correction == "none"
-    assert (loss_config(load(**stale)).correction, load(**stale).loss.correction) == ("tis", "auto")
-    assert loss_config(load(**stale)).correction_level == "token"
+    assert loss_config(builders.config()).correction == "none"
+    config = builders.config(**stale)
+    resolved = loss_config(config)
+    assert (resolved.correction, resolved.correction_level) == ("tis", "token")
+    assert config.loss.correction == "auto"
     for loss in ({"loss": "dppo_tv"}, {"ratio_anchor": "sampler"}, {"correction": "none"}):
-        assert loss_config(load(**stale, loss=loss)).correction == "none"
-    filtered = load(**stale, sampling={"filters": {"top_p": 0.9}})
+        assert loss_config(builders.config(**stale, loss=loss)).correction == "none"
+    filtered = builders.config(**stale, sampling={"filters": {"top_p": 0.9}})
     assert loss_config(filtered).correction == "none", "the ratio would be biased"
-    assert loss_config(load(loss={"correction": "icepop"})).correction == "icepop"
+    assert loss_config(builders.config(loss={"correction": "icepop"})).correction == "icepop"
 
 
 def test_the_loss_has_the_configurations_names() -> None:
@@ -109,7 +106,7 @@ def test_the_loss_has_the_configurations_names() -> None:
         "correction_min": 0.6, "correction_max": 1.7, "off_policy_threshold": 0.5,
         "top_entropy_frac": 0.7, "entropy_coef": 0.02,
     }  # fmt: skip
-    resolved = loss_config(load(loss=values))
+    resolved = loss_config(builders.config(loss=values))
     assert {name: getattr(resolved, name) for name in values} == values
     assert set(type(resolved).__slots__) == set(values)
 
@@ -143,7 +140,7 @@ FILTERED = {"filters": {"min_p": 0.1}}
 )
 def test_combinations_without_sense_are_refused(sections: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        load(**sections)
+        builders.config(**sections)
     assert message in str(caught.value)
 
 
@@ -160,4 +157,4 @@ def test_combinations_without_sense_are_refused(sections: dict[str, Any], messag
     ids=str,
 )
 def test_what_acts_in_a_step_without_signal(loss: dict[str, Any], acts: bool) -> None:
-    assert load(loss=loss).loss.acts_without_signal is acts
+    assert builders.config(loss=loss).loss.acts_without_signal is acts

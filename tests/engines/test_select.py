@@ -14,15 +14,11 @@ from raygrpo.engines import select as choose
 from raygrpo.engines.select import check_engine, choose_engine, engine_device, planned_engine
 from raygrpo.engines.vllm.options import NOT_INSTALLED, vllm_problem
 from raygrpo.errors import ConfigError
-
-
-def run_config(**sections: Any) -> RunConfig:
-    base = {"model": {"path": "m"}, "data": {"source": "d.jsonl"}}
-    return RunConfig.model_validate({**base, **sections})
+from tests import builders
 
 
 def with_engine(engine: str, **generators: Any) -> RunConfig:
-    return run_config(generators={"engine": engine, **generators})
+    return builders.config(generators={"engine": engine, **generators})
 
 
 def never() -> str | None:
@@ -35,9 +31,9 @@ def test_a_named_engine_is_taken_without_trying_anything() -> None:
 
 
 def test_auto_takes_vllm_where_it_works_and_says_why_it_did_not() -> None:
-    assert run_config().generators.engine == "auto"
-    assert choose_engine(run_config(), None, lambda: None).engine == "vllm"
-    choice = choose_engine(run_config(), None, lambda: NOT_INSTALLED)
+    assert builders.config().generators.engine == "auto"
+    assert choose_engine(builders.config(), None, lambda: None).engine == "vllm"
+    choice = choose_engine(builders.config(), None, lambda: NOT_INSTALLED)
     assert (choice.engine, choice.reason) == ("transformers", NOT_INSTALLED)
 
 
@@ -50,7 +46,7 @@ def test_vllm_has_rows_for_a_whole_group(
     module = SimpleNamespace(VllmEngine=lambda _, **options: given.update(options))
     monkeypatch.setattr(choose, "vllm_problem", lambda _: None)
     monkeypatch.setattr(choose.importlib, "import_module", lambda _: module)
-    config = run_config(
+    config = builders.config(
         generators={"engine": "vllm", "max_rows": max_rows}, sampling={"num_completions": 8}
     )
     choose.make_engine(config, threads=1, version=None)
@@ -58,15 +54,15 @@ def test_vllm_has_rows_for_a_whole_group(
 
 
 def test_deterministic_runs_never_take_vllm() -> None:
-    assert choose_engine(run_config(deterministic=True), None, never).engine == "transformers"
-    fixed = run_config(deterministic=True, generators={"engine": "vllm"})
+    assert choose_engine(builders.config(deterministic=True), None, never).engine == "transformers"
+    fixed = builders.config(deterministic=True, generators={"engine": "vllm"})
     with pytest.raises(ConfigError, match="deterministic: true needs"):
         check_engine(fixed)
 
 
 @pytest.mark.parametrize("recorded", ["transformers", "vllm"])
 def test_a_resumed_run_keeps_its_engine(recorded: str) -> None:
-    assert choose_engine(run_config(), recorded, never).engine == recorded
+    assert choose_engine(builders.config(), recorded, never).engine == recorded
     assert choose_engine(with_engine(recorded), recorded, never).engine == recorded
     other = "vllm" if recorded == "transformers" else "transformers"
     with pytest.raises(ConfigError, match=f"began with the engine {recorded}.*engine is {other}"):
@@ -88,21 +84,21 @@ def test_tensor_parallelism_needs_as_many_gpus() -> None:
         "ray": {"gpus": {"generator": 1}},
     }
     with pytest.raises(ConfigError, match="tensor_parallel_size is 2"):
-        check_engine(run_config(**sections))
+        check_engine(builders.config(**sections))
     sections["ray"] = {"gpus": {"generator": 2}}
-    check_engine(run_config(**sections))
-    assert engine_device(run_config(**sections)) == "cuda"
+    check_engine(builders.config(**sections))
+    assert engine_device(builders.config(**sections)) == "cuda"
 
 
 def test_a_vllm_that_does_not_import_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("raygrpo.engines.vllm.options.find_spec", lambda name: None)
     assert vllm_problem("cpu") == NOT_INSTALLED
-    assert planned_engine(run_config()) == f"transformers ({NOT_INSTALLED})"
+    assert planned_engine(builders.config()) == f"transformers ({NOT_INSTALLED})"
     monkeypatch.setattr("raygrpo.engines.vllm.options.find_spec", lambda name: object())
     monkeypatch.setitem(sys.modules, "raygrpo.engines.vllm.requests", None)
     problem = vllm_problem("cpu")
     assert problem is not None and problem.startswith("vLLM does not import: ")
-    assert planned_engine(run_config()).startswith("vllm (")
+    assert planned_engine(builders.config()).startswith("vllm (")
 
 
 def test_the_choice_imports_neither_vllm_nor_torch() -> None:

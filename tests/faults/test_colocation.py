@@ -14,22 +14,19 @@ from raygrpo.actors.cluster.colocation import Colocation, bundles_of
 from raygrpo.actors.pool import factory
 from raygrpo.actors.process import spawn
 from raygrpo.config import RunConfig
-from raygrpo.config.file import load_config
 from raygrpo.errors import ConfigError
-from tests import runs
+from tests import builders, runs
 
 pytestmark = runs.RAY_IN_PROCESS
 
 
 def config(count: int = 2, ranks: int = 2, **sections: Any) -> RunConfig:
     base: dict[str, Any] = {
-        "model": {"path": "m"},
-        "data": {"source": "d"},
         "generators": {"count": count, "placement": "colocate"},
         "learner": {"num_ranks": ranks},
         "ray": {"gpus": {"learner": 0.6, "generator": 0.4}, "timeouts_s": {"start": 5}},
     }
-    return load_config({**base, **sections})
+    return builders.config(**{**base, **sections})
 
 
 class Where:

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from raygrpo.config import ModelSection
-from raygrpo.config.file import load_config
 from raygrpo.errors import ConfigError
 from raygrpo.learner.deepspeed_config import deepspeed_config
 from raygrpo.models import load_model
 from raygrpo.types import merge_stats
+from tests import builders
 from tests.parity.learner_cases import (
     make_config,
     make_steps,
@@ -467,5 +467,5 @@ def test_the_users_deepspeed_section_is_merged() -> None:
 
 def test_clipping_is_always_set() -> None:
     """DeepSpeed clips to 1.0 where nothing is said."""
-    data = {"model": {"path": "m"}, "data": {"source": "d"}, "optimizer": {"max_grad_norm": 0}}
-    assert deepspeed_config(load_config(data))["gradient_clipping"] == 0.0
+    config = builders.config(optimizer={"max_grad_norm": 0})
+    assert deepspeed_config(config)["gradient_clipping"] == 0.0

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from raygrpo.config.file import load_config
 from raygrpo.errors import ConfigError, InfraError
 from raygrpo.learner.lora import add_adapter, lora_config, write_adapter
 from raygrpo.models import load_model
@@ -19,6 +18,7 @@ from raygrpo.types import Version, merge_stats
 from raygrpo.weights.adapter import AdapterBase, adapter_scale, merged_weights
 from raygrpo.weights.buckets import make_buckets, unpack
 from raygrpo.weights.types import WeightsManifest
+from tests import builders
 from tests.parity.learner_cases import make_config, make_steps
 from tests.parity.reference_learner import ReferenceLearner
 from tests.parity.test_deepspeed import NUM_STEPS, make_case, relative, run_ranks
@@ -236,5 +236,4 @@ def test_layers_that_cannot_carry_an_adapter_are_refused(
 
 
 def test_lora_is_a_key() -> None:
-    data = {"model": {"path": "m"}, "data": {"source": "d"}, "learner": {"lora": {"r": 2}}}
-    assert load_config(data).learner.lora == {"r": 2}
+    assert builders.config(learner={"lora": {"r": 2}}).learner.lora == {"r": 2}

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 
 from raygrpo.actors.cluster.placement import demand_of
 from raygrpo.config import RewardSection
-from raygrpo.config.file import load_config
 from raygrpo.errors import ConfigError, RewardError
 from raygrpo.rewards.cache import CachedReward, completion_keys
 from raygrpo.rewards.contract import Call, Reply, TrainerState
@@ -27,6 +26,7 @@ from raygrpo.rewards.params import JudgeParams, RewardModelParams
 from raygrpo.rewards.reward_model import RewardModel
 from raygrpo.rewards.service import secret
 from raygrpo.rewards.values import read_values
+from tests import builders
 from tests.tiny import Kind
 from tests.tiny_reward import save_tiny_reward_model
 
@@ -93,9 +93,8 @@ class TestParams:
             {"func": "reward_model", "name": "cpu", "params": {"path": "o/m"}},
             {"func": "exact"},
         ]
-        base = {"model": {"path": "m"}, "data": {"source": "d"}}
-        without = demand_of(load_config({**base, "rewards": rewards[2:]}))
-        demand = demand_of(load_config({**base, "rewards": rewards}))
+        without = demand_of(builders.config(rewards=rewards[2:]))
+        demand = demand_of(builders.config(rewards=rewards))
         assert demand.num_gpus == without.num_gpus + 1.5
         assert demand.num_processes == without.num_processes + 4
         assert "3 reward models (reward_model) x 0.5" in demand.gpu_text

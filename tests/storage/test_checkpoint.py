@@ -10,14 +10,12 @@ import pytest
 
 from raygrpo.algorithm.ledger import TokenLedger
 from raygrpo.algorithm.window import WindowState
-from raygrpo.config.file import load_config
 from raygrpo.errors import ConfigError, StorageError
 from raygrpo.storage.checkpoint import Checkpoints, verify
 from raygrpo.storage.run_dir import RunDir
 from raygrpo.training.state import RunState, load_state
+from tests import builders
 from tests.builders import request
-
-BASE = {"model": {"path": "m"}, "data": {"source": "d"}}
 
 
 def state(step: int) -> RunState:
@@ -113,7 +111,7 @@ def test_what_a_crash_leaves_is_no_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_run_is_claimed_once_and_not_changed(tmp_path: Path) -> None:
-    config = load_config({**BASE, "run_dir": str(tmp_path / "run")})
+    config = builders.config(run_dir=str(tmp_path / "run"))
     claimed = RunDir.claim(config)
     with pytest.raises(ConfigError, match="in use"):
         RunDir.claim(config)
@@ -145,7 +143,7 @@ def test_damaged_later_checkpoints_cost_no_good_one(tmp_path: Path) -> None:
 def test_a_strangers_directory_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(ConfigError, match="no run"):
-        RunDir.claim(load_config({**BASE, "run_dir": str(tmp_path)}))
+        RunDir.claim(builders.config(run_dir=str(tmp_path)))
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
 
@@ -154,8 +152,8 @@ def test_a_killed_process_lets_go(tmp_path: Path) -> None:
         "import os, signal, sys\n"
         "from raygrpo.config.file import load_config\n"
         "from raygrpo.storage.run_dir import RunDir\n"
-        f"RunDir.claim(load_config({ {**BASE, 'run_dir': str(tmp_path / 'run')}!r}))\n"
+        f"RunDir.claim(load_config({ {**builders.SMALLEST, 'run_dir': str(tmp_path / 'run')}!r}))\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == -9
-    RunDir.claim(load_config({**BASE, "run_dir": str(tmp_path / "run")})).release()
+    RunDir.claim(builders.config(run_dir=str(tmp_path / "run"))).release()

@@ -9,18 +9,13 @@ from typing import Any
 
 import pytest
 
-from raygrpo.config import RunConfig
-from raygrpo.config.file import load_config
 from raygrpo.tracking.alarms import WINDOW, Alarms
 from raygrpo.tracking.tracker import Tracker
-
-
-def run_config(**sections: Any) -> RunConfig:
-    return load_config({"model": {"path": "m"}, "data": {"source": "d"}, **sections})
+from tests import builders
 
 
 def ring(metric: str, values: list[float], **sections: Any) -> list[tuple[int, str]]:
-    alarms = Alarms(run_config(**sections))
+    alarms = Alarms(builders.config(**sections))
     return [
         (step, alarm.name)
         for step, value in enumerate(values)
@@ -69,7 +64,7 @@ def test_a_skipped_update_rings_at_once() -> None:
 
 
 def test_a_step_without_the_metric_changes_nothing() -> None:
-    alarms = Alarms(run_config())
+    alarms = Alarms(builders.config())
     for _ in range(WINDOW):
         alarms.check({"grad_norm": 1.0})
         assert alarms.check({"loss": 1e9}) == []
@@ -77,7 +72,7 @@ def test_a_step_without_the_metric_changes_nothing() -> None:
 
 
 def test_the_tracker_records_alarms(tmp_path: Path) -> None:
-    config = run_config(run_dir=str(tmp_path))
+    config = builders.config(run_dir=str(tmp_path))
     tracker = Tracker(tmp_path, config, file=io.StringIO())
     for step in range(1, WINDOW + 1):
         tracker.log_step(step, {"completions/clipped_ratio": 1.0})

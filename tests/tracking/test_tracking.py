@@ -26,7 +26,6 @@ from hypothesis import strategies as st
 
 from raygrpo.commands.train import Session
 from raygrpo.config import RunConfig
-from raygrpo.config.file import load_config
 from raygrpo.errors import ConfigError, StorageError
 from raygrpo.storage.run_dir import RunDir
 from raygrpo.tracking import wandb_logger
@@ -38,6 +37,7 @@ from raygrpo.tracking.tensorboard import TensorBoardWriter, check_tensorboard
 from raygrpo.tracking.tracker import Tracker
 from raygrpo.tracking.wandb_logger import WandbLogger, redacted
 from raygrpo.types import GroupSummary, Score, Stat, Version
+from tests import builders
 from tests.builders import summary
 
 
@@ -84,15 +84,11 @@ def facts(finished: list[GroupSummary], trained: list[GroupSummary], **keys: Any
 
 
 def run_config(tmp_path: Path, **tracking: Any) -> RunConfig:
-    return load_config(
-        {
-            "run_dir": str(tmp_path / "run"),
-            "model": {"path": "m"},
-            "data": {"source": "d.jsonl"},
-            "rewards": [{"func": "exact", "params": {"api_key": "hunter2", "max_tokens": 5}}],
-            "train": {"steps": 3},
-            "tracking": tracking,
-        }
+    return builders.config(
+        run_dir=str(tmp_path / "run"),
+        rewards=[{"func": "exact", "params": {"api_key": "hunter2", "max_tokens": 5}}],
+        train={"steps": 3},
+        tracking=tracking,
     )
 
 

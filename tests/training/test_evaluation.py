@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from raygrpo.config import RunConfig
-from raygrpo.config.file import load_config
 from raygrpo.errors import ConfigError
 from raygrpo.training.evaluation import (
     Evaluation,
@@ -21,6 +20,7 @@ from raygrpo.training.evaluation import (
 )
 from raygrpo.training.state import BestSoFar
 from raygrpo.types import GroupSummary, Prompt, Score, Version
+from tests import builders
 from tests.builders import summary
 
 VERSION = Version(2, 30)
@@ -28,14 +28,12 @@ VERSION = Version(2, 30)
 
 def config(**keys: Any) -> RunConfig:
     base = {
-        "model": {"path": "m"},
-        "data": {"source": "d"},
         "sampling": {"num_completions": 3, "temperature": 0.7, "filters": {"top_p": 0.9}},
         "rewards": [{"func": "number"}],
         "train": {"steps": 10},
     }
     evaluation = {"eval_steps": 1, "num_completions": 4}
-    return load_config({**base, "eval": {**evaluation, **keys.pop("eval", {})}, **keys})
+    return builders.config(**{**base, "eval": {**evaluation, **keys.pop("eval", {})}, **keys})
 
 
 def prompts(*answers: Any) -> list[Prompt]:
