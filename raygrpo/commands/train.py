@@ -17,7 +17,7 @@ from raygrpo.config.file import load_config
 from raygrpo.errors import ConfigError, RayGrpoError, StorageError
 from raygrpo.storage.checkpoint import Checkpoints, verify
 from raygrpo.storage.run_dir import RunDir
-from raygrpo.training.evaluation import Evaluations, check_best_metric
+from raygrpo.training.evaluation import check_best_metric
 from raygrpo.training.state import BestSoFar, RunState, load_state
 from raygrpo.types import Prompt
 
@@ -173,16 +173,16 @@ class Session:
         """Trains, then exports; SIGTERM and SIGINT stop in order, the running step committed."""
         if self._restored is not None and self._complete:
             return self._end(self._restored.step, finished=True)
-        from raygrpo.training.boundary import Parts
         from raygrpo.training.trainer import Trainer
+        from raygrpo.training.wiring import Wiring
 
         trainer = Trainer(
-            Parts(
+            Wiring(
                 config=self.config,
                 pool=self._pool,
                 learner=self._learner,
                 prompts=self._prompts,
-                evaluations=self._evaluations,
+                eval_prompts=self._eval_prompts,
                 tracker=self._tracker,
                 rollouts=self._rollouts,
                 run_dir=self.run_dir,
@@ -262,7 +262,6 @@ class Session:
         if self._restored:
             self._restored = replace(self._restored, best=best)
             self._prompts.restore(self._restored.prompts)
-        self._evaluations = Evaluations(self._eval_prompts, self.config, best)
         self._incarnation = self.run_dir.next_incarnation()
 
     def _find_best(self) -> BestSoFar:

@@ -1,170 +1,208 @@
-"""The end of a step: its evaluation, its row of metrics, and its checkpoint, in that order."""
+"""The end of a step: its evaluation, its row of metrics, and its checkpoint.
+
+The trainer calls `Boundary.advance` in each turn of its loop; nothing here blocks. A step that has
+ended goes through these phases:
+
+    phase        waits for                                     unblocked by
+    EVALUATING   the step's weights in the generators' store,  `advance(published=True)`,
+                 then the groups of its evaluation             `Boundary.finish`, `Boundary.drop`
+    RECORDING    nothing: its row is logged at once
+    SAVING       the learner's files, the rollout store's      the pending save, the store's writes
+    CLOSED       nothing
+
+The learner's files are begun as early as EVALUATING, and committed in SAVING. The next update may
+start once they are begun; so the step before the newest may still be SAVING.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from enum import Enum
 from pathlib import Path
 
 from raygrpo.actors.futures import Pending
-from raygrpo.actors.learner import LearnerGroup
-from raygrpo.actors.pool.pool import RolloutPool
-from raygrpo.actors.rollout_writer import RolloutLog
-from raygrpo.config import RunConfig
-from raygrpo.data.prompts import PromptStream
-from raygrpo.storage.checkpoint import Checkpoints
-from raygrpo.storage.run_dir import RunDir
-from raygrpo.tracking.tracker import Tracker
-from raygrpo.training.evaluation import Evaluations
-from raygrpo.training.state import RunState
-from raygrpo.types import Version
+from raygrpo.training.evaluation import Evaluation, is_due
+from raygrpo.training.state import BestSoFar, RunState
+from raygrpo.training.wiring import Wiring
+from raygrpo.types import GroupSummary, Version
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Parts:
-    """What a trainer drives."""
+class Phase(Enum):
+    """How far the end of a step has come; the module's docstring says what each waits for."""
 
-    config: RunConfig
-    pool: RolloutPool
-    learner: LearnerGroup
-    prompts: PromptStream
-    evaluations: Evaluations
-    tracker: Tracker
-    rollouts: RolloutLog
-    run_dir: RunDir
-    checkpoints: Checkpoints
-    incarnation: int
+    EVALUATING = "evaluating"
+    RECORDING = "recording"
+    SAVING = "saving"
+    CLOSED = "closed"
+
+
+@dataclass(slots=True)
+class ClosingStep:
+    """A step that has ended. Example: ClosingStep(state, record={"loss": 0.01}).
+
+    ``state`` is the driver's as the step ended: what a checkpoint of the step holds. ``record`` are
+    the step's metrics until they are logged. ``directory`` is where the step is saved: set when
+    that begins.
+    """
+
+    state: RunState
+    record: dict[str, float]
+    phase: Phase = Phase.EVALUATING
+    evaluation: Evaluation | None = None
+    directory: Path | None = None
+    save: Pending[None] | None = None
+
+    @property
+    def number(self) -> int:
+        """Steps trained, this one included."""
+        return self.state.step
 
 
 class Boundary:
-    """Closes the step that ended last, while generation goes on.
+    """Closes steps, while generation goes on.
 
     Attributes:
-        save: the learner's half of a checkpoint under way.
-        stopping: whether an orderly stop was asked for; the open step is still committed.
+        best: the best evaluation so far.
     """
 
-    def __init__(self, parts: Parts, state: RunState, restored: RunState | None) -> None:
-        """``state`` is the one to begin with, ``restored`` the same as a checkpoint had it."""
-        self._config, self._incarnation = parts.config, parts.incarnation
-        self._pool, self._learner, self._rollouts = parts.pool, parts.learner, parts.rollouts
-        self._evaluations, self._tracker = parts.evaluations, parts.tracker
-        self._run_dir, self._checkpoints = parts.run_dir, parts.checkpoints
-        # As the step ended, whatever finishes until its checkpoint is begun.
-        self._state = state
-        # A checkpoint whose evaluation is still due is written again once that is done.
-        self._saved_step = restored.step if restored and restored.record is None else -1
-        self._record = restored.record if restored else {}
-        self._deferred: dict[str, float] | None = None
-        self._saving: tuple[Path, RunState] | None = None
-        self.save: Pending[None] | None = None
-        self.stopping = False
-
-    @property
-    def step(self) -> int:
-        """Steps that have ended."""
-        return self._state.step
-
-    @property
-    def complete(self) -> bool:
-        """Whether nothing is left to train."""
-        return self.step >= self._config.train.steps or self._evaluations.end_the_run
+    def __init__(self, wiring: Wiring, state: RunState, restored: RunState | None) -> None:
+        """``state`` is the driver's at the start; ``restored`` is what its checkpoint held."""
+        self._config, self._incarnation = wiring.config, wiring.incarnation
+        self._pool, self._learner, self._rollouts = wiring.pool, wiring.learner, wiring.rollouts
+        self._tracker, self._run_dir = wiring.tracker, wiring.run_dir
+        self._checkpoints, self._eval_prompts = wiring.checkpoints, wiring.eval_prompts
+        no_best = BestSoFar(metric=self._config.eval.best.metric or "")
+        self.best = restored.best if restored else no_best
+        if restored and restored.record is None:
+            directory = self._checkpoints.path(restored.step)
+            self._newest = ClosingStep(state, {}, Phase.CLOSED, directory=directory)
+        else:  # the first start, or a stop left the evaluation to this one
+            self._newest = ClosingStep(state, dict((restored and restored.record) or {}))
+        self._older: ClosingStep | None = None
 
     @property
     def is_last(self) -> bool:
-        """Whether no step comes after this one, in this process."""
-        return self.stopping or self.complete
+        """Whether nothing is left to train after the newest step."""
+        return self._newest.number >= self._config.train.steps or self.best.has_ended(self._config)
 
     @property
-    def closed(self) -> bool:
-        """Whether the next update may start: an evaluation is of one version, so the update waits
-        for it; so it does for the record, and for the begin of the checkpoint."""
-        return self._record is None and not self._save_is_due()
+    def is_finished(self) -> bool:
+        """Whether the run is: nothing is left to train, or to evaluate."""
+        return self.is_last and self._newest.state.record is None
 
     @property
-    def ended(self) -> bool:
-        """Whether the last step is recorded and committed."""
-        busy = self.save is not None or self._record is not None
-        return self.is_last and not busy and self._saved_step == self.step
+    def may_update(self) -> bool:
+        """Whether the next update may start: an evaluation is of one version, and a checkpoint's
+        files are those of one step."""
+        begun = self._newest.phase is Phase.SAVING and self._newest.save is not None
+        return begun or self._newest.phase is Phase.CLOSED
 
     @property
-    def has_deferred(self) -> bool:
-        """Whether a stop left the evaluation to the run that resumes."""
-        return self._deferred is not None
+    def is_saved(self) -> bool:
+        """Whether the newest step is committed, and nothing is under way."""
+        newest = self._newest
+        return newest.phase is Phase.CLOSED and newest.directory is not None and not self.save
+
+    @property
+    def save(self) -> Pending[None] | None:
+        """The learner's part of a checkpoint that is not committed yet."""
+        return (self._older.save if self._older else None) or self._newest.save
 
     def end_step(self, state: RunState, record: dict[str, float]) -> None:
         """A step was trained: ``record`` are its metrics, without those of an evaluation."""
-        self._state, self._record = state, record
+        if self._newest.save:
+            self._older = self._newest
+        self._newest = ClosingStep(state, record)
 
-    def settle(self, *, published: bool) -> None:
-        """Closes what can be closed: the evaluation, then the record, then the checkpoint."""
-        if self._record is not None and published:
-            self._settle_record(self._record)
-        if self.save is not None and not self.save.open_refs:
-            assert self._saving is not None
-            directory, state = self._saving
-            closed = self._record is None or state.step < self.step
-            if closed and self._rollouts.settled(state.step):
-                self._commit(directory, state)
-                self.save = self._saving = None
+    def finish(self, summary: GroupSummary) -> None:
+        """Takes a group of the evaluation."""
+        if self._newest.evaluation:
+            self._newest.evaluation.finish(summary)
 
-    def start_save(self, *, updating: bool) -> None:
-        """Begins the step's checkpoint where one is due; an update under way must end first."""
-        if self.save or updating or not self._save_is_due():
+    def drop(self) -> None:
+        """A group of the evaluation cannot be served."""
+        if self._newest.evaluation:
+            self._newest.evaluation.drop()
+
+    def advance(self, *, published: bool, updating: bool, stopping: bool) -> None:
+        """Takes each step as far as it can go now.
+
+        Args:
+            published: whether the newest step's weights can be loaded.
+            updating: whether an update is under way, which a save must not fall into.
+            stopping: whether the run is to stop after the newest step.
+        """
+        newest = self._newest
+        if self._older:
+            self._commit_when_written(self._older)
+        if newest.phase is Phase.EVALUATING and published:
+            self._evaluate(newest, stopping=stopping)
+        if newest.phase is Phase.RECORDING:
+            self._record(newest)
+        due = self._save_is_due(newest, stopping=stopping)
+        if due and not updating and not self.save:
+            self._begin_save(newest)
+        if newest.phase is Phase.SAVING and newest.directory is None and not due:
+            newest.phase = Phase.CLOSED
+        elif newest.phase is Phase.CLOSED and due:  # the stop was asked for after the step's end
+            newest.phase = Phase.SAVING
+        self._commit_when_written(newest)
+
+    def _evaluate(self, step: ClosingStep, *, stopping: bool) -> None:
+        if not (self._eval_prompts and is_due(step.number, self._config)):
+            step.phase = Phase.RECORDING
             return
-        directory = self._checkpoints.begin(self.step)
-        self._saving = (directory, self._saved_state())
-        self.save = self._learner.save(directory)
+        evaluation = step.evaluation
+        if stopping and not (evaluation and evaluation.done):
+            # The checkpoint keeps the record; the resumed run evaluates and logs it.
+            self._pool.forget("eval")
+            step.evaluation = None
+            step.state = replace(step.state, record=step.record, best=self.best)
+            step.phase = Phase.SAVING
+        elif evaluation is None:
+            version = Version(self._incarnation, step.number)
+            step.evaluation = Evaluation(self._eval_prompts, version, self._config)
+            for request in step.evaluation.requests:
+                self._pool.submit(request)
+        elif evaluation.done:
+            self._rollouts.write_rest("eval", step.number)
+            metrics = evaluation.metrics()
+            step.record |= metrics
+            self.best = self.best.take(step.number, metrics, self._config)
+            if self.best.has_ended(self._config):
+                self._tracker.event("early_stop", step=step.number, best_step=self.best.step)
+            step.phase = Phase.RECORDING
 
-    def _save_is_due(self) -> bool:
-        """Whether this step's checkpoint is still to be begun."""
-        begun = self._saving is not None and self._saving[1].step == self.step
-        if begun or self._saved_step == self.step:
+    def _record(self, step: ClosingStep) -> None:
+        if step.record:  # empty before the first step, where nothing was evaluated
+            self._tracker.log_step(step.number, step.record)
+        step.state = replace(step.state, best=self.best)
+        step.phase = Phase.SAVING
+
+    def _save_is_due(self, step: ClosingStep, *, stopping: bool) -> bool:
+        """Whether the step's checkpoint is still to be begun."""
+        if step.directory is not None:
             return False
         every = self._config.checkpoint.save_steps
-        regular = every and self.step and self.step % every == 0
-        best = self._evaluations.best.step == self.step
-        return bool(regular or best or self.is_last)
+        regular = every and step.number and step.number % every == 0
+        return bool(regular or self.best.step == step.number or stopping or self.is_last)
 
-    def _saved_state(self) -> RunState:
-        # Dropped groups may be counted as done: they must be on disk before the commit.
-        self._rollouts.write_rest("step", self.step + 1)
-        return replace(self._state, record=self._deferred, best=self._evaluations.best)
+    def _begin_save(self, step: ClosingStep) -> None:
+        # The state counts dropped groups as done: they must be on disk before the commit.
+        self._rollouts.write_rest("step", step.number + 1)
+        step.directory = self._checkpoints.begin(step.number)
+        step.save = self._learner.save(step.directory)
 
-    def _commit(self, directory: Path, state: RunState) -> None:
-        path = self._checkpoints.commit(directory, state.step, state)
+    def _commit_when_written(self, step: ClosingStep) -> None:
+        if step.phase is not Phase.SAVING or step.save is None or step.directory is None:
+            return
+        if step.save.open_refs or not self._rollouts.settled(step.number):
+            return
+        path = self._checkpoints.commit(step.directory, step.number, step.state)
         # Only now: what run.json names is on disk, before and after the older best one goes.
-        if state.best.metric:
-            self._run_dir.note(best=state.best.fact())
-        self._checkpoints.prune(path, state.best.step)
-        self._saved_step = state.step
-        self._tracker.event("checkpoint", step=state.step, path=path.name)
-
-    def _settle_record(self, record: dict[str, float]) -> None:
-        evaluations = self._evaluations
-        if evaluations.due(self.step):
-            if self.stopping and not evaluations.done:
-                # The checkpoint keeps the record, and the resumed run evaluates and logs it.
-                self._deferred = record
-                evaluations.cancel()
-                self._pool.forget("eval")
-                self._close_record()
-                return
-            if not evaluations.under_way:
-                for request in evaluations.begin(Version(self._incarnation, self.step)):
-                    self._pool.submit(request)
-            if not evaluations.done:
-                return
-            self._rollouts.write_rest("eval", self.step)
-            metrics, events = evaluations.end(self.step)
-            record = record | metrics
-            for kind, fields in events:
-                self._tracker.event(kind, step=self.step, **fields)
-        if record:
-            self._tracker.log_step(self.step, record)
-        self._close_record()
-
-    def _close_record(self) -> None:
-        self._record = None
-        if self._saving is not None and self._saving[1].step == self.step:
-            # The save began before: the state beside it is still that of this step's boundary.
-            self._saving = (self._saving[0], self._saved_state())
+        best = step.state.best
+        if best.metric:
+            self._run_dir.note(best=best.fact())
+        self._checkpoints.prune(path, best.step)
+        self._tracker.event("checkpoint", step=step.number, path=path.name)
+        step.save, step.phase = None, Phase.CLOSED

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from raygrpo.config import RunConfig
 from raygrpo.config.sections import reward_name
 from raygrpo.errors import ConfigError, nearest
 from raygrpo.tracking.metrics import evaluation_metrics
-from raygrpo.training.state import BestSoFar
 from raygrpo.types import GroupRequest, GroupSummary, Prompt, Score, Version
 
 
@@ -62,70 +60,10 @@ class Evaluation:
         return metrics | {"eval/num_dropped": float(self._num_dropped)}
 
 
-class Evaluations:
-    """The evaluations of a run, one at a time, and the best one.
-
-    Attributes:
-        best: the best evaluation so far.
-    """
-
-    def __init__(
-        self, prompts: Sequence[Prompt], config: RunConfig, best: BestSoFar | None = None
-    ) -> None:
-        self._prompts, self._config = prompts, config
-        self.best = best or BestSoFar(metric=config.eval.best.metric or "")
-        self._current: Evaluation | None = None
-
-    @property
-    def end_the_run(self) -> bool:
-        """Whether nothing better came for so long that the run is to end."""
-        return self.best.has_ended(self._config)
-
-    @property
-    def under_way(self) -> bool:
-        """Whether one was begun and has not been ended or cancelled."""
-        return self._current is not None
-
-    @property
-    def done(self) -> bool:
-        """Whether all groups of the one under way are back."""
-        return self._current is not None and self._current.done
-
-    def due(self, step: int) -> bool:
-        """Whether the model after ``step`` steps is to be evaluated."""
-        every = self._config.eval.eval_steps
-        if not every or not self._prompts:
-            return False
-        return step % every == 0 or step >= self._config.train.steps
-
-    def begin(self, version: Version) -> list[GroupRequest]:
-        """Starts one; returns the groups to generate."""
-        self._current = Evaluation(self._prompts, version, self._config)
-        return self._current.requests
-
-    def finish(self, summary: GroupSummary) -> None:
-        """Takes a finished group; a group of a cancelled evaluation is ignored, also below."""
-        if self._current is not None:
-            self._current.finish(summary)
-
-    def drop(self) -> None:
-        """Gives up a group."""
-        if self._current is not None:
-            self._current.drop()
-
-    def cancel(self) -> None:
-        """Forgets the one under way."""
-        self._current = None
-
-    def end(self, step: int) -> tuple[dict[str, float], list[tuple[str, dict[str, Any]]]]:
-        """Ends the one that is done, of the model after ``step`` steps; metrics and events."""
-        assert self._current is not None
-        evaluation, self._current = self._current, None
-        metrics, events = evaluation.metrics(), []
-        self.best = self.best.take(step, metrics, self._config)
-        if self.end_the_run:
-            events.append(("early_stop", {"best_step": self.best.step}))
-        return metrics, events
+def is_due(step: int, config: RunConfig) -> bool:
+    """Whether the model after ``step`` steps is to be evaluated."""
+    every = config.eval.eval_steps
+    return bool(every) and (step % every == 0 or step >= config.train.steps)
 
 
 def check_best_metric(config: RunConfig) -> None:

@@ -63,8 +63,8 @@ def test_a_signal_after_the_last_step_changes_nothing(
         first_group_at=0.0,
     )
     monkeypatch.setattr("raygrpo.training.trainer.Trainer", lambda *_: trainer)
-    monkeypatch.setattr("raygrpo.training.boundary.Parts", lambda **_: None)
-    names = ("_pool", "_learner", "_prompts", "_evaluations", "_rollouts", "_checkpoints")
+    monkeypatch.setattr("raygrpo.training.wiring.Wiring", lambda **_: None)
+    names = ("_pool", "_learner", "_prompts", "_eval_prompts", "_rollouts", "_checkpoints")
     with Session(builders.config()) as session:
         for name in (*names, "_incarnation", "_restored"):
             setattr(session, name, None)

@@ -14,8 +14,8 @@ from raygrpo.config import RunConfig
 from raygrpo.errors import ConfigError
 from raygrpo.training.evaluation import (
     Evaluation,
-    Evaluations,
     check_best_metric,
+    is_due,
     metric_names,
 )
 from raygrpo.training.state import BestSoFar
@@ -114,19 +114,8 @@ def test_a_dropped_group_is_counted() -> None:
 
 def test_an_evaluation_is_due_at_its_steps_and_at_the_end() -> None:
     section = config(eval={"eval_steps": 4}, train={"steps": 10})
-    evaluations = Evaluations(prompts(1), section)
-    assert [step for step in range(11) if evaluations.due(step)] == [0, 4, 8, 10]
-    assert not Evaluations([], section).due(0)
-
-
-def test_what_comes_after_a_cancelled_evaluation_is_ignored() -> None:
-    evaluations = Evaluations(prompts(1), config())
-    evaluations.begin(VERSION)
-    evaluations.cancel()
-    evaluations.finish(result(0, [1.0]))
-    evaluations.drop()
-    assert not evaluations.under_way
-    assert not evaluations.done
+    assert [step for step in range(11) if is_due(step, section)] == [0, 4, 8, 10]
+    assert not is_due(0, config(eval={"eval_steps": 0}))
 
 
 def take(best: BestSoFar, section: RunConfig, *values: float | None) -> BestSoFar:

@@ -29,7 +29,7 @@ from raygrpo.algorithm.step_plan import teaches
 from raygrpo.config import RewardSection, RunConfig
 from raygrpo.errors import EngineBroken, InfraError, ProbeFailed, WeightsCorrupt, WeightsLost
 from raygrpo.rewards.contract import TrainerState
-from raygrpo.types import FinishedGroup, GroupRequest, Stream
+from raygrpo.types import FinishedGroup, GroupRequest, Ref, Stream
 
 _ABORT_S = 15.0  # for a generator that leaves to answer with what it wrote, and to copy that
 _DRAIN_CHECK_S, _COPY_S = 2.0, 1.0
@@ -67,7 +67,7 @@ class RolloutPool:
         self._num_publishes = 0
         self._sleeping = False
         self._deaths_in_a_row = 0
-        self._drains_checked = self.waited_s = 0.0
+        self._drains_checked = 0.0
         self._clear()
         self.normal_gap: float | None = None
 
@@ -156,7 +156,9 @@ class RolloutPool:
             RayGrpoError: a failure that ends the run, in the pool or in one of ``pendings``.
         """
         refs = self._refs() + [ref for pending in pendings for ref in pending.open_refs]
-        ready = self._wait_for(refs, timeout_s)
+        started = time.monotonic()
+        ready = _wait_for(refs, timeout_s)
+        waited_s = time.monotonic() - started
         completed = tuple(pending for pending in pendings if pending.collect(ready))
         for worker in self._workers:
             self._collect_worker(worker, ready)
@@ -177,6 +179,7 @@ class RolloutPool:
             events=tuple(self._events),
             weights_lost=self._weights_lost,
             aborted_tokens=self._aborted_tokens,
+            waited_s=waited_s,
         )
         self._clear()
         return events
@@ -190,19 +193,7 @@ class RolloutPool:
         self._weights_lost = False
         self._aborted_tokens = 0
 
-    def _wait_for(self, refs: list[Any], timeout_s: float) -> set[Any]:
-        started = time.monotonic()
-        try:
-            if not refs:
-                return set()
-            ready, _ = ray.wait(refs, num_returns=1, timeout=timeout_s, fetch_local=False)
-            if ready:
-                ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)
-            return set(ready)
-        finally:
-            self.waited_s += time.monotonic() - started
-
-    def _refs(self) -> list[Any]:
+    def _refs(self) -> list[Ref]:
         workers = [
             ref
             for worker in self._workers
@@ -221,7 +212,7 @@ class RolloutPool:
         worker.loading_publish = self._num_publishes
         worker.deadline = time.monotonic() + self._config.ray.timeouts_s.sync
 
-    def _collect_worker(self, worker: Worker, ready: set[Any]) -> None:
+    def _collect_worker(self, worker: Worker, ready: set[Ref]) -> None:
         try:
             if worker.starting is not None and worker.starting in ready:
                 worker.pid = resolve(worker.starting, worker.name)
@@ -448,3 +439,13 @@ class RolloutPool:
         late |= {worker.name: (worker, what) for worker, what in self._dispatcher.late(now)}
         for worker, what in late.values():
             self._bury(worker, InfraError(f"{worker.name} missed its deadline: {what}"))
+
+
+def _wait_for(refs: list[Ref], timeout_s: float) -> set[Ref]:
+    """What is ready once anything is, or the time is over."""
+    if not refs:
+        return set()
+    ready, _ = ray.wait(refs, num_returns=1, timeout=timeout_s, fetch_local=False)
+    if ready:
+        ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)
+    return set(ready)

@@ -94,6 +94,7 @@ class PoolEvents:
     ``lost`` groups died with a worker, and the pool has sent them again. ``dropped`` groups cannot
     be served. ``weights_lost``: the weight store is empty, so the learner must publish again.
     ``aborted_tokens``: tokens of training groups that were written and that nothing goes on with.
+    ``waited_s``: how long the wait blocked.
     """
 
     groups: tuple[FinishedGroup, ...] = ()
@@ -104,6 +105,7 @@ class PoolEvents:
     events: tuple[tuple[str, Mapping[str, Any]], ...] = ()
     weights_lost: bool = False
     aborted_tokens: int = 0
+    waited_s: float = 0.0
 
 
 def least_loaded(workers: Sequence[Worker], rows: int, capacity: int, queue: int) -> Worker | None:
