@@ -74,9 +74,9 @@ class LossSection(Section):
     )
     aggregation: Literal["token", "sequence", "constant", "prompt"] = key(
         "token",
-        "Mean that the loss is, over one optimizer update on all ranks: over tokens, over "
-        "sequences (of their token means), over prompts (of their token means), or the sum over a "
-        "constant.",
+        "Mean of the loss over an optimizer update, on all ranks. token: over tokens. sequence: "
+        "over the completions' token means. prompt: over the prompts' token means. constant: the "
+        "sum over the number of completions times sampling.max_tokens.",
     )
     ratio_anchor: Literal["old", "sampler"] = key(
         "old",

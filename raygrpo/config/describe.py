@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
@@ -34,7 +35,7 @@ def describe_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[
             continue
         extra = info.json_schema_extra
         unit = str(extra.get("unit", "")) if isinstance(extra, dict) else ""
-        default = "required" if info.is_required() else repr(info.default)
+        default = "required" if info.is_required() else json.dumps(info.default)
         meaning = info.description or ""
         if issubclass(model, DataChanges) and name in DataKeys.model_fields:
             outer = prefix.removesuffix("mixture[].") if model is PartSection else "data."
@@ -44,7 +45,7 @@ def describe_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[
 
 
 def _type_name(annotation: Any) -> str:
-    """A type as users write its values: ``int``, ``str | None``, ``k2 | k3``, ``mapping``."""
+    """A type as users write its values: ``int``, ``str | null``, ``k2 | k3``, ``mapping``."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return " | ".join(map(str, arguments))
@@ -54,7 +55,7 @@ def _type_name(annotation: Any) -> str:
         return "mapping"
     if origin in (list, tuple):
         return "list"
-    return "None" if annotation is NoneType else str(annotation.__name__)
+    return "null" if annotation is NoneType else str(annotation.__name__)
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:

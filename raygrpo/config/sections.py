@@ -26,7 +26,7 @@ class ModelSection(Section):
     """The policy's model."""
 
     path: str = key(..., "Hub id or directory of the causal language model.")
-    revision: str | None = key(None, "Hub revision of path; none: the default branch.")
+    revision: str | None = key(None, "Hub revision of path; null: the default branch.")
     dtype: Literal["float32", "bfloat16"] = key(
         "float32",
         "Dtype of computing and of published weights; bfloat16 trains float32 master weights.",
@@ -59,7 +59,7 @@ class DataKeys(Section):
     system: str | None = key(None, "System message of prompts that have none.")
     chat: bool | None = key(
         None,
-        "Apply the chat template. none: to message lists. true: to text too, as a user turn. "
+        "Apply the chat template. null: to message lists. true: to text too, as a user turn. "
         "false: never.",
     )
     chat_params: dict[str, Any] = key({}, "Arguments of the chat template (enable_thinking, ...).")
@@ -70,7 +70,7 @@ class DataKeys(Section):
     shuffle: bool = key(True, "Shuffle each epoch, by the run's seed.")
     max_pass_rate: float | None = key(
         None,
-        "Share of correct completions from which a prompt is not drawn again.",
+        "Share of correct completions from which on a prompt is not drawn again; null: none is.",
         gt=0,
         le=1,
     )
@@ -161,7 +161,7 @@ class RewardSection(Section):
         "Function: exact, number, format, math, length, reasoning_gym, reward_model, http, judge, "
         "module:function, or file.py:function.",
     )
-    name: str | None = key(None, "Name in metrics; none: the function's name.")
+    name: str | None = key(None, "Name in metrics; null: the function's name.")
     weight: float = key(1.0, "Weight of the reward in the sum.")
     params: dict[str, Any] = key({}, "Keyword arguments of every call.")
     timeout_s: float = key(60.0, "Deadline of one call on one group.", "seconds", gt=0)
@@ -173,7 +173,7 @@ class BestCheckpoint(Section):
 
     metric: str | None = key(
         None,
-        "Metric whose best checkpoint is kept and exported (-metric: lowest is best); none: the "
+        "Metric whose best checkpoint is kept and exported (-metric: lowest is best); null: the "
         "last checkpoint is exported.",
     )
     patience: int = key(
@@ -366,15 +366,17 @@ class Timeouts(Section):
 class Threads(Section):
     """CPU threads of an actor, by role."""
 
-    learner: int = key(0, "Of a learner rank; 0 shares the machine's cores.", "threads", ge=0)
-    generator: int = key(0, "Of a generator; 0 shares the machine's cores.", "threads", ge=0)
+    learner: int = key(0, "CPU threads of a rank; 0: its share of the machine.", "threads", ge=0)
+    generator: int = key(
+        0, "CPU threads of a generator; 0: its share of the machine.", "threads", ge=0
+    )
 
 
 class Gpus(Section):
     """GPUs of an actor, by role."""
 
-    learner: float = key(0.0, "Of a learner rank; 0 computes on CPUs.", "GPUs", ge=0)
-    generator: float = key(0.0, "Of a generator; 0 computes on CPUs.", "GPUs", ge=0)
+    learner: float = key(0.0, "GPUs of a learner rank; 0: it computes on CPUs.", "GPUs", ge=0)
+    generator: float = key(0.0, "GPUs of a generator; 0: it computes on CPUs.", "GPUs", ge=0)
 
 
 class RaySection(Section):

@@ -187,7 +187,7 @@ def test_every_key_is_described() -> None:
     meaning = "Steps of the run; each makes one version of the weights."
     assert rows["train.steps"] == ("int", "100", "steps", meaning)
     assert rows["loss.kl_estimator"][0] == "k2 | k3"
-    assert rows["data.template"][0] == "str | None"
+    assert rows["data.template"][0] == "str | null"
     assert "rewards[].timeout_s" in rows
     assert rows["ray.timeouts_s.sync"][1:3] == ("600.0", "seconds")
     assert all(meaning.endswith(".") for *_, meaning in rows.values())
