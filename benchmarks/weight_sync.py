@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -85,7 +85,7 @@ class CountingGenerator(GeneratorActor):
     def num_tokens(self) -> int | None:
         """None where the engine writes in processes of its own."""
         vllm = self._config.generators.engine == "vllm"
-        return None if vllm else self._engine.num_tokens
+        return None if vllm else cast(CountingEngine, self.engine).num_tokens
 
 
 class Source:

@@ -9,28 +9,9 @@ from typing import Any, Generic, TypeVar
 import ray
 import ray.exceptions
 
-from raygrpo.errors import InfraError, RayGrpoError
+from raygrpo.errors import FOREIGN_INSIDE, InfraError, RayGrpoError, infra_error
 
 T = TypeVar("T")
-
-_DEAD = (
-    ray.exceptions.RayActorError,
-    ray.exceptions.WorkerCrashedError,
-    ray.exceptions.NodeDiedError,
-    ray.exceptions.OutOfMemoryError,
-)
-
-
-class WorkerDied(InfraError):
-    """The process that ran a call is gone."""
-
-
-class AnswerLost(InfraError):
-    """A call's answer was lost with the node that held it."""
-
-
-class DependencyDied(InfraError):
-    """A call failed because a process that it needs is gone; the called one is well."""
 
 
 def resolve(ref: Any, what: str, timeout_s: float = 60.0) -> Any:
@@ -43,35 +24,13 @@ def resolve(ref: Any, what: str, timeout_s: float = 60.0) -> Any:
     try:
         return ray.get(ref, timeout=timeout_s)
     except ray.exceptions.RayTaskError as error:  # first: it is of its cause's class too
-        raise _raised_inside(error, what) from None
-    except _DEAD as error:
-        raise WorkerDied(f"{what} died: {_first_line(error)}") from None
-    except (ray.exceptions.ObjectLostError, ray.exceptions.GetTimeoutError) as error:
-        raise AnswerLost(f"the answer of {what} was lost: {_first_line(error)}") from None
+        cause = error.cause
+        if isinstance(cause, RayGrpoError):
+            raise cause from None
+        # A bug is passed on with its remote traceback.
+        raise infra_error(cause, what, FOREIGN_INSIDE) or error from None
     except ray.exceptions.RayError as error:
-        raise InfraError(f"Ray could not run {what}: {_first_line(error)}") from None
-
-
-def _raised_inside(error: Any, what: str) -> BaseException:
-    """What a call raised, in the project's terms; a bug is passed on with its remote traceback."""
-    cause = error.cause
-    if isinstance(cause, RayGrpoError):
-        return cause
-    if isinstance(cause, ray.exceptions.ObjectLostError):
-        return AnswerLost(f"{what} lost its input: {_first_line(cause)}")
-    if isinstance(cause, ray.exceptions.RayError):
-        return DependencyDied(f"{what} lost a process that it needs: {_first_line(cause)}")
-    if type(cause).__name__ == "OutOfMemoryError":  # torch's; this module does without torch
-        return InfraError(
-            f"{what} ran out of GPU memory: {_first_line(cause)}",
-            "lower train.tokens_per_microbatch or generators.max_rows, or raise the ZeRO stage",
-        )
-    bug: BaseException = error
-    return bug
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise infra_error(error, what) or error from None
 
 
 class Pending(Generic[T]):

@@ -6,19 +6,19 @@ import os
 import socket
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 
 from raygrpo.actors.cluster.colocation import Colocation
 from raygrpo.actors.cluster.placement import actor_options, labels_of, learner_threads
 from raygrpo.actors.futures import Pending
-from raygrpo.actors.native_transfer import LearnerTransfer, wanted
 from raygrpo.actors.process import keep_heap, log_path, log_to, spawn
 from raygrpo.actors.profiling import ProfileRequest, Tracer
+from raygrpo.actors.transport import make_sender, publish_timeout_s
 from raygrpo.actors.weight_store import StoreHandle
+from raygrpo.actors.weight_sync import WeightSender
 from raygrpo.algorithm.packing import make_microbatch, place
 from raygrpo.config import RunConfig
 from raygrpo.errors import ConfigError
@@ -30,21 +30,24 @@ from raygrpo.types import (
     Version,
     merge_stats,
 )
-from raygrpo.weights.types import PublishReport, WholeKind
-
-if TYPE_CHECKING:
-    from raygrpo.weights.publisher import Publisher
+from raygrpo.weights.types import PublishReport
 
 
 class LearnerActor:
     """One DeepSpeed rank. Calls run one at a time, in the order in which the driver makes them."""
 
-    def __init__(self, config: RunConfig, rank: int, profile: ProfileRequest | None = None) -> None:
-        self._config = config
-        self._rank = rank
+    def __init__(
+        self,
+        config: RunConfig,
+        rank: int,
+        store: StoreHandle | None,
+        local: bool,
+        profile: ProfileRequest | None = None,
+    ) -> None:
+        self._config, self._rank = config, rank
+        self._store, self._local = store, local
         self._profile = profile
-        self._publisher: Publisher | None = None
-        self._transfer: LearnerTransfer | None = None
+        self._sender: WeightSender | None = None
 
     def address(self) -> tuple[str, int]:
         """This node's address and a free port on it, for the ranks to meet.
@@ -79,9 +82,10 @@ class LearnerActor:
             local_rank=local_rank,
             device="cuda" if self._config.ray.gpus.learner else "cpu",
         )
-        if wanted(self._config):
-            here = ray.util.get_node_ip_address()
-            self._transfer = LearnerTransfer(self._config, self._rank, here)
+        if self._store is not None:
+            self._sender = make_sender(
+                self._config, self._store, rank=self._rank, local=self._local
+            )
         return os.getpid()
 
     def update(self, batch: StepBatch, incarnation: int) -> StepResult:
@@ -103,37 +107,17 @@ class LearnerActor:
             seconds=time.monotonic() - started,
         )
 
-    def publish(
-        self,
-        version: Version,
-        store: StoreHandle | None,
-        local: bool,
-        generators: Mapping[str, Any],
-    ) -> PublishReport | None:
-        """Publishes the weights; rank 0 sends, others help gather. ``local``: on one machine.
+    def publish(self, version: Version, generators: Mapping[str, Any]) -> PublishReport | None:
+        """Publishes the weights; rank 0 sends, the others help to gather.
 
-        ``generators`` are sent them directly before.
+        ``generators`` are ready to take the version directly, if the transport does so.
         """
+        # It imports torch, which the driver does without.
         from raygrpo.learner.probe import score_probe
-        from raygrpo.weights.publisher import Publisher
 
+        assert self._sender is not None, "a learner without a store publishes nothing"
         probe = score_probe(self._learner)
-        lora = bool(self._config.learner.lora)
-        learner = self._learner
-        broken: Mapping[str, str] = {}
-        if self._transfer is not None and generators:
-            weights = learner.named_weights()
-            broken = self._transfer.send(version, weights, probe, generators).broken
-        tensors = learner.adapter_weights() if lora else learner.named_weights()
-        if self._rank:
-            for _ in tensors:
-                pass
-            return None
-        if self._publisher is None:
-            assert store is not None, "a learner without a store publishes nothing"
-            self._publisher = Publisher(store, local=local)
-        kind: WholeKind = "adapter" if lora else "full"
-        return replace(self._publisher.publish(version, tensors, kind, probe), broken=broken)
+        return self._sender.publish(version, self._learner, probe, generators)
 
     def save(self, directory: str) -> None:
         """Saves this rank's state under ``learner/``; rank 0 adds the model under ``model/``.
@@ -198,7 +182,6 @@ class LearnerGroup:
     ) -> None:
         self._config = config
         self._logs = logs
-        self._store = store
         self._threads = learner_threads(config)
         gpus = config.ray.gpus.learner
         labels = labels_of(config, "learner")
@@ -208,6 +191,8 @@ class LearnerGroup:
                 LearnerActor,
                 config,
                 rank,
+                store,
+                local,
                 profile if rank == 0 else None,
                 **(options | (places.options(rank) if places else {})),
             )
@@ -244,11 +229,8 @@ class LearnerGroup:
         return self._pending("learner (update)", refs, _merge_results)
 
     def publish(self, version: Version, generators: Mapping[str, Any]) -> Pending[PublishReport]:
-        """Publishes the weights as ``version``, to these generators directly."""
-        refs = [
-            actor.publish.remote(version, self._store, self._local, generators)
-            for actor in self._actors
-        ]
+        """Publishes the weights as ``version``; ``generators`` are ready to take them directly."""
+        refs = [actor.publish.remote(version, generators) for actor in self._actors]
         timeout_s = publish_timeout_s(self._config)
         return Pending("learner (publish)", refs, timeout_s, lambda reports: reports[0])
 
@@ -269,12 +251,6 @@ class LearnerGroup:
 
     def _pending(self, name: str, refs: list[Any], combine: Any) -> Pending[Any]:
         return Pending(name, refs, self._config.ray.timeouts_s.update, combine)
-
-
-def publish_timeout_s(config: RunConfig) -> float:
-    """The deadline of a publication: a native transfer, which has one of its own and says who
-    missed it, comes before the store."""
-    return config.ray.timeouts_s.sync * (2 if wanted(config) else 1)
 
 
 def _free_port() -> int:

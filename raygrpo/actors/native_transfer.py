@@ -1,142 +1,218 @@
-"""Native transports between the learner's process and the generators': see `weights.transport`.
+"""Both ends of a sync by a native transport (NCCL, CUDA IPC), between Ray actors.
 
-No GPU has run this yet. The store gets every version too, for whoever did not take part.
+    NativeSender -> ActorReceiver -> GeneratorActor.transfer -> NativeReceiver -> engine
+
+`raygrpo.weights.native` is the protocol of a sync. The store gets every version too, for generators
+that did not take part. This module is imported only if ``weights.transport`` is ``nccl`` or
+``ipc``. No GPU has run it yet.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, cast
 
-from raygrpo.actors.generator import GeneratorActor, LoadReport
-from raygrpo.actors.pool.workers import Worker
+import ray
+
+from raygrpo.actors.engine_thread import EngineThread
 from raygrpo.actors.process import in_new_thread
+from raygrpo.actors.weight_store import StoreHandle
+from raygrpo.actors.weight_sync import (
+    LoadReport,
+    Proof,
+    StoreReceiver,
+    WeightSender,
+    WeightSource,
+)
 from raygrpo.config import RunConfig
+from raygrpo.engines.base import Engine
 from raygrpo.types import Version
-from raygrpo.weights.native import NativeTransfer, TransferResult
-from raygrpo.weights.types import Probe, WeightsManifest
+from raygrpo.weights.native import NativeTransfer, Receiver
+from raygrpo.weights.types import Probe, PublishReport, WeightsManifest
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
-    from torch import Tensor
+@dataclass(frozen=True, slots=True)
+class Join:
+    """`Receiver.join`."""
+
+    init_info: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """`Receiver.begin`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Receive:
+    """`Receiver.receive`."""
+
+    update_info: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """`Receiver.finish`; the manifest carries the version's probe and no buckets."""
+
+    manifest: WeightsManifest
+
+
+Message = Join | Begin | Receive | Finish
 
 
 @dataclass(frozen=True, slots=True)
 class ActorReceiver:
-    """A generator's end, for the learner's process; ``probe`` goes with the version."""
+    """A generator as a `Receiver` in the learner's process; ``probe`` goes with the version."""
 
     actor: Any
     num_workers: int
     probe: Probe | None = field(default=None, compare=False)
 
     def join(self, init_info: Mapping[str, Any]) -> Future[None]:
-        """As `Receiver`."""
-        return self._call("join", dict(init_info))
+        """See `Receiver`."""
+        return self._send(Join(dict(init_info)))
 
     def begin(self) -> Future[None]:
-        """As `Receiver`."""
-        return self._call("begin", None)
+        """See `Receiver`."""
+        return self._send(Begin())
 
     def receive(self, update_info: Mapping[str, Any]) -> Future[None]:
-        """As `Receiver`."""
-        return self._call("receive", dict(update_info))
+        """See `Receiver`."""
+        return self._send(Receive(dict(update_info)))
 
     def finish(self, version: Version) -> Future[None]:
-        """As `Receiver`; the generator proves the version when it is told to load."""
+        """See `Receiver`; the generator proves the version at its next load."""
         manifest = WeightsManifest(
             version=version, kind="full", base_version=None, buckets=(), probe=self.probe
         )
-        return self._call("finish", manifest)
+        return self._send(Finish(manifest))
 
-    def _call(self, call: str, argument: Any) -> Future[None]:
-        future: Future[None] = self.actor.transfer.remote(call, argument).future()
+    def _send(self, message: Message) -> Future[None]:
+        future: Future[None] = self.actor.transfer.remote(message).future()
         return future
 
 
-class LearnerTransfer:
-    """The sender of rank 0; other ranks only help to gather.
+class NativeSender:
+    """Sends each version to the generators that are ready, then publishes it to the store.
 
     Raises:
         ConfigError: rank 0 has no GPU.
     """
 
-    def __init__(self, config: RunConfig, rank: int, host: str) -> None:
+    def __init__(self, config: RunConfig, to_store: WeightSender, *, rank: int) -> None:
+        self._to_store = to_store
         options = config.generators.options
         self._num_workers = options.get("tensor_parallel_size", 1) * options.get(
             "pipeline_parallel_size", 1
         )
         self._native: NativeTransfer | None = None
         if rank == 0:
+            # It imports vLLM, which other ranks do without.
             from raygrpo.engines.vllm.native import make_sender
 
+            host = ray.util.get_node_ip_address()
             sender = make_sender(config.weights.transport, host)
             self._native = NativeTransfer(sender, config.ray.timeouts_s.sync)
 
-    def send(
+    def publish(
         self,
         version: Version,
-        tensors: Iterable[tuple[str, Tensor]],
+        source: WeightSource,
         probe: Probe | None,
         generators: Mapping[str, Any],
-    ) -> TransferResult:
-        """Sends a version to these generators; reads ``tensors`` to the end in any case."""
-        result = TransferResult()
-        left: Iterator[Any] = iter(tensors)
+    ) -> PublishReport | None:
+        """See `WeightSender`; the report names generators that may be half-loaded."""
+        broken = self._send(version, source, probe, generators) if generators else {}
+        report = self._to_store.publish(version, source, probe, generators)
+        return replace(report, broken=broken) if report else None
+
+    def _send(
+        self,
+        version: Version,
+        source: WeightSource,
+        probe: Probe | None,
+        generators: Mapping[str, Any],
+    ) -> Mapping[str, str]:
+        tensors = iter(source.named_weights())
+        broken: Mapping[str, str] = {}
         if self._native is not None:
+            # It imports vLLM, which other ranks do without.
             from raygrpo.engines.vllm.native import gpu_buckets
 
             receivers = {
                 name: ActorReceiver(actor, self._num_workers, probe)
                 for name, actor in generators.items()
             }
-            result = self._native.sync(version, gpu_buckets(left), receivers)
-        for _ in left:
-            pass
-        return result
+            broken = self._native.sync(version, gpu_buckets(tensors), receivers).broken
+        deque(tensors, maxlen=0)  # after a failure too: the other ranks gather to the end
+        return broken
 
 
-def wanted(config: RunConfig) -> bool:
-    """Whether versions are to go to generators directly."""
-    return config.weights.transport != "store"
+class ReceivingEngine(Engine, Protocol):
+    """An engine that takes versions directly."""
+
+    @property
+    def receiver(self) -> Receiver:
+        """The engine's end."""
+
+    def hold(self, version: Version | None) -> None:
+        """Says which version the engine holds: none during a transfer."""
 
 
-class ReceivingGenerator(GeneratorActor):
-    """A generator whose versions come from the learner, or as any other's from the store."""
+class NativeReceiver:
+    """Takes versions from the learner, and pulls where the store has a newer one."""
 
-    _sent: WeightsManifest | None = None  # what the engine holds from the learner
+    def __init__(
+        self, from_store: StoreReceiver, store: StoreHandle, thread: EngineThread, proof: Proof
+    ) -> None:
+        self._from_store, self._store = from_store, store
+        self._thread, self._proof = thread, proof
+        self._sent: WeightsManifest | None = None  # of the version that the engine has directly
 
-    async def transfer(self, call: str, argument: Any) -> None:
-        """A call of the learner's to this engine, as `raygrpo.weights.native.Receiver` has it.
+    async def transfer(self, message: Message) -> None:
+        """Passes a message on to the engine.
 
-        From ``begin`` to the end of ``finish`` nothing else loads; what is written after that is
-        answered once `load` has proven the version. A transfer that is not finished leaves an
-        engine that loads nothing more: it is replaced.
+        From `Begin` to the end of `Finish` nothing else loads. Answers written after it are
+        withheld until `load` has proven the version. An engine whose transfer does not finish loads
+        nothing more and is replaced.
         """
-        engine: Any = self._engine
-        if call == "begin":
-            await self._loading.acquire()
-            self._unproven = self._unproven or []
-        value = argument.version if call == "finish" else argument
-        await asyncio.wrap_future(await self._on_engine(lambda: engine.transfer(call, value)))
-        if call == "finish":
-            await self._on_engine(lambda: engine.hold(value))
-            self._sent = argument
-            self._loading.release()
+        engine = cast(ReceivingEngine, self._thread.engine)
+        if isinstance(message, Begin):
+            await self._from_store.loading.acquire()
+            self._proof.withhold()
 
-    async def _load(self) -> LoadReport:
-        """Proves what the learner sent; pulls as any other where the store has a newer version."""
+        def pass_on() -> Future[None]:
+            match message:
+                case Join(init_info):
+                    return engine.receiver.join(init_info)
+                case Begin():
+                    engine.hold(None)
+                    return engine.receiver.begin()
+                case Receive(update_info):
+                    return engine.receiver.receive(update_info)
+                case Finish(manifest):
+                    return engine.receiver.finish(manifest.version)
+
+        await asyncio.wrap_future(await self._thread.run(pass_on))
+        if isinstance(message, Finish):
+            version = message.manifest.version
+            await self._thread.run(lambda: engine.hold(version))
+            self._sent = message.manifest
+            self._from_store.loading.release()
+
+    async def load(self) -> LoadReport:
+        """Proves the version from the learner; pulls if the store has a newer one."""
         started = time.monotonic()
         if self._sent is not None:
-            async with self._loading:
+            async with self._from_store.loading:
                 sent = self._sent
-                await self._prove(sent)
+                probe_s = await self._proof.prove(sent)
                 self._sent = replace(sent, probe=None)
-                assert self._store is not None
                 newest = await asyncio.wrap_future(in_new_thread(self._store.newest, "newest"))
             if newest is not None and newest <= sent.version:
                 return LoadReport(
@@ -146,30 +222,14 @@ class ReceivingGenerator(GeneratorActor):
                     full_bytes=0,
                     load_s=time.monotonic() - started,
                     stall_s=0.0,
-                    probe_gap=self._probe.last_gap,
-                    idle=self._idle.read(),
+                    probe_s=probe_s,
+                    probe_gap=self._proof.check.last_gap,
+                    idle=self._thread.idle.read(),
                 )
-        report = await super()._load()
+        report = await self._from_store.load()
         self._sent = None
         return report
 
-
-def receivers(config: RunConfig, generators: Sequence[Worker]) -> dict[str, Any]:
-    """The generators to send a version to now, by names that no replacement has; none unless the
-    configuration wants it."""
-    if not wanted(config):
-        return {}
-    return {
-        _name(worker): worker.actor
-        for worker in generators
-        if worker.ready and worker.loading is None and not worker.asleep
-    }
-
-
-def broken(generators: Sequence[Worker], reasons: Mapping[str, str]) -> list[tuple[Worker, str]]:
-    """Those of the generators that a sync may have left half-loaded, and why."""
-    return [(worker, reasons[_name(worker)]) for worker in generators if _name(worker) in reasons]
-
-
-def _name(worker: Worker) -> str:
-    return f"{worker.name}/{worker.pid}"
+    async def sleep(self) -> None:
+        """See `WeightReceiver`."""
+        await self._from_store.sleep()

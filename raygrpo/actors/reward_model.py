@@ -13,8 +13,9 @@ from typing import Any
 import ray
 import ray.exceptions
 
-from raygrpo.actors.futures import WorkerDied, resolve
+from raygrpo.actors.futures import resolve
 from raygrpo.actors.process import keep_heap, log_to
+from raygrpo.errors import WorkerDied
 from raygrpo.rewards.contract import Call, Reply
 from raygrpo.rewards.params import RewardModelParams
 from raygrpo.rewards.values import read_values

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from raygrpo.actors.generator import LoadReport
+from raygrpo.actors.weight_sync import LoadReport
 from raygrpo.weights.types import PublishReport
 
 

@@ -279,8 +279,7 @@ class Trainer:
         report = self._publish.value
         self._sync = publish_metrics(report, self._publish.seconds)
         self._publish, self._weights_lost = None, False
-        self._pool.replace_broken(report.broken)
-        self._pool.load()
+        self._pool.load(report.broken)
 
     def _take_update(self) -> None:
         assert self._update is not None

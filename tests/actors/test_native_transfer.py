@@ -1,26 +1,31 @@
-"""Native transports between learner and generators, without Ray: calls go to a generator's loop."""
+"""A native transport's two ends, without Ray: calls go straight to a generator's event loop."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+from raygrpo.actors import generator
 from raygrpo.actors.cluster.placement import check_transfer
 from raygrpo.actors.generator import GeneratorActor
-from raygrpo.actors.learner import publish_timeout_s
-from raygrpo.actors.native_transfer import ActorReceiver, ReceivingGenerator, broken, receivers
+from raygrpo.actors.native_transfer import ActorReceiver
 from raygrpo.actors.pool.workers import Worker
+from raygrpo.actors.transport import publish_timeout_s
 from raygrpo.config import RunConfig
 from raygrpo.errors import ConfigError, InfraError, ProbeFailed, WeightsLost
-from raygrpo.types import Version
+from raygrpo.types import ByteArray, FloatArray, Group, GroupRequest, Version
+from raygrpo.weights.buckets import make_buckets
 from raygrpo.weights.native import NativeTransfer
-from raygrpo.weights.types import Probe
+from raygrpo.weights.replica import WeightLink
+from raygrpo.weights.types import Probe, WeightsManifest
 from tests import builders
 from tests.weights.test_native import FakeReceiver, FakeSender, buckets, held, weights
 
@@ -75,213 +80,232 @@ def test_members_are_the_generators_that_serve_and_names_outlast_no_replacement(
     workers = [Worker("generator", f"generator-{i}", object(), pid=10 + i) for i in range(6)]
     workers[1].starting = workers[2].loading = object()
     workers[3].joining, workers[4].asleep, workers[5].leaving = True, True, "its node is drained"
-    found = receivers(configured(), workers)
-    assert found == {"generator-0/10": workers[0].actor}
-    assert receivers(builders.config(), workers) == {}
-    assert broken(workers, {"generator-0/10": "why"}) == [(workers[0], "why")]
-    workers[0].pid = 99  # another one has taken its place
-    assert broken(workers, {"generator-0/10": "why"}) == []
+    assert [worker.process for worker in workers if worker.can_receive] == ["generator-0/10"]
 
 
 class FakeEngine:
-    """Holds no version from ``begin`` to `hold`, as `VllmEngine`."""
+    """Holds what the learner or the store gave it; its logprobs say which version that is.
 
-    num_unfinished = 0
-    can_step = False
+    The logprobs of step 9 are another step's.
+    """
 
     def __init__(self) -> None:
-        self.end = FakeReceiver()
+        self.receiver = FakeReceiver()
         self.version: Version | None = None
+        self.proven: list[Version] = []
+        self.num_wakes = 0
+        self.can_free = True
+        self.requests: list[GroupRequest] = []
+        self.written = threading.Event()
+        self._staged: WeightsManifest | None = None
 
-    def transfer(self, call: str, argument: Any) -> Future[None]:
-        if call == "begin":
-            self.version = None
-            return self.end.begin()
-        future: Future[None] = getattr(self.end, call)(argument)
-        return future
-
-    def hold(self, version: Version) -> None:
+    def hold(self, version: Version | None) -> None:
         self.version = version
+
+    @property
+    def can_step(self) -> bool:
+        return bool(self.version and self.requests)
+
+    def submit(self, request: GroupRequest) -> None:
+        self.requests.append(request)
+
+    def step(self) -> list[Group]:
+        requests, self.requests = self.requests, []
+        self.written.set()
+        return [builders.group(order, [builders.completion([1])] * 2) for order in requests]
+
+    def score(self, token_ids: Sequence[int], temperature: float = 1.0) -> FloatArray:
+        assert self.version is not None
+        self.proven.append(self.version)
+        if self.requests or self.written.is_set():
+            assert self.written.wait(TIMEOUT_S), "the group is written beside the proof"
+        step = 0 if self.version.step == 9 else self.version.step
+        return np.array([0.0, -step], np.float32)
+
+    def stage_weights(self, manifest: WeightsManifest, buckets: Iterable[ByteArray]) -> None:
+        self._staged = manifest
+
+    def commit_weights(self) -> None:
+        assert self._staged is not None
+        self.version = self._staged.version
+
+    def load_weights(self, manifest: WeightsManifest, buckets: Iterable[ByteArray]) -> None:
+        self.version = manifest.version
+
+    def sleep(self) -> None:
+        assert self.can_free, "memory usage increased after sleeping"
+        self.version = None
+
+    def wake(self) -> None:
+        self.num_wakes += 1
+
+
+class Store:
+    """Has one whole version, or is empty."""
+
+    def __init__(self) -> None:
+        self.version: Version | None = None
+        self.empty = False
+
+    def newest(self) -> Version | None:
+        return self.version
+
+    async def pull(self, have: Version | None) -> list[WeightLink]:
+        if self.empty:
+            raise WeightsLost("the store was restarted")
+        if self.version is None or have == self.version:
+            return []
+        ((spec, data),) = make_buckets([("w", torch.ones(4))])
+        manifest = WeightsManifest(
+            version=self.version,
+            kind="full",
+            base_version=None,
+            buckets=(spec,),
+            probe=probe_of(self.version),
+        )
+        return [(manifest, [data])]
+
+
+def probe_of(version: Version) -> Probe:
+    return Probe(token_ids=(1, 2), logprobs=(0.0, -float(version.step)))
 
 
 class Handle:
-    """A generator's process: its loop, and calls as Ray makes them."""
+    """A generator's process: its event loop, and calls as Ray makes them."""
 
-    def __init__(self, store_has: list[Version | None]) -> None:
+    def __init__(self, store: Store) -> None:
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
-
-        self.store: Any = SimpleNamespace(newest=lambda: store_has[-1])
-        self.actor = ReceivingGenerator(configured(), self.store, threads=1)
         self.engine = FakeEngine()
-        self.actor._engine = self.actor._traced = self.engine  # type: ignore[assignment]
-        self.actor._loop = self.loop
-        threading.Thread(target=self.actor._serve, daemon=True).start()
         self.transfer = SimpleNamespace(remote=self._transfer)
+        self._store: Any = store
+        self.actor: GeneratorActor = self.call(self._start()).result(TIMEOUT_S)
 
-    def _transfer(self, call: str, argument: Any) -> Any:
-        future = asyncio.run_coroutine_threadsafe(self.actor.transfer(call, argument), self.loop)
+    async def _start(self) -> GeneratorActor:
+        config = configured(train={"max_staleness": 1})
+        actor = GeneratorActor(config, self._store, 1, make_engine=self._make_engine)
+        await actor.start(None)
+        return actor
+
+    def _make_engine(self, *_: Any, **__: Any) -> Any:
+        return self.engine
+
+    def call(self, work: Any) -> Future[Any]:
+        return asyncio.run_coroutine_threadsafe(work, self.loop)
+
+    def _transfer(self, message: Any) -> Any:
+        future = self.call(self.actor.transfer(message))
         return SimpleNamespace(future=lambda: future)
 
     def load(self) -> Any:
-        return asyncio.run_coroutine_threadsafe(self.actor.load(), self.loop).result(TIMEOUT_S)
+        return self.call(self.actor.load()).result(TIMEOUT_S)
 
 
 @pytest.fixture
-def store() -> list[Version | None]:
-    return [None]
-
-
-@pytest.fixture
-def proven(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Version]]:
-    """The versions that a probe was checked of; one of step 9 fails it."""
-    checked: list[Version] = []
-
-    def check(self: Any, engine: Any, probe: Probe, version: Version) -> None:
-        assert engine.version == version
-        checked.append(version)
-        if version.step == 9:
-            raise ProbeFailed(version, 1.0, 0.1)
-
-    monkeypatch.setattr("raygrpo.engines.probe.ProbeCheck.check", check)
-    yield checked
+def store(monkeypatch: pytest.MonkeyPatch) -> Store:
+    monkeypatch.setattr(generator, "on_sigterm", lambda _: None)
+    return Store()
 
 
 def sync(transfer: NativeTransfer, version: Version, handles: Mapping[str, Handle]) -> Any:
-    probe = Probe(token_ids=(1, 2), logprobs=(0.0, -float(version.step)))
-    ends = {name: ActorReceiver(handle, 1, probe) for name, handle in handles.items()}
+    ends = {name: ActorReceiver(handle, 1, probe_of(version)) for name, handle in handles.items()}
     return transfer.sync(version, buckets(version.step), ends)
 
 
-def test_a_version_from_the_learner_is_proven_once_and_not_pulled(
-    store: list[Version | None], proven: list[Version]
-) -> None:
+@pytest.fixture
+def transfer() -> Iterator[NativeTransfer]:
+    transfer = NativeTransfer(FakeSender(), TIMEOUT_S)
+    yield transfer
+    transfer.close()
+
+
+def test_a_version_from_the_learner_is_proven_once_and_not_pulled(store: Store) -> None:
     handles = {name: Handle(store) for name in "ab"}
     sender = FakeSender()
     transfer = NativeTransfer(sender, TIMEOUT_S)
     for step in (1, 2):
         version = Version(1, step)
         assert sync(transfer, version, handles).loaded == ("a", "b")
-        store.append(version)
+        store.version = version
         for handle in handles.values():
-            assert held(handle.engine.end) == weights(step)
+            assert held(handle.engine.receiver) == weights(step)
             assert handle.engine.version == version
             for _ in range(2):  # Ray may be told twice to load
                 report = handle.load()
                 assert (report.version, report.kind, report.num_bytes) == (version, "none", 0)
-    assert proven == [Version(1, step) for step in (1, 1, 2, 2)]
+    assert [h.engine.proven for h in handles.values()] == [[Version(1, 1), Version(1, 2)]] * 2
     assert len(sender.groups) == 1  # same actors, same group, though the probes are others
     transfer.close()
 
 
-def test_a_newer_version_in_the_store_is_pulled(
-    store: list[Version | None], proven: list[Version], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pulled = SimpleNamespace(version=Version(1, 5))
-
-    async def load(self: Any) -> Any:
-        return pulled
-
+def test_a_newer_version_in_the_store_is_pulled(store: Store, transfer: NativeTransfer) -> None:
     handle = Handle(store)
-    transfer = NativeTransfer(FakeSender(), TIMEOUT_S)
     sync(transfer, Version(1, 1), {"a": handle})
-    store.append(Version(1, 5))
-    monkeypatch.setattr(GeneratorActor, "_load", load)
-    assert handle.load() is pulled
-    assert handle.actor._sent is None
-    transfer.close()
+    store.version = Version(1, 5)
+    report = handle.load()
+    assert (report.version, report.kind) == (Version(1, 5), "full")
+    assert handle.engine.proven == [Version(1, 1), Version(1, 5)]
 
 
 def test_a_version_that_fails_its_probe_ends_the_load(
-    store: list[Version | None], proven: list[Version]
+    store: Store, transfer: NativeTransfer
 ) -> None:
     handle = Handle(store)
-    transfer = NativeTransfer(FakeSender(), TIMEOUT_S)
     sync(transfer, Version(1, 9), {"a": handle})
     with pytest.raises(ProbeFailed):
         handle.load()
-    transfer.close()
 
 
-def test_a_transfer_that_is_not_finished_leaves_nothing_that_serves(
-    store: list[Version | None],
-) -> None:
+def test_a_transfer_that_is_not_finished_leaves_nothing_that_serves(store: Store) -> None:
     good, bad = Handle(store), Handle(store)
-    bad.engine.end = FakeReceiver({"receive": "dies"})
+    bad.engine.receiver = FakeReceiver({"receive": "dies"})
     result = sync(NativeTransfer(FakeSender(), 1.0), Version(1, 1), {"good": good, "bad": bad})
     assert set(result.broken) == {"good", "bad"}
     assert "the actor died" in result.broken["bad"]
+    store.version = Version(1, 1)
     for handle in (good, bad):
         assert handle.engine.version is None
-        assert handle.actor._loading.locked()  # no load, until it is replaced
+        with pytest.raises(TimeoutError):  # no load, until the generator is replaced
+            handle.call(handle.actor.load()).result(0.2)
 
 
 def test_nothing_is_answered_before_weights_that_are_loaded_again_are_proven(
-    store: list[Version | None], monkeypatch: pytest.MonkeyPatch
+    store: Store,
 ) -> None:
     """An engine that slept its weights away writes a group as soon as it has them again."""
     handle = Handle(store)
-    version = Version(1, 2)
-    answers: list[Any] = []
-    probe = Probe(token_ids=(1, 2), logprobs=(0.0, -1.0))
-    manifest = SimpleNamespace(version=version, kind="full", sent_bytes=0, num_bytes=8, probe=probe)
-
-    async def nothing_newer(*_: Any) -> list[Any]:
-        return []
-
-    def write_and_fail(self: Any, engine: Any, probe: Probe, version: Version) -> None:
-        handle.loop.call_soon_threadsafe(handle.actor._finish, ("train", 0, 0), ("written",))
-        raise ProbeFailed(version, 1.0, 0.1)
-
-    def load_weights(manifest: Any, buckets: Any) -> None:
-        handle.engine.version = manifest.version
-
-    async def wait_for_group() -> None:
-        future = handle.actor._waiting["train", 0, 0] = handle.loop.create_future()
-        future.add_done_callback(lambda done: answers.append(done.result()))
-
-    handle.store.pull = nothing_newer
-    monkeypatch.setattr("raygrpo.engines.probe.ProbeCheck.check", write_and_fail)
-    engine: Any = handle.engine
-    engine.wake, engine.load_weights = lambda: None, load_weights
-    handle.actor._replica = SimpleNamespace(  # type: ignore[assignment]
-        version=version, current=SimpleNamespace(manifest=manifest, buckets=())
-    )
-    handle.actor._asleep = True
-    asyncio.run_coroutine_threadsafe(wait_for_group(), handle.loop).result(TIMEOUT_S)
+    store.version = Version(1, 2)
+    assert handle.load().kind == "full"
+    handle.call(handle.actor.sleep()).result(TIMEOUT_S)
+    answer = handle.call(handle.actor.generate(builders.request(0)))
+    handle.engine.load_weights = lambda manifest, _: handle.engine.hold(Version(1, 9))  # type: ignore[method-assign]
     with pytest.raises(ProbeFailed):
         handle.load()
-    assert answers == []
+    assert handle.engine.written.is_set()
+    assert not answer.done()
 
 
-def test_an_engine_sleeps_on_where_the_weights_are_lost(
-    store: list[Version | None],
-) -> None:
+def test_an_engine_sleeps_on_where_the_weights_are_lost(store: Store) -> None:
     """The learner publishes again, and may need the room on a device that they share."""
-    handle, woken = Handle(store), []
-
-    async def lost(*_: Any) -> list[Any]:
-        raise WeightsLost("the store was restarted")
-
-    handle.store.pull = lost
-    handle.engine.wake = lambda: woken.append(True)  # type: ignore[attr-defined]
-    handle.actor._asleep = True
+    handle = Handle(store)
+    store.version = Version(1, 2)
+    handle.load()
+    handle.call(handle.actor.sleep()).result(TIMEOUT_S)
+    store.empty = True
     with pytest.raises(WeightsLost):
         handle.load()
-    assert not woken
-    assert handle.actor._asleep
+    assert handle.engine.num_wakes == 0
+    store.empty = False
+    assert handle.load().kind == "none"
+    assert handle.engine.num_wakes == 1
 
 
-def test_an_engine_that_cannot_sleep_is_an_infrastructure_error(
-    store: list[Version | None],
-) -> None:
+def test_an_engine_that_cannot_sleep_is_an_infrastructure_error(store: Store) -> None:
     handle = Handle(store)
-
-    def sleep() -> None:
-        assert handle.engine.version, "memory usage increased after sleeping"
-
-    handle.engine.sleep = sleep  # type: ignore[attr-defined]
-    sleeping = asyncio.run_coroutine_threadsafe(handle.actor.sleep(), handle.loop)
-    with pytest.raises(InfraError, match="did not free its device: AssertionError: memory usage"):
-        sleeping.result(TIMEOUT_S)
-    assert not handle.actor._asleep
+    store.version = Version(1, 2)
+    handle.load()
+    handle.engine.can_free = False
+    with pytest.raises(InfraError, match="device failed: AssertionError: memory usage"):
+        handle.call(handle.actor.sleep()).result(TIMEOUT_S)
+    handle.load()
+    assert handle.engine.num_wakes == 0, "it is awake"

@@ -207,7 +207,7 @@ def bytes_of(tensor: torch.Tensor) -> bytes:
 
 def tensors_of(generator: Any) -> dict[str, bytes]:
     """The tensors that a generator's engine computes with; runs in its process."""
-    return {name: bytes_of(tensor) for name, tensor in generator._engine._weights.targets.items()}
+    return {name: bytes_of(tensor) for name, tensor in generator.engine.weights.targets.items()}
 
 
 def test_a_generator_that_is_told_to_end_hands_on_what_it_wrote(cluster: Cluster) -> None:

@@ -72,7 +72,8 @@ class Parts:
         self.calls.append(f"forget {stream}")
         self.sent = [request for request in self.sent if request.stream != stream]
 
-    def load(self) -> None:
+    def load(self, broken: Mapping[str, str] = {}) -> None:
+        assert not broken
         self.calls.append("load")
 
     def sleep(self) -> bool:
@@ -81,9 +82,6 @@ class Parts:
 
     def receivers(self) -> dict[str, Any]:
         return {}
-
-    def replace_broken(self, reasons: Mapping[str, str]) -> None:
-        assert not reasons
 
     def take_idle_frac(self) -> float | None:
         return None

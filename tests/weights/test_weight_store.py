@@ -97,7 +97,8 @@ def pull(store: Store, replica: Replica) -> list[str]:
     """Brings a replica to the newest version; returns the kinds of what was applied."""
     links = store.chain.plan(replica.version)
     if links:
-        replica.commit(replica.stage(links))
+        replica.stage(links)
+        replica.commit()
     return [manifest.kind for manifest, _ in links]
 
 
@@ -132,10 +133,10 @@ def test_a_step_at_a_time_two_sets_of_buffers_serve_by_turns(store: Store) -> No
     for _ in range(6):
         learner.publish(0.002)
         before = [b.tobytes() for b in replica.current.buckets] if replica.version else []
-        staged = replica.stage(store.chain.plan(replica.version))
+        replica.stage(store.chain.plan(replica.version))
         if before:
             assert [b.tobytes() for b in replica.current.buckets] == before, "staging writes aside"
-        replica.commit(staged)
+        replica.commit()
         seen.append(replica.current.buckets[0].ctypes.data)
     # The first, whole version is used in place where it is in shared memory.
     assert len(set(seen[1:])) == 2
@@ -253,7 +254,7 @@ BAD: dict[str, tuple[Callable[[list[WeightLink]], list[WeightLink]], str]] = {
     "a delta's byte": (lambda links: flipped(links, 70), "corrupt"),
     "a delta's checksum": (lambda links: flipped(links, 5), "corrupt"),
     "a whole bucket's byte": (lambda links: flipped(links[:1], 70), "corrupt|another base"),
-    "a base that is not held": (without_base, "not on what is held"),
+    "a base that is not held": (without_base, "is not held"),
     "a base of other bytes": (other_base, "another base"),
     "another version's checksum": (other_sum, "corrupt|another base"),
     "a missing bucket": (too_few, "corrupt: buckets are missing"),
@@ -306,13 +307,13 @@ def test_a_version_staged_and_never_committed_is_no_base(store: Store) -> None:
     learner.publish()
     pull(store, replica)
     learner.publish()
-    abandoned = replica.stage(store.chain.plan(replica.version))
+    replica.stage(store.chain.plan(replica.version))
     learner.publish()
-    staged = replica.stage(store.chain.plan(replica.version))
-    with pytest.raises(InfraError, match="not staged"):
-        replica.commit(abandoned)
-    replica.commit(staged)
+    replica.stage(store.chain.plan(replica.version))
+    replica.commit()
     assert_holds(replica, learner)
+    with pytest.raises(InfraError, match="no version is staged"):
+        replica.commit()
 
 
 def test_the_store_refuses_what_it_cannot_serve(store: Store) -> None:

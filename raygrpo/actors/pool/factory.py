@@ -9,7 +9,6 @@ from pathlib import Path
 from raygrpo.actors.cluster.colocation import Colocation
 from raygrpo.actors.cluster.placement import actor_options, generator_threads, labels_of
 from raygrpo.actors.generator import GeneratorActor
-from raygrpo.actors.native_transfer import ReceivingGenerator, wanted
 from raygrpo.actors.pool.workers import Role, Worker
 from raygrpo.actors.process import log_path, spawn
 from raygrpo.actors.profiling import ProfileRequest
@@ -87,7 +86,7 @@ class WorkerFactory:
         options |= self._places.options(index) if self._places else {}
         profile = self._profile if index == 0 else None
         actor = spawn(
-            ReceivingGenerator if wanted(config) else GeneratorActor,
+            GeneratorActor,
             config,
             self._store,
             threads,

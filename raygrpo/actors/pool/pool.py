@@ -16,18 +16,26 @@ from typing import Any
 import ray
 
 from raygrpo.actors.cluster.nodes import on_draining_nodes
-from raygrpo.actors.futures import DependencyDied, Pending, WorkerDied, resolve
-from raygrpo.actors.generator import GenerationReport, LoadReport
-from raygrpo.actors.native_transfer import broken, receivers
+from raygrpo.actors.futures import Pending, resolve
+from raygrpo.actors.generator import GenerationReport
 from raygrpo.actors.pool.dispatch import Dispatcher
 from raygrpo.actors.pool.factory import WorkerFactory
 from raygrpo.actors.pool.failures import MAX_GROUP_DEATHS, Action, History, decide
 from raygrpo.actors.pool.workers import Flight, GroupKey, PoolEvents, Worker
 from raygrpo.actors.scorer import ModelLost, ScoreReport
 from raygrpo.actors.weight_store import StoreHandle
+from raygrpo.actors.weight_sync import LoadReport
 from raygrpo.algorithm.step_plan import teaches
 from raygrpo.config import RewardSection, RunConfig
-from raygrpo.errors import EngineBroken, InfraError, ProbeFailed, WeightsCorrupt, WeightsLost
+from raygrpo.errors import (
+    DependencyDied,
+    EngineBroken,
+    InfraError,
+    ProbeFailed,
+    WeightsCorrupt,
+    WeightsLost,
+    WorkerDied,
+)
 from raygrpo.rewards.contract import TrainerState
 from raygrpo.types import FinishedGroup, GroupRequest, Ref, Stream
 
@@ -116,21 +124,21 @@ class RolloutPool:
         self._dispatcher.forget(stream)
 
     def receivers(self) -> dict[str, Any]:
-        """Generators that a version may be sent to directly; see `native_transfer`."""
-        return receivers(self._config, self.generators)
+        """The generators that can take a version directly now, by the names of their processes."""
+        return {worker.process: worker.actor for worker in self.generators if worker.can_receive}
 
-    def replace_broken(self, reasons: Mapping[str, str]) -> None:
-        """Replaces receivers that a sync broke: one death, as all wait for the one that fails."""
-        for number, (worker, reason) in enumerate(broken(self.generators, reasons)):
-            if not number:
-                self._count_death(worker, InfraError(reason))
-            self._replace(worker, reason)
+    def load(self, broken: Mapping[str, str] = {}) -> None:
+        """Has every generator load the newest weights; a generator that fails is replaced.
 
-    def load(self) -> None:
-        """Has every generator pull the newest weights; one that fails is replaced.
-
-        One whose load is under way, under the deadline of that load, loads again afterwards.
+        A generator whose load is under way loads again afterwards. ``broken`` receivers, with the
+        reason, may be half-loaded and are replaced. They count as one death, since the receivers of
+        a transfer wait for the one that fails.
         """
+        lost = [worker for worker in self.generators if worker.process in broken]
+        for worker in lost[:1]:
+            self._count_death(worker, InfraError(broken[worker.process]))
+        for worker in lost:
+            self._replace(worker, broken[worker.process])
         self._num_publishes += 1
         self._sleeping = False
         for worker in self.generators:

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from raygrpo.actors.futures import Pending
-from raygrpo.actors.generator import GenerationReport, LoadReport
+from raygrpo.actors.generator import GenerationReport
 from raygrpo.actors.idle import IdleShare
+from raygrpo.actors.weight_sync import LoadReport
 from raygrpo.types import FinishedGroup, GroupRequest, Ref, Stream
 
 GroupKey = tuple[Stream, int]
@@ -52,6 +53,16 @@ class Worker:
         # A generator that loads newer weights still decodes; only one that joins late must wait,
         # and the engine itself holds a request until it has the version that the request asks for.
         return self.starting is None and not self.joining and not self.leaving
+
+    @property
+    def can_receive(self) -> bool:
+        """Whether a generator may be sent a version directly."""
+        return self.ready and self.loading is None and not self.asleep
+
+    @property
+    def process(self) -> str:
+        """A name that no replacement has, such as ``generator-0/4711``."""
+        return f"{self.name}/{self.pid}"
 
 
 @dataclass(eq=False, slots=True)

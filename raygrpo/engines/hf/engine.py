@@ -66,7 +66,7 @@ class TransformersEngine:
         self._model = load_model(model, seed=seed, dtype=DTYPES[model.dtype]).to(self._device)
         self._model.eval().requires_grad_(False)
         # ``version`` is of the weights read from disk, where they are to be served.
-        self._weights = ModelWeights(
+        self.weights = ModelWeights(
             self._model,
             self._device,
             num_rows=max_rows,
@@ -96,7 +96,7 @@ class TransformersEngine:
     @property
     def version(self) -> Version | None:
         """The version of the weights in use; None before the first load."""
-        return self._weights.version
+        return self.weights.version
 
     @property
     def num_unfinished(self) -> int:
@@ -106,7 +106,7 @@ class TransformersEngine:
     @property
     def can_step(self) -> bool:
         """Whether a step would make progress."""
-        version = self._weights.version
+        version = self.weights.version
         if version is None:
             return False
         return bool(self._running or self._finished) or any(
@@ -133,10 +133,10 @@ class TransformersEngine:
                 could go on with the others.
             InfraError: no version is loaded.
         """
-        version = self._weights.version
+        version = self.weights.version
         if version is None:
             raise InfraError("the engine holds no version", "load weights first")
-        self._weights.pack(PACKED_A_STEP if self._running else 1.0)
+        self.weights.pack(PACKED_A_STEP if self._running else 1.0)
         if self._running:
             self._decode()
         self._start_waiting(version)
@@ -235,7 +235,7 @@ class TransformersEngine:
         if names:
             raise NumericError(
                 f"group {', '.join(names)}: logits are not finite under version "
-                f"{self._weights.version}",
+                f"{self.weights.version}",
                 "look at the gradient norms of the steps before; lower the learning rate",
             )
 
@@ -325,11 +325,11 @@ class TransformersEngine:
 
     def stage_weights(self, manifest: WeightsManifest, buckets: Iterable[ByteArray]) -> None:
         """Makes a version ready, on any thread, while steps go on; see `ModelWeights.stage`."""
-        self._weights.stage(manifest, buckets)
+        self.weights.stage(manifest, buckets)
 
     def commit_weights(self) -> None:
         """Puts the staged version into use; completions keep the keys and values they have."""
-        version = self._weights.commit()
+        version = self.weights.commit()
         self._forward.forget()
         if self._versions[-1:] != [version]:
             self._versions.append(version)
@@ -338,7 +338,7 @@ class TransformersEngine:
         """Stages and commits a version."""
         self.stage_weights(manifest, buckets)
         self.commit_weights()
-        self._weights.pack()
+        self.weights.pack()
 
     @torch.inference_mode()
     def abort(self, stream: Stream, group_id: int) -> list[Completion]:
@@ -363,16 +363,16 @@ class TransformersEngine:
         """Frees the cache, and on a GPU what the weights take there."""
         self._empty_rows()
         self._forward.forget()
-        self._weights.move(torch.device("cpu"))
+        self.weights.move(torch.device("cpu"))
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
     def wake(self) -> None:
         """Brings the weights back to their device."""
-        self._weights.move(self._device)
+        self.weights.move(self._device)
 
     def close(self) -> None:
         """Drops all groups and frees model and cache; the engine cannot be used afterwards."""
         self._waiting, self._running, self._finished = {}, {}, []
         self._empty_rows()
-        del self._model, self._forward, self._weights
+        del self._model, self._forward, self.weights

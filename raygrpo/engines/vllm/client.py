@@ -22,12 +22,11 @@ from vllm.inputs import tokens_input
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from raygrpo.engines.vllm.requests import version_label
 from raygrpo.engines.vllm.shared_memory import SharedBuckets
 from raygrpo.engines.vllm.worker import OWNER
-from raygrpo.errors import ConfigError, InfraError
+from raygrpo.errors import ConfigError, InfraError, infra_errors
 from raygrpo.types import Version
 
 T = TypeVar("T")
@@ -107,10 +106,8 @@ class VllmClient:
         Raises:
             InfraError: vLLM died.
         """
-        try:
+        with infra_errors("vLLM"):
             return future.result(timeout_s)
-        except (EngineDeadError, EngineGenerateError) as error:
-            raise InfraError(f"vLLM failed: {error}", "the generator is replaced") from error
 
     async def generate(
         self, name: str, ids: list[int], params: SamplingParams, version: Version
@@ -141,15 +138,9 @@ class VllmClient:
         Raises:
             InfraError: vLLM died, or could not load it.
         """
-        try:
+        # The error of a worker comes as a bare Exception.
+        with infra_errors(f"loading version {staged.manifest.version}", all_errors=True):
             self.call(self._swap(staged))
-        except InfraError:
-            raise
-        except Exception as error:  # what a worker raised comes as a bare Exception
-            raise InfraError(
-                f"version {staged.manifest.version} did not load: {error}",
-                "the generator is replaced",
-            ) from error
 
     async def _swap(self, staged: SharedBuckets) -> None:
         info = {"path": staged.path, "specs": pickle.dumps(staged.manifest.buckets)}

@@ -26,6 +26,7 @@ from raygrpo.errors import InfraError, NumericError
 from raygrpo.models import DTYPES, load_model, load_tokenizer, stop_token_ids
 from raygrpo.types import ByteArray, Completion, FloatArray, Group, GroupRequest, Stream, Version
 from raygrpo.weights.buckets import make_buckets, weight_targets
+from raygrpo.weights.native import Receiver
 from raygrpo.weights.types import WeightsManifest
 
 Key = tuple[Stream, int]
@@ -276,20 +277,16 @@ class VllmEngine:
             self._staged.close()
             self._staged = None
 
-    def transfer(self, call: str, argument: Any) -> concurrent.futures.Future[None]:
-        """A call of the learner's to `raygrpo.weights.native.Receiver`, but for what decoding
-        sees of it: from ``begin`` to `hold` no version is held."""
+    @property
+    def receiver(self) -> Receiver:
+        """This engine's end of a direct transfer."""
+        # It imports vLLM's transports, which a run without them does without.
         from raygrpo.engines.vllm.native import VllmReceiver
 
-        receiver = VllmReceiver(self._client, 1)
-        if call == "begin":
-            self._version = None
-            return receiver.begin()
-        future: concurrent.futures.Future[None] = getattr(receiver, call)(argument)
-        return future
+        return VllmReceiver(self._client, 1)
 
-    def hold(self, version: Version) -> None:
-        """A version that was transferred is in use."""
+    def hold(self, version: Version | None) -> None:
+        """Says which version a direct transfer has left here; None while one is under way."""
         self._version = version
 
     def load_weights(self, manifest: WeightsManifest, buckets: Iterable[ByteArray]) -> None:
