@@ -10,8 +10,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +22,19 @@ import torch
 
 from raygrpo.actors.cluster.connect import connect, disconnect
 from raygrpo.actors.cluster.placement import demand_of
-from raygrpo.actors.generator import GeneratorActor
-from raygrpo.actors.pool import factory
 from raygrpo.actors.pool.pool import RolloutPool
 from raygrpo.actors.pool.workers import PoolEvents, Worker
 from raygrpo.actors.weight_store import StoreHandle, WeightStoreActor, start_store
 from raygrpo.config import RunConfig
 from raygrpo.config.file import load_config
+from raygrpo.engines.base import Engine
 from raygrpo.engines.probe import FIRST_LIMIT
+from raygrpo.engines.select import make_engine
 from raygrpo.errors import InfraError
 from raygrpo.models import load_model
 from raygrpo.rewards.contract import TrainerState
-from raygrpo.types import ByteArray, GroupRequest, Prompt, Sampling, Version
-from raygrpo.weights.buckets import make_buckets
+from raygrpo.types import ByteArray, FloatArray, GroupRequest, Prompt, Sampling, Version
+from raygrpo.weights.buckets import make_buckets, unpack
 from raygrpo.weights.probe import probe_tokens
 from raygrpo.weights.publisher import Publisher, Store
 from raygrpo.weights.shared import Address
@@ -47,58 +47,83 @@ pytestmark = runs.RAY_IN_PROCESS
 DEADLINE_S = 10.0
 
 
-class FaultyGenerator(GeneratorActor):
-    """A generator that does damage while a file of that name is in ``model.path``.
+class FaultyEngine:
+    """A generator's engine that does damage while a file of that name is in ``model.path``.
 
     ``hold_stage`` and ``hold_step`` stop it there, and say so with a file ``at_stage``,
-    ``at_step``; ``break_stage`` and ``break_step`` fail there, once; ``perturb`` changes one norm
-    after the next commit, once, by what the file says. ``forget`` has it sleep as vLLM does at
-    level 2: the weights are lost.
+    ``at_step``; ``break_stage`` and ``break_step`` fail there, once; ``perturb`` stages one norm
+    times the factor in the file, once. ``forget`` has it sleep as vLLM does at level 2: the weights
+    are lost.
     """
 
-    async def start(self, log: str | None) -> int:
-        pid = await super().start(log)
-        engine: Any = self._engine
-        place = Path(self._config.model.path)
-        stage, step, commit = engine.stage_weights, engine.step, engine.commit_weights
-        sleep = engine.sleep
+    def __init__(self, engine: Engine, place: Path) -> None:
+        self._engine, self._place = engine, place
+        self._forgot = False
 
-        def hold(what: str) -> None:
-            while (place / f"hold_{what}").exists():
-                (place / f"at_{what}").touch()
-                time.sleep(0.01)
-            if (place / f"break_{what}").exists():
-                (place / f"break_{what}").unlink()
-                raise OSError("no memory") if what == "stage" else InfraError("the core died")
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
 
-        def held_stage(*arguments: Any) -> None:
-            hold("stage")
-            stage(*arguments)
+    @property
+    def version(self) -> Version | None:
+        return None if self._forgot else self._engine.version
 
-        def held_step() -> Any:
-            hold("step")
-            return step()
+    @property
+    def can_step(self) -> bool:
+        return not self._forgot and self._engine.can_step
 
-        def perturbed_commit() -> None:
-            commit()
-            if (place / "perturb").exists():
-                factor = float((place / "perturb").read_text())
-                (place / "perturb").unlink()
-                # Weights in use are shared memory that nobody can write to.
-                norm = engine._weights.targets["model.norm.weight"]
-                norm.data = norm.data * factor
+    def _pass(self, what: str) -> None:
+        while (self._place / f"hold_{what}").exists():
+            (self._place / f"at_{what}").touch()
+            time.sleep(0.01)
+        if (self._place / f"break_{what}").exists():
+            (self._place / f"break_{what}").unlink()
+            raise OSError("no memory") if what == "stage" else InfraError("the core died")
 
-        def forgetful_sleep() -> None:
-            sleep()
-            if (place / "forget").exists():
-                (place / "forget").unlink()
-                engine._weights.version = None
-                for target in engine._weights.targets.values():
-                    target.data = torch.full_like(target.data, torch.nan)
+    def step(self) -> Any:
+        self._pass("step")
+        return self._engine.step()
 
-        engine.stage_weights, engine.commit_weights = held_stage, perturbed_commit
-        engine.step, engine.sleep = held_step, forgetful_sleep
-        return pid
+    def stage_weights(self, manifest: WeightsManifest, buckets: Iterable[ByteArray]) -> None:
+        self._pass("stage")
+        if (self._place / "perturb").exists():
+            factor = float((self._place / "perturb").read_text())
+            (self._place / "perturb").unlink()
+            manifest, buckets = with_other_norm(manifest, buckets, factor)
+        self._engine.stage_weights(manifest, buckets)
+
+    def commit_weights(self) -> None:
+        self._engine.commit_weights()
+        self._forgot = False
+
+    def load_weights(self, manifest: WeightsManifest, buckets: Iterable[ByteArray]) -> None:
+        self._engine.load_weights(manifest, buckets)
+        self._forgot = False
+
+    def score(self, token_ids: Sequence[int], temperature: float = 1.0) -> FloatArray:
+        assert not self._forgot
+        return self._engine.score(token_ids, temperature)
+
+    def sleep(self) -> None:
+        self._engine.sleep()
+        if (self._place / "forget").exists():
+            (self._place / "forget").unlink()
+            self._forgot = True
+
+
+def with_other_norm(
+    manifest: WeightsManifest, buckets: Iterable[ByteArray], factor: float
+) -> tuple[WeightsManifest, list[ByteArray]]:
+    """The version with one norm times ``factor``, and checksums to match."""
+    pairs = zip(manifest.buckets, buckets, strict=True)
+    tensors = {name: tensor for spec, data in pairs for name, tensor in unpack(spec, data)}
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * factor
+    specs, arrays = zip(*make_buckets(tensors.items()), strict=True)
+    return replace(manifest, buckets=specs), list(arrays)
+
+
+def make_faulty_engine(config: RunConfig, *, threads: int, version: Version | None) -> Any:
+    engine = make_engine(config, threads=threads, version=version)
+    return FaultyEngine(engine, Path(config.model.path))
 
 
 class StoreWithPid(WeightStoreActor):
@@ -217,10 +242,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     config = load_config(path)
     connection = connect(config, demand_of(config))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(factory, "GeneratorActor", FaultyGenerator)
         patch.setattr("raygrpo.actors.weight_store.WeightStoreActor", StoreWithPid)
         store = start_store()
-        pool = RolloutPool(config, store, config.rewards, {}, local=True)
+        pool = RolloutPool(
+            config, store, config.rewards, {}, local=True, make_engine=make_faulty_engine
+        )
         pool.start()
         yield Cluster(config=config, store=store, pool=pool, place=directory / "model")
         pool.close()
