@@ -189,14 +189,14 @@ def test_versions_never_move_backwards(paths: dict[str, Path]) -> None:
 def test_linear_weights_are_packed_a_share_at_a_time(paths: dict[str, Path]) -> None:
     model = model_of(paths["llama"])
     weights = ModelWeights(model, CPU, num_rows=8, version=None, pack_later=True)
-    total = sum(linear.weight.nbytes for linear in weights._linears)
-    most = max(linear.weight.nbytes for linear in weights._linears)
+    total = sum(linear.weight.nbytes for linear in weights.linears)
+    most = max(linear.weight.nbytes for linear in weights.linears)
     plain = nn.functional.linear
 
     def check_packed() -> int:
         """The bytes that are packed, each of the weights in use."""
         num_bytes = 0
-        for linear in weights._linears:
+        for linear in weights.linears:
             x = torch.randn(8, linear.in_features)
             torch.testing.assert_close(linear(x), plain(x, linear.weight, linear.bias))
             num_bytes += linear.weight.nbytes if linear.packed is not None else 0
@@ -225,7 +225,7 @@ def test_packing_that_fails_is_not_silent(
 ) -> None:
     model = model_of(paths["llama"])
     weights = ModelWeights(model, CPU, num_rows=8, version=None, pack_later=True)
-    assert weights._linears
+    assert weights.linears
 
     def failing(*_: Any) -> None:
         raise RuntimeError("can't allocate memory")
@@ -237,7 +237,7 @@ def test_packing_that_fails_is_not_silent(
         with pytest.raises(RuntimeError, match="allocate"):
             weights.pack()
     weights.pack()
-    assert all(linear.packed is not None for linear in weights._linears)
+    assert all(linear.packed is not None for linear in weights.linears)
 
 
 def test_swapping_takes_a_small_part_of_a_load() -> None:

@@ -123,7 +123,7 @@ def test_learner_and_engine_agree_until_a_weight_differs(tmp_path: Path) -> None
     check = ProbeCheck("float32", 0.8)
     assert check.check(engine, probe, VERSION) < 1e-5
     # One norm of one layer, by 1 %: bytes arrived, but not their effect.
-    engine._weights.targets["model.layers.1.input_layernorm.weight"].mul_(1.01)
+    engine.weights.targets["model.layers.1.input_layernorm.weight"].mul_(1.01)
     with pytest.raises(ProbeFailed):
         check.check(engine, probe, VERSION)
 

@@ -113,8 +113,8 @@ def test_a_prompt_is_kept_once(paths: Callable[..., Path], kind: Kind) -> None: 
     groups = run(engine, *items)
     for group in groups.values():
         assert_logprobs_match(plain_model(paths(kind)), group)
-    slots, _, prompt_room, _ = engine._prompts.layers[0].keys.shape
-    rows, _, row_room, _ = engine._cache.layers[0].keys.shape
+    slots, _, prompt_room, _ = engine.prompts.layers[0].keys.shape
+    rows, _, row_room, _ = engine.cache.layers[0].keys.shape
     assert (prompt_room >= 206, slots <= 6) == (True, True)
     assert (row_room <= 128, rows >= 12) == (True, True)
 
@@ -133,12 +133,12 @@ def test_slots_in_use_are_the_first_ones(
     while not groups:
         groups += engine.step()
     assert groups[0].request.group_id == 0
-    rows = slice(engine._rows.num_rows)
-    assert set(engine._rows.slot[rows][engine._rows.base[rows] == 12].tolist()) == {0}
+    rows = slice(engine.rows.num_rows)
+    assert set(engine.rows.slot[rows][engine.rows.base[rows] == 12].tolist()) == {0}
     engine.submit(request(3, length=4, max_tokens=9))
     groups += list(drain(engine))
     assert len(groups) == 4
-    assert engine._prompts.layers[0].keys.shape[0] == 3
+    assert engine.prompts.layers[0].keys.shape[0] == 3
     for group in groups:
         assert_logprobs_match(model, group)
 
@@ -156,9 +156,9 @@ def test_a_broken_group_spoils_no_row_beside_it(
     for number, length in enumerate((35, 40, 6)):
         engine.submit(request(number, length=length))
     engine.step()
-    assert engine._rows.slot[:9].tolist() == [0] * 3 + [1] * 3 + [-1] * 3
+    assert engine.rows.slot[:9].tolist() == [0] * 3 + [1] * 3 + [-1] * 3
     with torch.inference_mode():
-        engine._prompts.layers[0].keys[broken] = torch.nan
+        engine.prompts.layers[0].keys[broken] = torch.nan
     with pytest.raises(NumericError, match=f"group train/{broken}: "):
         engine.step()
     engine.submit(request(3, length=31))
@@ -196,8 +196,8 @@ def test_models_that_cannot_share_keep_prompts_by_row(
         "refusing": "softcap is not known",
         "wrong": r"logits are 0\.\d+ off",
     }
-    assert not engine._forward.shares_prompts
-    assert engine._model.config._attn_implementation == "sdpa"
+    assert not engine.forward.shares_prompts
+    assert engine.model.config._attn_implementation == "sdpa"
     assert re.search(f"keeps its prompt.*'llama': .*{reasons[breakage]}", caplog.text)
     for group in run(engine, request(0, length=20), request(1)).values():
         assert_logprobs_match(plain_model(paths()), group)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -17,9 +18,9 @@ from raygrpo.engines.hf.rows import RowTable
 from raygrpo.engines.hf.sampling import sample
 from raygrpo.engines.hf.shared_prompts import share_prompts, sharing_pays
 from raygrpo.engines.randomness import row_keys, uniforms
-from raygrpo.engines.requests import Key, Running, check_request
+from raygrpo.engines.requests import Admission, Running, not_finite
 from raygrpo.engines.stops import StopStrings
-from raygrpo.errors import InfraError, NumericError
+from raygrpo.errors import InfraError
 from raygrpo.models import DTYPES, load_model, load_tokenizer, stop_token_ids
 from raygrpo.types import (
     ByteArray,
@@ -37,6 +38,14 @@ from raygrpo.weights.types import WeightsManifest
 FIRST_ROOM = 256
 # The share of new weights that is packed in a step that others wait for.
 PACKED_A_STEP = 1 / 16
+
+
+@dataclass(slots=True)
+class Decoding(Running):
+    """A group with rows: those it got first, and its completions that have ended, by index."""
+
+    rows: slice
+    ended: dict[int, Completion]
 
 
 class TransformersEngine:
@@ -63,35 +72,35 @@ class TransformersEngine:
     ) -> None:
         self._device = torch.device(device)
         self._max_rows, self._deterministic = max_rows, deterministic
-        self._model = load_model(model, seed=seed, dtype=DTYPES[model.dtype]).to(self._device)
-        self._model.eval().requires_grad_(False)
+        self.model = load_model(model, seed=seed, dtype=DTYPES[model.dtype]).to(self._device)
+        self.model.eval().requires_grad_(False)
         # ``version`` is of the weights read from disk, where they are to be served.
         self.weights = ModelWeights(
-            self._model,
+            self.model,
             self._device,
             num_rows=max_rows,
             version=version,
             pack_later=not deterministic,
         )
         self._tokenizer = load_tokenizer(model)
-        self._text_config = self._model.config.get_text_config()
-        self._forward = Forward(self._model, self._device, fp32_head=model.fp32_head)
-        self._is_stop = np.zeros(self._forward.vocab_size, np.bool_)
-        stop_ids = stop_token_ids(self._model, self._tokenizer)
+        self._text_config = self.model.config.get_text_config()
+        self.forward = Forward(self.model, self._device, fp32_head=model.fp32_head)
+        self._is_stop = np.zeros(self.forward.vocab_size, np.bool_)
+        stop_ids = stop_token_ids(self.model, self._tokenizer)
         self._is_stop[[token for token in stop_ids if token < self._is_stop.size]] = True
         self._stop_ids = torch.from_numpy(np.flatnonzero(self._is_stop)).to(self._device)
         self._stops = StopStrings(self._tokenizer)
         self._versions = [version] if version else []
         self._settings: list[Sampling] = []
-        self._waiting: dict[Key, GroupRequest] = {}
-        self._running: dict[int, Running] = {}
-        self._finished: list[Group] = []
-        self._num_started = 0
+        self._admission: Admission[Decoding] = Admission(
+            max_positions=getattr(self._text_config, "max_position_embeddings", None),
+            vocab_size=self._is_stop.size,
+        )
         self._empty_rows()
 
     def _empty_rows(self) -> None:
-        self._rows = RowTable()
-        self._cache, self._prompts = self._forward.new_cache(), self._forward.new_cache()
+        self.rows = RowTable()
+        self.cache, self.prompts = self.forward.new_cache(), self.forward.new_cache()
 
     @property
     def version(self) -> Version | None:
@@ -101,28 +110,16 @@ class TransformersEngine:
     @property
     def num_unfinished(self) -> int:
         """Groups submitted and not yet returned or aborted."""
-        return len(self._waiting) + len(self._running) + len(self._finished)
+        return self._admission.num_unfinished
 
     @property
     def can_step(self) -> bool:
         """Whether a step would make progress."""
-        version = self.weights.version
-        if version is None:
-            return False
-        return bool(self._running or self._finished) or any(
-            request.min_version <= version for request in self._waiting.values()
-        )
+        return self._admission.can_step(self.version)
 
     def submit(self, request: GroupRequest) -> None:
-        """Queues a group; raises what `check_request` raises."""
-        key = (request.stream, request.group_id)
-        check_request(
-            request,
-            busy=key in self._waiting or any(group.key == key for group in self._running.values()),
-            max_positions=getattr(self._text_config, "max_position_embeddings", None),
-            vocab_size=self._is_stop.size,
-        )
-        self._waiting[key] = request
+        """Queues a group; see `Admission.submit`."""
+        self._admission.submit(request)
 
     @torch.inference_mode()
     def step(self) -> list[Group]:
@@ -136,91 +133,79 @@ class TransformersEngine:
         version = self.weights.version
         if version is None:
             raise InfraError("the engine holds no version", "load weights first")
-        self.weights.pack(PACKED_A_STEP if self._running else 1.0)
-        if self._running:
+        self.weights.pack(PACKED_A_STEP if self._admission.running else 1.0)
+        if self._admission.running:
             self._decode()
-        self._start_waiting(version)
-        finished, self._finished = self._finished, []
-        return finished
-
-    def _start_waiting(self, version: Version) -> None:
-        groups = []
-        for key, request in list(self._waiting.items()):
-            if request.min_version > version:
-                continue
-            if not self._fits(len(request.unfinished)):
-                break
-            del self._waiting[key]
-            groups.append(self._admit(request))
-        if groups:
-            self._append(slice(groups[0].start, groups[-1].stop), self._prefill(groups))
+        slices = [group.rows for group in self._admission.admit(version, self._fits, self._start)]
+        if slices:
+            self._append(slice(slices[0].start, slices[-1].stop), self._prefill(slices))
+        return self._admission.take_finished()
 
     def _fits(self, count: int) -> bool:
-        if not self._running:
+        if not self._admission.running:
             return True
-        return not self._deterministic and self._rows.num_rows + count <= self._max_rows
+        return not self._deterministic and self.rows.num_rows + count <= self._max_rows
 
-    def _admit(self, request: GroupRequest) -> slice:
+    def _start(self, request: GroupRequest, serial: int) -> Decoding:
         """Gives a group its rows, and a slot for its prompt if they share it."""
-        serial, self._num_started = self._num_started, self._num_started + 1
-        ended = {i: c for i, c in enumerate(request.partials) if c.finish != "abort"}
-        self._running[serial] = Running(request, time.monotonic(), ended)
+        started = time.monotonic()
         if request.sampling not in self._settings:
             self._settings.append(request.sampling)
         sampling = request.sampling
         keys = row_keys(request.seed, request.stream, request.group_id, sampling.num_completions)
-        first = self._rows.add(request, serial, self._settings.index(sampling), keys)
-        rows = slice(first, self._rows.num_rows)
+        first = self.rows.add(request, serial, self._settings.index(sampling), keys)
+        rows = slice(first, self.rows.num_rows)
         if self._deterministic:
-            self._cache, self._prompts = self._forward.new_cache(), self._forward.new_cache()
+            self.cache, self.prompts = self.forward.new_cache(), self.forward.new_cache()
         pays = sharing_pays(request.prompt.token_ids.size, rows.stop - first)
-        if self._forward.shares_prompts and pays and not request.partials:
-            self._rows.take_slot(rows)
-        return rows
+        if self.forward.shares_prompts and pays and not request.partials:
+            self.rows.take_slot(rows)
+        ended = {i: c for i, c in enumerate(request.partials) if c.finish != "abort"}
+        return Decoding(request, serial, started, rows, ended)
 
     def _prefill(self, groups: list[slice]) -> Tensor:
         """Computes new groups' prompts, into slots or rows, and what is written behind them;
         returns the logits [R, V] after each of the rows."""
-        table, after = self._rows, dict[int, Tensor]()
+        table, after = self.rows, dict[int, Tensor]()
         new = slice(groups[0].start, groups[-1].stop)
         room = np.minimum(table.max_length[new] - table.length[new], FIRST_ROOM)
-        self._cache.reserve(new.stop, int((table.length[new] - table.base[new] + room).max()))
+        self.cache.reserve(new.stop, int((table.length[new] - table.base[new] + room).max()))
         firsts = [rows.start for rows in groups]
         shared = [row for row in firsts if table.slot[row] >= 0]
         copied = [row for row in firsts if table.slot[row] < 0]
         if shared:
             slots, longest = table.slot[shared], int(table.prompt_length[shared].max())
-            self._prompts.reserve(int(slots.max()) + 1, longest)
-            logits = self._forward.prefill_prompts(
-                self._prompts, slots.tolist(), [table.prompt(row) for row in shared]
+            self.prompts.reserve(int(slots.max()) + 1, longest)
+            logits = self.forward.prefill_prompts(
+                self.prompts, slots.tolist(), [table.prompt(row) for row in shared]
             )
             after.update(zip(shared, logits, strict=True))
         if copied:
-            logits = self._forward.prefill_prompts(
-                self._cache, copied, [table.prompt(row) for row in copied]
+            logits = self.forward.prefill_prompts(
+                self.cache, copied, [table.prompt(row) for row in copied]
             )
             after.update(zip(copied, logits, strict=True))
         parts = []
         for rows in groups:
             length = int(table.prompt_length[rows.start])
             if rows.start in copied:
-                self._cache.share(rows.start, rows.stop - rows.start - 1, length)
+                self.cache.share(rows.start, rows.stop - rows.start - 1, length)
             for row in range(rows.start, rows.stop):
                 history = table.tokens[row, : table.length[row]]
                 if history.size > length:
-                    parts.append(self._forward.prefill(self._cache, row, history, length))
+                    parts.append(self.forward.prefill(self.cache, row, history, length))
                 else:
                     parts.append(after[rows.start][None])
         return torch.cat(parts)
 
     def _decode(self) -> None:
-        table = self._rows
+        table = self.rows
         rows = slice(0, table.num_rows)
         positions, bases = table.length[rows] - 1, table.base[rows]
-        self._cache.reserve(table.num_rows, int((positions - bases).max()) + 1)
+        self.cache.reserve(table.num_rows, int((positions - bases).max()) + 1)
         ids = torch.from_numpy(table.last(rows)).to(self._device)
-        prompts = share_prompts(self._prompts.layers, table.slot[rows], bases)
-        self._append(rows, self._forward.decode(self._cache, ids, positions, bases, prompts))
+        prompts = share_prompts(self.prompts.layers, table.slot[rows], bases)
+        self._append(rows, self.forward.decode(self.cache, ids, positions, bases, prompts))
 
     def _append(self, rows: slice, logits: Tensor) -> None:
         """Samples each row's next token, and takes out the rows that end with it."""
@@ -229,20 +214,16 @@ class TransformersEngine:
         if broken.size:
             logits = logits.masked_fill(~finite[:, None], 0)
         tokens, logprobs = self._sample(rows, logits)
-        self._rows.append(rows, tokens, logprobs, len(self._versions) - 1)
-        names = self._drop_broken(broken)
-        self._collect(slice(rows.start, self._rows.num_rows))
-        if names:
-            raise NumericError(
-                f"group {', '.join(names)}: logits are not finite under version "
-                f"{self.weights.version}",
-                "look at the gradient norms of the steps before; lower the learning rate",
-            )
+        self.rows.append(rows, tokens, logprobs, len(self._versions) - 1)
+        dropped = self._drop_broken(broken)
+        self._collect(slice(rows.start, self.rows.num_rows))
+        if dropped:
+            raise not_finite(dropped, self.version)
 
     def _sample(
         self, rows: slice, logits: Tensor
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-        table = self._rows
+        table = self.rows
         drawn = table.length[rows] - table.prompt_length[rows]
         numbers = torch.from_numpy(uniforms(table.keys[rows], drawn)).to(self._device)
         settings = table.setting[rows]
@@ -265,16 +246,16 @@ class TransformersEngine:
     def _history(self, sampling: Sampling, rows: npt.NDArray[np.int64]) -> Tensor | None:
         if sampling.repetition_penalty == 1:
             return None
-        longest = int(self._rows.length[rows].max())
-        return torch.from_numpy(self._rows.tokens[rows, :longest]).to(self._device)
+        longest = int(self.rows.length[rows].max())
+        return torch.from_numpy(self.rows.tokens[rows, :longest]).to(self._device)
 
     def _early(self, rows: npt.NDArray[np.int64]) -> Tensor | None:
-        early = self._rows.length[rows] < self._rows.min_length[rows]
+        early = self.rows.length[rows] < self.rows.min_length[rows]
         return torch.from_numpy(early).to(self._device) if early.any() else None
 
     def _collect(self, rows: slice) -> None:
         """Ends rows whose newest token stops them, and groups all of whose rows have ended."""
-        table = self._rows
+        table = self.rows
         stopped = self._is_stop[table.last(rows)] | self._stops.ended(table, rows, self._settings)
         full = table.length[rows] >= table.max_length[rows]
         gone = (np.flatnonzero(stopped | full) + rows.start).tolist()
@@ -283,45 +264,44 @@ class TransformersEngine:
         for row in gone:
             self._end_row(row, "stop" if stopped[row - rows.start] else "length")
         self._remove_rows(gone)
-        for serial, group in list(self._running.items()):
+        for group in list(self._admission.running.values()):
             if len(group.ended) == group.request.sampling.num_completions:
-                del self._running[serial]
-                self._finished.append(group.finished())
+                self._admission.finish(group, _in_order(group))
 
     def _end_row(self, row: int, finish: Finish) -> None:
-        group = self._running[int(self._rows.group[row])]
-        index, partials = int(self._rows.completion[row]), group.request.partials
+        group = self._admission.running[int(self.rows.group[row])]
+        index, partials = int(self.rows.completion[row]), group.request.partials
         before = partials[index].version_runs if partials else ()
-        group.ended[index] = self._rows.make_completion(
+        group.ended[index] = self.rows.make_completion(
             row, finish, self._tokenizer, self._versions, before
         )
 
     def _remove_rows(self, rows: list[int]) -> None:
-        sources, targets = self._rows.remove(rows)
+        sources, targets = self.rows.remove(rows)
         if sources:
-            table = self._rows
+            table = self.rows
             longest = int((table.length[targets] - table.base[targets]).max())
-            self._cache.move(sources, targets, longest)
-        sources, targets = self._rows.close_slots()
+            self.cache.move(sources, targets, longest)
+        sources, targets = self.rows.close_slots()
         if sources:
-            self._prompts.move(sources, targets, int(self._rows.base.max()))
+            self.prompts.move(sources, targets, int(self.rows.base.max()))
 
-    def _drop_broken(self, rows: npt.NDArray[np.int64]) -> list[str]:
-        """Drops the groups of rows whose logits were not finite; returns their names."""
-        serials = np.unique(self._rows.group[rows]).tolist()
-        names = ["{}/{}".format(*self._running[serial].key) for serial in serials]
-        for serial in serials:
-            self._drop(serial, clear=True)
-        return names
+    def _drop_broken(self, rows: npt.NDArray[np.int64]) -> list[Decoding]:
+        """Drops the groups of rows whose logits were not finite; returns these groups."""
+        serials = np.unique(self.rows.group[rows]).tolist()
+        groups = [self._admission.running[serial] for serial in serials]
+        for group in groups:
+            self._drop(group, clear=True)
+        return groups
 
-    def _drop(self, serial: int, *, clear: bool = False) -> None:
-        table = self._rows
-        rows = np.flatnonzero(table.group[: table.num_rows] == serial).tolist()
+    def _drop(self, group: Decoding, *, clear: bool = False) -> None:
+        table = self.rows
+        rows = np.flatnonzero(table.group[: table.num_rows] == group.serial).tolist()
         if clear:
-            self._cache.clear(rows)
-            self._prompts.clear([slot for slot in table.slot[rows].tolist() if slot >= 0])
+            self.cache.clear(rows)
+            self.prompts.clear([slot for slot in table.slot[rows].tolist() if slot >= 0])
         self._remove_rows(rows)
-        del self._running[serial]
+        del self._admission.running[group.serial]
 
     def stage_weights(self, manifest: WeightsManifest, buckets: Iterable[ByteArray]) -> None:
         """Makes a version ready, on any thread, while steps go on; see `ModelWeights.stage`."""
@@ -330,7 +310,7 @@ class TransformersEngine:
     def commit_weights(self) -> None:
         """Puts the staged version into use; completions keep the keys and values they have."""
         version = self.weights.commit()
-        self._forward.forget()
+        self.forward.forget()
         if self._versions[-1:] != [version]:
             self._versions.append(version)
 
@@ -343,26 +323,24 @@ class TransformersEngine:
     @torch.inference_mode()
     def abort(self, stream: Stream, group_id: int) -> list[Completion]:
         """Drops a group; returns its completions so far, in order, none if it had not begun."""
-        key: Key = (stream, group_id)
-        self._waiting.pop(key, None)
-        for serial, group in self._running.items():
-            if group.key == key:
-                for row in range(self._rows.num_rows):
-                    if self._rows.group[row] == serial:
-                        self._end_row(row, "abort")
-                self._drop(serial)
-                return [group.ended[index] for index in sorted(group.ended)]
-        return []
+        group = self._admission.drop(stream, group_id)
+        if group is None:
+            return []
+        for row in range(self.rows.num_rows):
+            if self.rows.group[row] == group.serial:
+                self._end_row(row, "abort")
+        self._drop(group)
+        return _in_order(group)
 
     @torch.inference_mode()
     def score(self, token_ids: Sequence[int], temperature: float = 1.0) -> FloatArray:
         """Logprobs [T] of each token given those before it, in nats, by one full forward pass."""
-        return self._forward.score(token_ids, temperature)
+        return self.forward.score(token_ids, temperature)
 
     def sleep(self) -> None:
         """Frees the cache, and on a GPU what the weights take there."""
         self._empty_rows()
-        self._forward.forget()
+        self.forward.forget()
         self.weights.move(torch.device("cpu"))
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
@@ -373,6 +351,10 @@ class TransformersEngine:
 
     def close(self) -> None:
         """Drops all groups and frees model and cache; the engine cannot be used afterwards."""
-        self._waiting, self._running, self._finished = {}, {}, []
+        self._admission.clear()
         self._empty_rows()
-        del self._model, self._forward, self.weights
+        del self.model, self.forward, self.weights
+
+
+def _in_order(group: Decoding) -> list[Completion]:
+    return [group.ended[index] for index in sorted(group.ended)]

@@ -66,14 +66,14 @@ class ModelWeights:
         self._pack_later = pack_later
         self._unpacked: deque[PackedLinear] = deque()
         self._device, self._num_rows = device, num_rows
-        self._linears: list[PackedLinear] = []
+        self.linears: list[PackedLinear] = []
         if can_pack(device, model.dtype):
-            self._linears = use_packed_linears(model)
-            for linear in self._linears:
+            self.linears = use_packed_linears(model)
+            for linear in self.linears:
                 linear.packed = linear.pack(linear.weight, num_rows)
         self.targets = weight_targets(model)
         names = {id(tensor): name for name, tensor in self.targets.items()}
-        self._packed_names = [names[id(linear.weight)] for linear in self._linears]
+        self._packed_names = [names[id(linear.weight)] for linear in self.linears]
         self._spare: dict[str, Tensor] = {}
         self._staged: _Staged | None = None
 
@@ -112,10 +112,10 @@ class ModelWeights:
             self._spare = {name: target.data for name, target in self.targets.items()}
         for name, tensor in staged.tensors.items():
             self.targets[name].data = tensor
-        for place, linear in enumerate(self._linears):
+        for place, linear in enumerate(self.linears):
             linear.packed = None if self._pack_later else staged.packed[place]
         if self._pack_later:
-            self._unpacked = deque(self._linears)
+            self._unpacked = deque(self.linears)
         self.version = staged.version
         return staged.version
 
@@ -126,7 +126,7 @@ class ModelWeights:
         would take at the wrong moments."""
         if not self._unpacked:
             return
-        room = share * sum(linear.weight.nbytes for linear in self._linears)
+        room = share * sum(linear.weight.nbytes for linear in self.linears)
         while self._unpacked and room > 0:
             linear = self._unpacked[0]
             linear.packed = self._pack(linear.weight)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import itertools
 import queue
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -17,41 +17,40 @@ import torch
 from raygrpo.config import ModelSection, Transport
 from raygrpo.engines.hf.model_weights import check_manifest
 from raygrpo.engines.randomness import row_keys, uniforms
-from raygrpo.engines.requests import check_request
+from raygrpo.engines.requests import Admission, Running, not_finite
 from raygrpo.engines.stops import StopStrings
 from raygrpo.engines.vllm.client import VllmClient
 from raygrpo.engines.vllm.requests import engine_arguments, make_completion, sampling_params
 from raygrpo.engines.vllm.shared_memory import SharedBuckets
-from raygrpo.errors import InfraError, NumericError
+from raygrpo.errors import InfraError
 from raygrpo.models import DTYPES, load_model, load_tokenizer, stop_token_ids
 from raygrpo.types import ByteArray, Completion, FloatArray, Group, GroupRequest, Stream, Version
 from raygrpo.weights.buckets import make_buckets, weight_targets
 from raygrpo.weights.native import Receiver
 from raygrpo.weights.types import WeightsManifest
 
-Key = tuple[Stream, int]
 # How long a step waits for a group, and so how long a command to the engine may have to wait.
 STEP_WAIT_S: Final = 0.01
 
 
 @dataclass(eq=False, slots=True)
-class _Running:
-    """A group that vLLM has, since it was admitted under ``version``."""
+class Sent(Running):
+    """A group that vLLM has, since it was admitted under ``version``.
 
-    request: GroupRequest
-    serial: int
+    ``future`` has its completions, those that were done before included.
+    """
+
     version: Version
-    started: float
     aborted: bool = False
     future: concurrent.futures.Future[list[Completion]] = field(init=False)
 
     def name(self, index: int) -> str:
-        """What vLLM calls a completion's request."""
+        """What vLLM calls a completion's request, such as ``17-0``."""
         return f"{self.serial}-{index}"
 
     @property
     def names(self) -> list[str]:
-        """All of them."""
+        """The names of all requests of the group."""
         return [self.name(index) for index in self.request.unfinished]
 
 
@@ -86,12 +85,8 @@ class VllmEngine:
         self._stops = StopStrings(self._tokenizer)
         self._max_rows = max_rows
         self._can_sleep = bool((options or {}).get("enable_sleep_mode"))
-        self._waiting: dict[Key, GroupRequest] = {}
-        self._running: dict[Key, _Running] = {}
         self._live: set[str] = set()  # requests that vLLM has; both threads change it, atomically
-        self._done: queue.SimpleQueue[_Running] = queue.SimpleQueue()
-        self._finished: list[Group] = []
-        self._serials = itertools.count()
+        self._done: queue.SimpleQueue[Sent] = queue.SimpleQueue()
         self._staged: SharedBuckets | None = None
         self._version: Version | None = None
         self._client = VllmClient(
@@ -103,6 +98,9 @@ class VllmEngine:
                 options=options or {},
                 transport=transport,
             )
+        )
+        self._admission: Admission[Sent] = Admission(
+            max_positions=self._client.max_positions, vocab_size=self._vocab_size
         )
         if version is not None:
             self._serve_disk(model, seed, version)
@@ -130,34 +128,16 @@ class VllmEngine:
     @property
     def num_unfinished(self) -> int:
         """Groups submitted and not yet returned or aborted."""
-        return len(self._waiting) + len(self._running) + len(self._finished)
+        return self._admission.num_unfinished
 
     @property
     def can_step(self) -> bool:
         """Whether a step would make progress."""
-        version = self._version
-        if version is None:
-            return False
-        return bool(self._running or self._finished) or any(
-            request.min_version <= version for request in self._waiting.values()
-        )
+        return self._admission.can_step(self._version)
 
     def submit(self, request: GroupRequest) -> None:
-        """Queues a group.
-
-        Raises:
-            DataError: the prompt and ``max_tokens`` exceed the positions that vLLM has, or the
-                prompt has ids that the model lacks.
-            InfraError: the group is here already.
-        """
-        key = (request.stream, request.group_id)
-        check_request(
-            request,
-            busy=key in self._waiting or key in self._running,
-            max_positions=self._client.max_positions,
-            vocab_size=self._vocab_size,
-        )
-        self._waiting[key] = request
+        """Queues a group; see `Admission.submit`."""
+        self._admission.submit(request)
 
     def step(self) -> list[Group]:
         """Hands over the groups that fit; waits a moment for one to finish.
@@ -166,68 +146,57 @@ class VllmEngine:
             NumericError: logprobs were not finite; the group is dropped, the others go on.
             InfraError: no version is loaded, or vLLM died.
         """
-        self._start_waiting(self._held())
-        wait_s = STEP_WAIT_S if self._running and not self._finished else 0.0
+        admission, version = self._admission, self._held()
+        for sent in admission.admit(version, self._fits, partial(self._start, version)):
+            sent.future.add_done_callback(_Report(self._done, sent))
+        wait_s = STEP_WAIT_S if admission.running and not admission.has_finished else 0.0
         while True:
             try:
-                running = self._done.get(timeout=wait_s)
+                sent = self._done.get(timeout=wait_s)
             except queue.Empty:
-                break
+                return admission.take_finished()
             wait_s = 0.0
-            key: Key = (running.request.stream, running.request.group_id)
-            if self._running.get(key) is running:
-                del self._running[key]
-                self._finished.append(self._finish(running))
-        finished, self._finished = self._finished, []
-        return finished
+            if sent.serial in admission.running:
+                self._finish(sent)
 
-    def _start_waiting(self, version: Version) -> None:
-        for key, request in list(self._waiting.items()):
-            if request.min_version > version:
-                continue
-            if self._live and len(self._live) + len(request.unfinished) > self._max_rows:
-                return
-            del self._waiting[key]
-            running = _Running(request, next(self._serials), version, time.monotonic())
-            self._running[key] = running
-            self._live.update(running.names)
-            running.future = self._client.begin(self._generate(running))
-            running.future.add_done_callback(_Report(self._done, running))
+    def _fits(self, count: int) -> bool:
+        return not self._live or len(self._live) + count <= self._max_rows
 
-    def _finish(self, running: _Running) -> Group:
-        completions = self._client.result(running.future)
-        if not all(np.isfinite(completion.logprobs).all() for completion in completions):
-            request = running.request
-            raise NumericError(
-                f"group {request.stream}/{request.group_id}: logprobs are not finite under "
-                f"version {self._version}",
-                "look at the gradient norms of the steps before; lower the learning rate",
-            )
-        return Group(
-            request=replace(running.request, partials=()),
-            completions=tuple(completions),
-            generate_s=time.monotonic() - running.started,
-        )
+    def _start(self, version: Version, request: GroupRequest, serial: int) -> Sent:
+        sent = Sent(request, serial, time.monotonic(), version)
+        self._live.update(sent.names)
+        sent.future = self._client.begin(self._generate(sent))
+        return sent
 
-    async def _generate(self, running: _Running) -> list[Completion]:
+    def _finish(self, sent: Sent) -> None:
+        try:
+            completions = self._client.result(sent.future)
+            if not all(np.isfinite(completion.logprobs).all() for completion in completions):
+                raise not_finite([sent], self._version)
+        except BaseException:
+            del self._admission.running[sent.serial]
+            raise
+        self._admission.finish(sent, completions)
+
+    async def _generate(self, sent: Sent) -> list[Completion]:
         """All completions of a group, those of its request that are done already included."""
-        indices = running.request.unfinished
-        tasks = [asyncio.ensure_future(self._complete(running, index)) for index in indices]
+        indices = sent.request.unfinished
+        tasks = [asyncio.ensure_future(self._complete(sent, index)) for index in indices]
         try:
             written = await asyncio.gather(*tasks)
         finally:
             for task in tasks:  # where one failed, the others end, which aborts them in vLLM
                 task.cancel()
-            self._live.difference_update(running.names)
-        done = dict(enumerate(running.request.partials)) | dict(zip(indices, written, strict=True))
+            self._live.difference_update(sent.names)
+        done = dict(enumerate(sent.request.partials)) | dict(zip(indices, written, strict=True))
         return [done[index] for index in sorted(done)]
 
-    async def _complete(self, running: _Running, index: int) -> Completion:
-        request, sampling = running.request, running.request.sampling
+    async def _complete(self, sent: Sent, index: int) -> Completion:
+        request, sampling = sent.request, sent.request.sampling
         before = request.partials[index] if request.partials else None
         written = [] if before is None else before.token_ids.tolist()
-        if running.aborted:  # before vLLM had it
-            return before or _unwritten(running.version)
+        if sent.aborted:  # before vLLM had it
+            return before or _unwritten(sent.version)
         keys = row_keys(request.seed, request.stream, request.group_id, sampling.num_completions)
         number = uniforms(keys[index : index + 1], np.full(1, len(written), np.int64))
         params = sampling_params(
@@ -237,11 +206,11 @@ class VllmEngine:
             num_before=len(written),
         )
         ids = [*request.prompt.token_ids.tolist(), *written]
-        name = running.name(index)
-        output = await self._client.generate(name, ids, params, running.version)
+        name = sent.name(index)
+        output = await self._client.generate(name, ids, params, sent.version)
         self._live.discard(name)
         return make_completion(
-            output.outputs[0], sampling, running.version, before, self._stops, self._tokenizer
+            output.outputs[0], sampling, sent.version, before, self._stops, self._tokenizer
         )
 
     def stage_weights(self, manifest: WeightsManifest, buckets: Iterable[ByteArray]) -> None:
@@ -297,18 +266,17 @@ class VllmEngine:
     def abort(self, stream: Stream, group_id: int) -> list[Completion]:
         """Drops a group; returns its completions so far, in order: all, or none if it had not
         begun."""
-        key: Key = (stream, group_id)
-        self._waiting.pop(key, None)
-        running = self._running.pop(key, None)
-        if running is None:
+        sent = self._admission.drop(stream, group_id)
+        if sent is None:
             return []
-        completions = self._client.call(self._abort(running))
+        del self._admission.running[sent.serial]
+        completions = self._client.call(self._abort(sent))
         return completions if any(c.token_ids.size for c in completions) else []
 
-    async def _abort(self, running: _Running) -> list[Completion]:
-        running.aborted = True
-        await self._client.abort(running.names)
-        return await asyncio.wrap_future(running.future)
+    async def _abort(self, sent: Sent) -> list[Completion]:
+        sent.aborted = True
+        await self._client.abort(sent.names)
+        return await asyncio.wrap_future(sent.future)
 
     def score(self, token_ids: Sequence[int], temperature: float = 1.0) -> FloatArray:
         """Logprobs [T] of each token given those before it, in nats; index 0 is 0."""
@@ -330,7 +298,7 @@ class VllmEngine:
 
     def close(self) -> None:
         """Ends vLLM's processes; the engine cannot be used afterwards."""
-        self._waiting, self._running, self._finished = {}, {}, []
+        self._admission.clear()
         self._version = None
         self._drop_staged()
         self._client.close()
@@ -340,11 +308,11 @@ class VllmEngine:
 class _Report:
     """Tells the engine's thread that a group's future has an outcome."""
 
-    done: queue.SimpleQueue[_Running]
-    running: _Running
+    done: queue.SimpleQueue[Sent]
+    sent: Sent
 
     def __call__(self, _: object) -> None:
-        self.done.put(self.running)
+        self.done.put(self.sent)
 
 
 def _unwritten(version: Version) -> Completion:
