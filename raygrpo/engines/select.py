@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -117,9 +116,11 @@ def make_engine(config: RunConfig, *, threads: int, version: Version | None) -> 
                 f"generators.engine is vllm, but {problem}",
                 "install the extra vllm (docs/engines.md), or set generators.engine: transformers",
             )
-        module = importlib.import_module("raygrpo.engines.vllm.engine")
+        # It imports vLLM, which only a run that uses it has installed.
+        from raygrpo.engines.vllm.engine import VllmEngine
+
         colocated = section.placement == "colocate" and device != "cpu"
-        fast: Engine = module.VllmEngine(
+        return VllmEngine(
             config.model,
             seed=config.seed,
             # A larger group is decoded whole.
@@ -129,7 +130,7 @@ def make_engine(config: RunConfig, *, threads: int, version: Version | None) -> 
             transport=config.weights.transport,
             version=version,
         )
-        return fast
+    # torch stays out of processes that only choose.
     import torch
 
     from raygrpo.engines.hf.engine import TransformersEngine

@@ -14,6 +14,7 @@ from torch import nn
 
 from raygrpo.config import ModelSection
 from raygrpo.engines.hf.engine import TransformersEngine
+from raygrpo.engines.hf.linear import PackedLinear
 from raygrpo.engines.hf.model_weights import ALIGNMENT, ModelWeights
 from raygrpo.errors import InfraError
 from raygrpo.models import DTYPES, load_model
@@ -233,7 +234,7 @@ def test_packing_that_fails_is_not_silent(
     weights.stage(*publish(model, 1, 2.0))
     weights.commit()
     with monkeypatch.context() as broken:
-        broken.setattr(weights, "_pack", failing)
+        broken.setattr(PackedLinear, "pack", failing)
         with pytest.raises(RuntimeError, match="allocate"):
             weights.pack()
     weights.pack()

@@ -53,11 +53,11 @@ def test_groups_that_start_together_are_computed_together(
 
     def counted(self: Forward, cache: Any, ids: Any, start: int) -> Any:
         passes.append(tuple(ids.shape))
-        return causal(self, cache, ids, start)
+        return compute(self, cache, ids, start)
 
-    causal = Forward._causal
+    compute = Forward.causal
     engine = make_engine(paths(kind), max_rows=15)
-    monkeypatch.setattr(Forward, "_causal", counted)
+    monkeypatch.setattr(Forward, "causal", counted)
     lengths = (20, 9, 24, 18, 2)
     items = [request(n, length=length, max_tokens=20) for n, length in enumerate(lengths)]
     groups = run(engine, *items)

@@ -179,9 +179,9 @@ def test_models_that_cannot_share_keep_prompts_by_row(
     if breakage == "unaware":
         monkeypatch.setattr("raygrpo.engines.hf.forward.use_shared_prompts", lambda model: None)
     elif breakage == "wrong":
-        attend = shared_prompts._attend
+        attend = shared_prompts.attend
         monkeypatch.setattr(
-            shared_prompts, "_attend", lambda *a: (attend(*a)[0], 0.5 * attend(*a)[1])
+            shared_prompts, "attend", lambda *a: (attend(*a)[0], 0.5 * attend(*a)[1])
         )
     else:
 

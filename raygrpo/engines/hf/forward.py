@@ -70,7 +70,7 @@ class Forward:
         for start in range(begin, tokens.size, PREFILL_CHUNK):
             stop = min(start + PREFILL_CHUNK, tokens.size)
             cache.plan_prefill([row], start, stop)
-            hidden = self._causal(cache, ids[:, start:stop], start)
+            hidden = self.causal(cache, ids[:, start:stop], start)
         return self._logits(hidden[:, -1])
 
     def prefill_prompts(
@@ -90,12 +90,12 @@ class Forward:
                 [np.pad(prompts[i], (0, width - prompts[i].size), mode="edge") for i in batch]
             )
             cache.plan_prefill([rows[i] for i in batch], 0, width)
-            hidden = self._causal(cache, torch.from_numpy(ids).to(self._device), 0)
+            hidden = self.causal(cache, torch.from_numpy(ids).to(self._device), 0)
             logits = self._logits(hidden[torch.arange(len(batch), device=self._device), ends])
             after.update(zip(batch, logits, strict=True))
         return [after[i] for i in range(len(prompts))]
 
-    def _causal(self, cache: SlotCache, ids: Tensor, start: int) -> Tensor:
+    def causal(self, cache: SlotCache, ids: Tensor, start: int) -> Tensor:
         """Hidden states of ids [R, Q] at positions from ``start`` on."""
         stop = start + ids.shape[1]
         positions = torch.arange(start, stop, device=self._device)[None]

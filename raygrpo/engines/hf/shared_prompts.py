@@ -152,9 +152,9 @@ def shared_prompt_attention(
     mask, own_mask = prompts.split(attention_mask, repeats)
     # Heads that share keys become queries of one head.
     query = query.reshape(rows, -1, repeats, width)
-    own, own_sums = _attend(query, key, value, own_mask, scaling)
+    own, own_sums = attend(query, key, value, own_mask, scaling)
     keys, values = (t[: prompts.num_slots, :, : prompts.length] for t in (layer.keys, layer.values))
-    shared, sums = _attend(prompts.by_slot(query), keys, values, mask, scaling)
+    shared, sums = attend(prompts.by_slot(query), keys, values, mask, scaling)
     shared, sums = prompts.by_row(shared, repeats), prompts.by_row(sums, repeats)
     if prompts.alone is not None:
         # What these rows found is another's, and may be NaN.
@@ -165,7 +165,7 @@ def shared_prompt_attention(
     return output.view(rows, 1, heads, width), None
 
 
-def _attend(
+def attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None
 ) -> tuple[Tensor, Tensor]:
     """Outputs [n, heads, Q, D] and logarithms [n, heads, Q] of the sums of exponentials."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from importlib.util import find_spec
 from typing import Final
@@ -47,7 +46,9 @@ def vllm_problem(device: str, model: ModelSection | None = None) -> str | None:
         return NOT_INSTALLED
     try:
         _prepare()
-        requests = importlib.import_module("raygrpo.engines.vllm.requests")
+        # It imports vLLM, which may fail in many ways.
+        from raygrpo.engines.vllm import requests
+
         built_for = requests.device_type()
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
         first = (str(error).splitlines() or [""])[0]
