@@ -45,7 +45,7 @@ def test_vllm_has_rows_for_a_whole_group(
     given: dict[str, Any] = {}
     module = SimpleNamespace(VllmEngine=lambda _, **options: given.update(options))
     monkeypatch.setattr(choose, "vllm_problem", lambda _: None)
-    monkeypatch.setattr(choose.importlib, "import_module", lambda _: module)
+    monkeypatch.setitem(sys.modules, "raygrpo.engines.vllm.engine", module)  # type: ignore[arg-type]
     config = builders.config(
         generators={"engine": "vllm", "max_rows": max_rows}, sampling={"num_completions": 8}
     )
