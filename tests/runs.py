@@ -112,6 +112,23 @@ def run(config: Path, *overrides: str, expected: int = 0, deadline_s: float = DE
     return finish(start(config, *overrides), config, expected, deadline_s)
 
 
+def serial(config: Path) -> tuple[dict[str, torch.Tensor], str]:
+    """Runs examples/serial.py on a configuration; its trained weights and its output."""
+    root = Path(__file__).parents[1]
+    directory = run_dir(config).with_name(f"{run_dir(config).name}-serial")
+    done = subprocess.run(
+        [sys.executable, "examples/serial.py", str(config), f"--run_dir={directory}"],
+        timeout=DEADLINE_S,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return load_file(directory / "serial" / "model.safetensors"), done.stdout
+
+
 def wait_for(process: subprocess.Popen[str], condition: Callable[[], bool], what: str) -> None:
     """Waits until ``condition`` holds while the run goes on."""
     deadline = time.monotonic() + DEADLINE_S

@@ -1,12 +1,10 @@
-"""Deterministic runs equal a serial loop, a run with killed workers, and a resumed run."""
+"""Deterministic runs equal examples/serial.py, a run with killed workers, and a resumed run."""
 
 from __future__ import annotations
 
 import os
+import re
 import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -33,26 +31,13 @@ def undisturbed(directory: Path) -> Path:
     return config
 
 
-def test_equals_a_serial_loop_bit_for_bit(directory: Path, undisturbed: Path) -> None:
-    output = directory / "serial.safetensors"
-    script = Path(__file__).with_name("serial_loop.py")
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = str(listener.getsockname()[1])
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, str(script), str(undisturbed), str(output), port],
-        timeout=runs.DEADLINE_S,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    serial = load_file(output)
-    runs.assert_same_weights(runs.weights(undisturbed), serial)
+def test_equals_the_serial_example_bit_for_bit(directory: Path, undisturbed: Path) -> None:
+    weights, output = runs.serial(undisturbed)
+    runs.assert_same_weights(runs.weights(undisturbed), weights)
     start = load_file(directory / "model" / "model.safetensors")
-    assert all(not torch.equal(start[name], serial[name]) for name in serial), "all tensors moved"
+    assert all(not torch.equal(start[name], weights[name]) for name in weights), "all tensors moved"
+    rewards = re.findall(r"reward (\S+)", output)
+    assert rewards == [f"{row['reward']:.4f}" for row in runs.metrics(undisturbed)]
 
 
 def test_records_of_a_whole_run(undisturbed: Path) -> None:

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
 
 from tests import runs
 
@@ -60,23 +55,10 @@ def test_both_traces_hold_the_work_of_their_step(profiled: tuple[Path, str]) -> 
 
 
 def test_a_profile_changes_no_result(profiled: tuple[Path, str]) -> None:
-    """The weights are those of the serial loop, which nothing profiles, bit for bit."""
+    """The weights are those of the serial example, which nothing profiles, bit for bit."""
     config, _ = profiled
-    serial = config.with_name("serial.safetensors")
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = str(listener.getsockname()[1])
-    script = Path(__file__).with_name("serial_loop.py")
-    done = subprocess.run(
-        [sys.executable, str(script), str(config), str(serial), port],
-        timeout=runs.DEADLINE_S,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    runs.assert_same_weights(runs.weights(config), load_file(serial))
+    weights, _ = runs.serial(config)
+    runs.assert_same_weights(runs.weights(config), weights)
 
 
 def test_a_step_that_is_not_left_is_bad_input(profiled: tuple[Path, str]) -> None:
