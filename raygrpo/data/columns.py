@@ -1,4 +1,4 @@
-"""Columns under the names that ``data.columns`` gives them."""
+"""Renames columns as ``data.columns`` says."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ PROMPT = "prompt"
 
 
 def renamed(columns: Mapping[str, str], row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row with its columns renamed, ``columns`` mapping new names to old ones.
+    """A row with renamed columns; ``columns`` maps new names to old names.
 
-    A new name takes the place of a column of that name. The column that becomes ``prompt`` keeps
-    its old name too: rewards get every column but ``prompt``, and those that come with a dataset
-    read it under the dataset's own name.
+    A new name replaces a column of the same name. The column that becomes ``prompt`` keeps its old
+    name too: rewards get every column but ``prompt``, and a dataset's own rewards read the column
+    under its old name.
+
+    Example: ``{"prompt": "question"}`` turns the row ``{"question": "1+1=", "answer": "2"}`` into
+    ``{"question": "1+1=", "answer": "2", "prompt": "1+1="}``.
 
     Raises:
         DataError: the row has no such column.
@@ -32,7 +35,7 @@ def renamed(columns: Mapping[str, str], row: Mapping[str, Any]) -> dict[str, Any
 
 
 def missing_prompt(names: Sequence[str]) -> DataError:
-    """The error of a dataset without a column ``prompt``, naming the likeliest one."""
+    """The error of a dataset without a column ``prompt``; it names the likeliest column."""
     close = difflib.get_close_matches(PROMPT, names, n=1, cutoff=0.4) or names[:1] or ["..."]
     return DataError(
         f"the dataset has no column {PROMPT!r}",

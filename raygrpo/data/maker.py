@@ -1,4 +1,4 @@
-"""From a source's rows to prompts within the length that the configuration allows."""
+"""Makes prompts of a source's rows, within ``data.max_prompt_length``."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from raygrpo.types import Prompt
 
 
 class PromptMaker:
-    """Makes prompts of rows that have the source's own column names.
+    """Makes prompts of rows; rows have the source's own column names.
 
-    A prompt's columns are the row's, without the column ``prompt``, as TRL hands them to rewards.
+    A prompt has the row's columns without the column ``prompt``, as TRL hands them to rewards.
 
     Attributes:
-        num_dropped: rows left out by `fits` because their prompt is too long.
-        num_truncated: rows whose prompt was too long and is cut on the left.
+        num_dropped: rows that `fits` left out because their prompt is too long.
+        num_truncated: rows whose prompt is too long and is cut on the left.
 
     Raises:
-        DataError: a missing column, or a template's field that is no column.
-        ConfigError: a template that is malformed, or a chat without a chat template.
+        DataError: a column is missing, or a field of the template is no column.
+        ConfigError: the template is malformed, or the tokenizer has no chat template.
     """
 
     def __init__(self, section: DataSection, columns: Sequence[str], tokenizer: Any) -> None:
@@ -45,10 +45,10 @@ class PromptMaker:
         return self._renderer.tokenize(rendered)
 
     def fits(self, name: str, length: int) -> bool:
-        """Whether a prompt of ``length`` tokens is used; counts those that are too long.
+        """Whether a prompt of ``length`` tokens is used; counts prompts that are too long.
 
         Raises:
-            DataError: it is empty, or too long with ``overlong: error``.
+            DataError: the prompt is empty, or too long with ``overlong: error``.
         """
         limit, action = self._section.max_prompt_length, self._section.overlong
         if not length:
@@ -65,7 +65,7 @@ class PromptMaker:
         return action == "truncate_left"
 
     def make(self, row: Mapping[str, Any], prompt_id: str, name: str) -> Prompt | None:
-        """The prompt of a row; None where it does not fit."""
+        """The prompt of a row; None if the prompt is dropped."""
         row = self._renderer.name_columns(row)
         rendered = self._renderer.render(row, name)
         ids = self._renderer.tokenize([rendered])[0]
@@ -84,7 +84,7 @@ class PromptMaker:
 
 
 def row_bytes(row: Mapping[str, Any]) -> bytes:
-    """A row's content, for checksums: all columns, whatever their order."""
+    """A row's content as bytes for checksums; the order of columns does not matter."""
     return json.dumps(row, sort_keys=True, default=repr).encode()
 
 
@@ -97,7 +97,7 @@ def nothing_fits(section: DataSection) -> DataError:
 
 
 def changed_rows(section: DataSection) -> DataError:
-    """The error of a cursor over other rows."""
+    """The error of a cursor that was taken over other rows."""
     return DataError(
         f"the prompts of data.source {section.source!r} changed since the checkpoint",
         "restore the data to resume, or start again in another run_dir",

@@ -63,11 +63,11 @@ def _short_name(source: str) -> str:
 class Mixture:
     """Draws from each part with the probability of its weight; each part has its own epochs.
 
-    Draw k takes the part that holds point ``phase + k * stride`` of a circle on which each part has
-    an arc; the phase comes from (seed, stream). So the order is a function of these and k, every
-    single draw has the parts' probabilities, and the shares in a run of n draws stay within
-    O(log n) draws of the weights, closer than independent draws would be. ``source`` and the
-    beginning of ``id`` of a prompt name its part.
+    Each part has an arc of a circle, as long as its weight. Draw k takes the part whose arc holds
+    the point ``phase + k * stride``; the phase is a function of (seed, stream). A single draw has
+    the parts' probabilities. In n draws, each part's number of draws is within O(log n) of its
+    share, closer than with independent draws. A prompt's ``source`` is its part's name, and its
+    ``id`` begins with it.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Mixture:
         return _named(prompt, name)
 
     def take(self, num_prompts: int) -> list[Prompt]:
-        """The first prompts of each part, in the order in which a mixture draws parts."""
+        """The first prompts of each part; parts alternate as in `next`."""
         left = {name: prompts.take(num_prompts)[::-1] for name, prompts in self._parts.items()}
         taken: list[Prompt] = []
         position = 0
@@ -122,12 +122,12 @@ class Mixture:
         return taken
 
     def observe(self, summaries: Sequence[GroupSummary]) -> None:
-        """Each part takes its own groups."""
+        """Gives each part its own groups."""
         for summary in summaries:
             self._parts[summary.source].observe([summary])
 
     def settle(self, last_group_id: int) -> None:
-        """What was observed up to this group counts."""
+        """Groups observed up to this id count."""
         for prompts in self._parts.values():
             prompts.settle(last_group_id)
 
@@ -140,7 +140,7 @@ class Mixture:
         return {**sums, **epochs}
 
     def state(self) -> dict[str, Any]:
-        """The cursors of all parts, to be given to `restore`."""
+        """The cursors of all parts, for `restore`."""
         parts = {name: prompts.state() for name, prompts in self._parts.items()}
         return {"position": self._position, "parts": parts}
 
@@ -148,7 +148,7 @@ class Mixture:
         """Continues where `state` was taken.
 
         Raises:
-            DataError: other parts, or rows of one, than those that the state was taken over.
+            DataError: the state was taken over other parts, or over other rows of a part.
         """
         if list(state.get("parts", [])) != self._names:
             raise DataError(
@@ -167,7 +167,7 @@ class Mixture:
 
 @contextlib.contextmanager
 def naming(part: str) -> Iterator[None]:
-    """Errors say which part they come from."""
+    """Errors inside the context name the part."""
     try:
         yield
     except RayGrpoError as error:

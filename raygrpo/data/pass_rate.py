@@ -1,4 +1,4 @@
-"""Prompts that are solved are not drawn again (ScaleRL's No-Positive-Resampling, 2510.13786)."""
+"""Solved prompts are not drawn again (No-Positive-Resampling of ScaleRL, arXiv 2510.13786)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Rows = npt.NDArray[np.int64]
 class SolvedRows:
     """Rows whose pass rate once was at or above ``limit``.
 
-    What a group showed counts once the step that took it, or a later group, is settled, and has its
-    effect at the start of an epoch: so the order of prompts does not depend on which of a step's
-    groups came back first. Without a ``limit`` no row is ever left out.
+    A group's pass rate counts once its step is settled, and acts from the next epoch on. So the
+    order of prompts does not depend on the order in which a step's groups come back. Without a
+    ``limit`` no row is left out.
 
     Attributes:
-        num_restored: rows that came back because every one was solved; the owner resets it.
+        num_restored: rows that came back because all rows were solved; the owner resets it.
     """
 
     def __init__(self, limit: float | None) -> None:
@@ -30,21 +30,21 @@ class SolvedRows:
         self.num_restored = 0
 
     def __len__(self) -> int:
-        """Rows that will not be drawn again."""
+        """The number of rows that are not drawn again."""
         return len(self._solved)
 
     def observe(self, group_id: int, row: int, rate: float | None) -> None:
-        """Takes the pass rate of a group; None for one that nobody judged."""
+        """Takes the pass rate of a group; None for a group that no reward judged."""
         if self._limit is not None and rate is not None and rate >= self._limit:
             self._undecided[group_id] = row
 
     def settle(self, last_group_id: int) -> None:
-        """All groups up to this one are decided for good."""
+        """Groups up to this id are decided: their pass rates count."""
         for group_id in [number for number in self._undecided if number <= last_group_id]:
             self._solved.add(self._undecided.pop(group_id))
 
     def begin_epoch(self, rows: Rows) -> None:
-        """Fixes what this epoch of ``rows`` leaves out; where that were all, all come back."""
+        """Fixes the rows that this epoch leaves out; if all were left out, all come back."""
         self._left_out = sorted(self._solved) if self._limit is not None else []
         if not self.left_of(rows).size:
             self.num_restored += len(self._solved)
@@ -56,7 +56,7 @@ class SolvedRows:
         return rows[~np.isin(rows, self._left_out)]
 
     def state(self) -> dict[str, Any]:
-        """To be given to `restore`; plain integers."""
+        """The state for `restore`; plain integers."""
         return {
             "left_out": self._left_out,
             "solved": sorted(self._solved),

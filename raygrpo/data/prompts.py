@@ -1,4 +1,4 @@
-"""An endless, resumable stream of prompts: what every kind offers, and the one over a dataset."""
+"""An endless, resumable stream of prompts: its protocol, and the stream over a dataset."""
 
 from __future__ import annotations
 
@@ -20,63 +20,60 @@ STREAM_KEYS: Mapping[Stream, int] = {"train": 0, "eval": 1}
 
 
 class PromptStream(Protocol):
-    """Prompts, epoch after epoch, in an order that is a function of the seed and of `state`.
-
-    Attributes:
-        num_dropped: rows left out so far because their prompt is too long.
-        num_truncated: rows so far whose prompt was too long and is cut on the left.
-    """
+    """Prompts, epoch after epoch; the order is a function of the seed and of `state`."""
 
     @property
-    def num_dropped(self) -> int: ...
+    def num_dropped(self) -> int:
+        """Rows left out so far because their prompt is too long."""
 
     @property
-    def num_truncated(self) -> int: ...
+    def num_truncated(self) -> int:
+        """Rows so far whose prompt is too long and is cut on the left."""
 
     @property
     def epoch(self) -> float:
         """Passes over the data so far."""
 
     def next(self) -> Prompt:
-        """The next prompt; after the last one of an epoch, the first of a new one."""
+        """The next prompt; after the last prompt of an epoch, the first prompt of a new epoch."""
 
     def take(self, num_prompts: int) -> list[Prompt]:
-        """The first prompts in the source's own order; all where there are fewer."""
+        """The first prompts in the source's own order; all of them if there are fewer."""
 
     def observe(self, summaries: Sequence[GroupSummary]) -> None:
-        """Takes training groups whose fate is decided, in order of admission, dropped ones too."""
+        """Takes decided training groups, dropped groups too, in order of admission."""
 
     def settle(self, last_group_id: int) -> None:
-        """A step was taken whose last group is this one: what was observed up to it counts."""
+        """A step whose last group is this one was taken: groups observed up to it count."""
 
     def metrics(self) -> dict[str, float]:
-        """What to log with a step; ``data/num_restored`` counts since the last call."""
+        """Metrics of a step; ``data/num_restored`` counts since the last call."""
 
     def state(self) -> dict[str, Any]:
-        """The cursor, to be given to `restore`; plain data."""
+        """The cursor for `restore`; plain data."""
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continues where `state` was taken.
 
         Raises:
-            DataError: the rows are not those that the state was taken over.
+            DataError: the state was taken over other rows.
         """
 
 
 class PromptSource:
-    """Prompts over a dataset; the order depends on (seed, stream, epoch) and the solved rows alone.
+    """Prompts over a dataset; the order is a function of (seed, stream, epoch) and solved rows.
 
-    Every row is rendered and tokenised once at construction, so that a row that cannot be used is
-    found before a model is loaded. A prompt's id names its row.
+    The constructor renders and tokenises every row, so an unusable row is found before a model is
+    loaded. A prompt's id names its row, such as ``row-17``.
 
     Attributes:
         num_dropped: rows left out because their prompt is too long.
-        num_truncated: rows whose prompt was too long and is cut on the left.
+        num_truncated: rows whose prompt is too long and is cut on the left.
 
     Raises:
-        DataError: a missing column, a row without a prompt, one that is too long (with ``overlong:
-            error``), or no row left.
-        ConfigError: a template that is malformed, or a chat without a chat template.
+        DataError: a column is missing, a row has no prompt, a prompt is too long (with ``overlong:
+            error``), or no row is left.
+        ConfigError: the template is malformed, or the tokenizer has no chat template.
     """
 
     def __init__(
@@ -98,7 +95,7 @@ class PromptSource:
         self._order = self._order_of(0)
 
     def __len__(self) -> int:
-        """Prompts in one epoch when none is solved."""
+        """Prompts of an epoch without solved rows."""
         return len(self._kept)
 
     @property
@@ -107,7 +104,7 @@ class PromptSource:
         return self._epoch + self._index / len(self._order)
 
     def next(self) -> Prompt:
-        """The next prompt; after the last one of an epoch, the first of a new one."""
+        """The next prompt; after the last prompt of an epoch, the first prompt of a new epoch."""
         if self._index == len(self._order):
             self._solved.begin_epoch(self._kept)
             self._epoch, self._index = self._epoch + 1, 0
@@ -116,7 +113,7 @@ class PromptSource:
         return self._prompt(int(self._order[self._index - 1]))
 
     def take(self, num_prompts: int) -> list[Prompt]:
-        """The first prompts of the dataset in its own order; all where there are fewer."""
+        """The first prompts in the dataset's own order; all of them if there are fewer."""
         return [self._prompt(int(row)) for row in self._kept[:num_prompts]]
 
     def observe(self, summaries: Sequence[GroupSummary]) -> None:
@@ -126,11 +123,11 @@ class PromptSource:
             self._solved.observe(summary.group_id, row, pass_rate(summary))
 
     def settle(self, last_group_id: int) -> None:
-        """What was observed up to this group counts from the next epoch on."""
+        """Groups observed up to this id count from the next epoch on."""
         self._solved.settle(last_group_id)
 
     def metrics(self) -> dict[str, float]:
-        """With ``max_pass_rate``: prompts that are not drawn again, and those that came back."""
+        """With ``max_pass_rate``: prompts that are not drawn again, and prompts that came back."""
         if self._section.max_pass_rate is None:
             return {}
         retired, restored = float(len(self._solved)), float(self._solved.num_restored)
@@ -138,7 +135,7 @@ class PromptSource:
         return {"data/num_retired": retired, "data/num_restored": restored}
 
     def state(self) -> dict[str, Any]:
-        """The cursor, to be given to `restore`; plain integers."""
+        """The cursor for `restore`; plain integers."""
         cursor = {"epoch": self._epoch, "index": self._index, "checksum": self._checksum}
         return {**cursor, **self._solved.state()}
 
@@ -146,7 +143,7 @@ class PromptSource:
         """Continues where `state` was taken.
 
         Raises:
-            DataError: a row or a prompt is not what it was when the state was taken.
+            DataError: a row or a prompt has changed since the state was taken.
         """
         if state.get("checksum") != self._checksum:
             raise changed_rows(self._section)
@@ -155,7 +152,7 @@ class PromptSource:
         self._order = self._order_of(self._epoch)
 
     def _scan(self) -> tuple[Rows, int]:
-        """Row numbers that stay, and a checksum over every row and every prompt's token ids."""
+        """The numbers of the rows that are used, and a checksum of all rows and token ids."""
         kept: list[int] = []
         digest = xxhash.xxh3_64()
         for start in range(0, len(self._rows), _BATCH):

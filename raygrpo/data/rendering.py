@@ -1,4 +1,4 @@
-"""From a dataset row to the prompt's text or messages, and from those to token ids."""
+"""Renders a dataset row as text or messages, and tokenises it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from raygrpo.types import Message
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rendered:
-    """A row's prompt: ``text`` or ``messages``, and ``string``, what the tokenizer reads."""
+    """A row's prompt: ``text`` or ``messages``, and the ``string`` that is tokenised.
+
+    Example: messages ``({"role": "user", "content": "hi"},)``, string ``"<user>hi\\n<assistant>"``.
+    """
 
     text: str | None
     messages: tuple[Message, ...] | None
@@ -27,13 +30,12 @@ class Rendered:
 class Renderer:
     """Renders and tokenises prompts as a `DataSection` says.
 
-    Text is tokenised with the tokenizer's special tokens in front and without those it appends (a
-    prompt never ends in an end-of-sequence token that it does not hold); chat templates write their
-    own special tokens.
+    Text gets the special tokens that the tokenizer puts in front, and none that it appends, such as
+    an end-of-sequence token. Chat templates write their own special tokens.
 
     Raises:
-        DataError: the prompt column, or a template's field, is no column.
-        ConfigError: a malformed template, or a chat that the tokenizer has no template for.
+        DataError: the prompt column or a field of the template is no column.
+        ConfigError: the template is malformed, or the tokenizer has no chat template.
     """
 
     def __init__(self, section: DataSection, columns: Sequence[str], tokenizer: Any) -> None:
@@ -92,7 +94,7 @@ class Renderer:
         return ids
 
     def _brings_its_marks(self, prompt: Rendered) -> bool:
-        """Whether the special tokens are in the string already: a chat, or text made from one."""
+        """Whether the string holds its special tokens: a chat, or text made from a chat."""
         bos = getattr(self._tokenizer, "bos_token", None)
         return prompt.messages is not None or bool(bos and prompt.string.startswith(bos))
 
@@ -183,7 +185,7 @@ def _fill(template: str, row: Mapping[str, Any], name: str) -> str:
 
 
 def _num_appended(tokenizer: Any) -> int:
-    """How many special tokens the tokenizer puts behind a text."""
+    """The number of special tokens that the tokenizer appends to a text."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     if not plain:  # a vocabulary without this letter, which tells nothing
         return 0

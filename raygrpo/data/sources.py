@@ -29,12 +29,12 @@ def load_rows(
     seed: int,
     dataset: datasets.Dataset | datasets.IterableDataset | None = None,
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """The rows that ``section.source`` names, or ``dataset`` itself when one is given.
+    """The rows of ``section.source``, or ``dataset`` itself if it is given.
 
-    Columns have the source's own names (`columns.renamed` gives rows those of ``data.columns``).
-    With ``streaming`` in ``section.params`` the rows are an IterableDataset. A reasoning-gym task
-    gives the columns question, answer and metadata (`decode_metadata` reads the last one); unless
-    ``section.params`` says otherwise it has 1000 rows drawn from ``seed``.
+    Columns have the source's own names; `columns.renamed` renames them. With ``streaming`` in
+    ``section.params`` the rows are an IterableDataset. A reasoning-gym task has the columns
+    question, answer and metadata (`decode_metadata` reads metadata). Without ``size`` and ``seed``
+    in ``section.params`` it has 1000 rows drawn from ``seed``.
 
     Raises:
         ConfigError: the source does not exist, or its arguments do not fit it.
@@ -88,14 +88,14 @@ def _is_file(source: str) -> bool:
 
 
 def is_on_hub(source: str) -> bool:
-    """Whether a source is a data set of the hub, as far as its name tells."""
+    """Whether a source is a data set of the hub, judged by its name."""
     elsewhere = source.startswith(GYM) or Path(source).suffix in BUILDERS or Path(source).exists()
     named = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source)
     return named is not None and not elsewhere and source not in ("python", *BUILDERS.values())
 
 
 def eval_seed(seed: int) -> int:
-    """The training seed moved so far that no row is drawn from a training row's seed."""
+    """The training seed, moved so far that no training row has one of its rows' seeds."""
     return seed + _EVAL_SEED_OFFSET
 
 
@@ -137,7 +137,7 @@ def _load_hub(section: DataSection) -> Any:
 
 
 def _quietly(load: Callable[[], Any], source: str) -> Any:
-    """Loads without progress bars; library errors become ours."""
+    """Loads without progress bars; turns the library's errors into ours."""
     bars = not datasets.utils.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
@@ -190,12 +190,12 @@ def _gym_params(config: type[Any]) -> list[str]:
 
 
 def encode_metadata(metadata: Any) -> str:
-    """JSON that keeps tuples apart from lists: arc_agi and rearc compare them."""
+    """Metadata as JSON that tells tuples from lists, since arc_agi and rearc compare them."""
     return json.dumps(_tag(metadata))
 
 
 def decode_metadata(text: str) -> Any:
-    """What `encode_metadata` was given; the keys of mappings are text."""
+    """The metadata that `encode_metadata` was given; keys of mappings are text."""
 
     def restore(found: dict[str, Any]) -> Any:
         return tuple(found[_TUPLE]) if found.keys() == {_TUPLE} else found

@@ -1,8 +1,8 @@
-"""Prompts over a dataset that is read as it goes, too large to hold or to scan first.
+"""Prompts over a streamed dataset, which is too large to hold or to scan first.
 
-The library's own shuffle buffer is not restored on resume. So rows are read in blocks, and a block
-is shuffled as a whole: a cursor is the library's state at the start of the block (which is read
-again on resume), and how many of the block's rows were drawn.
+The library's own shuffle buffer is not restored on resume. So rows are read in blocks, and each
+block is shuffled as a whole. A cursor is the library's state at the start of a block, which a
+resumed run reads again, and the number of rows drawn from the block.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _COUNTS = ("num_dropped", "num_truncated")
 
 
 class StreamingSource:
-    """Prompts over an IterableDataset, made when they are drawn; each `BLOCK` rows are shuffled.
+    """Prompts over an IterableDataset, made when they are drawn; `BLOCK` rows are shuffled at once.
 
-    The order depends on (seed, stream, epoch, block) alone. A row that cannot be used is found when
-    it is met. Epochs are counted whole: the number of rows is not known.
+    The order is a function of (seed, stream, epoch, block). An unusable row raises when it is met.
+    Epochs are counted whole, since the number of rows is unknown.
 
     Raises:
-        DataError: nothing can be read, or the first row cannot be used.
-        ConfigError: ``max_pass_rate``, which needs rows that are numbered.
+        DataError: the dataset has no rows, or its first row cannot be used.
+        ConfigError: ``max_pass_rate`` is set, which needs numbered rows.
     """
 
     def __init__(
@@ -62,12 +62,12 @@ class StreamingSource:
 
     @property
     def num_dropped(self) -> int:
-        """Rows met so far and left out because their prompt is too long."""
+        """Rows met so far that were left out because their prompt is too long."""
         return self._maker.num_dropped
 
     @property
     def num_truncated(self) -> int:
-        """Rows met so far whose prompt was too long and is cut on the left."""
+        """Rows met so far whose prompt is too long and is cut on the left."""
         return self._maker.num_truncated
 
     @property
@@ -79,7 +79,7 @@ class StreamingSource:
         """The next prompt; after the last row of an epoch, the first of a new one.
 
         Raises:
-            DataError: a row that cannot be used or read, or an epoch without a prompt that fits.
+            DataError: a row cannot be read or used, or no prompt of an epoch fits.
         """
         began, prompt = self.epoch, None
         while prompt is None:
@@ -92,9 +92,9 @@ class StreamingSource:
         return prompt
 
     def take(self, num_prompts: int) -> list[Prompt]:
-        """The first prompts in the source's own order; all where there are fewer.
+        """The first prompts in the source's own order; all of them if there are fewer.
 
-        Rows left out on the way count where nothing is drawn: a drawn stream meets them itself.
+        The train stream counts dropped rows when it draws them, so they are not counted here.
         """
         counts = {name: getattr(self._maker, name) for name in _COUNTS}
         made = (self._make(number, row) for number, row in self._numbered(self._fresh(), 0))
@@ -105,25 +105,25 @@ class StreamingSource:
         return prompts
 
     def observe(self, summaries: Sequence[GroupSummary]) -> None:
-        """Nothing: a stream draws every row again."""
+        """Does nothing: a stream draws every row again."""
 
     def settle(self, last_group_id: int) -> None:
-        """Nothing: a stream draws every row again."""
+        """Does nothing: a stream draws every row again."""
 
     def metrics(self) -> dict[str, float]:
-        """The rows met so far and left out."""
+        """The rows met so far that were left out."""
         return {"data/num_dropped": float(self.num_dropped)}
 
     def state(self) -> dict[str, Any]:
-        """The cursor, to be given to `restore`; plain data."""
+        """The cursor for `restore`; plain data."""
         counts = {name: getattr(self._maker, name) for name in _COUNTS}
         return {**self._place, **counts, "drawn": self._drawn, "checksum": self._checksum}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continues where `state` was taken: reads the block again that was being drawn.
+        """Continues where `state` was taken; the current block is read again.
 
         Raises:
-            DataError: the block's rows are not what they were.
+            DataError: the block has other rows now.
         """
         streamed = "library" in state
         if streamed:
@@ -135,7 +135,7 @@ class StreamingSource:
             setattr(self._maker, name, state[name])
 
     def _advance(self) -> None:
-        """The next block; where the epoch has ended, the first of a new one."""
+        """The next block; after the last block of an epoch, the first block of a new epoch."""
         epoch, block, row = (self._place[name] for name in ("epoch", "block", "row"))
         row, library = row + len(self._block), self._current.state_dict()
         self._read_block({"epoch": epoch, "block": block + 1, "row": row, "library": library})
