@@ -34,7 +34,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from raygrpo.actors.cluster.connect import connect, disconnect
-from raygrpo.actors.cluster.placement import demand_of
 from raygrpo.actors.generator import GeneratorActor
 from raygrpo.actors.process import keep_heap, spawn
 from raygrpo.config import RunConfig
@@ -275,7 +274,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     with tempfile.TemporaryDirectory() as temporary, quiet_transformers():
         config = run_config(args, args.model or str(save_smollm2_shape(Path(temporary))))
-        connection = connect(config, demand_of(config))
+        connection = connect(config)
         try:
             times = measure(make_sides(config, args), args)
         finally:

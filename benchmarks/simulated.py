@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,13 +22,14 @@ import ray
 import xxhash
 import yaml
 
+from raygrpo.actors.cluster.site import Site
 from raygrpo.actors.futures import Pending
 from raygrpo.actors.learner import LearnerGroup
 from raygrpo.actors.pool.pool import RolloutPool
 from raygrpo.actors.process import spawn
 from raygrpo.actors.weight_store import StoreHandle
-from raygrpo.commands.train import Session
-from raygrpo.config import RewardSection, RunConfig
+from raygrpo.commands.train import run
+from raygrpo.config import RunConfig
 from raygrpo.types import (
     ByteArray,
     Completion,
@@ -257,8 +259,8 @@ class SimulatedLearner(LearnerGroup):
         readings: the CPU time used when each step's update began.
     """
 
-    def __init__(self, store: StoreHandle, update_s: float) -> None:
-        self._store = store
+    def __init__(self, config: RunConfig, store: StoreHandle, update_s: float) -> None:
+        self._config, self._store = config, store
         self.readings: dict[int, CpuReading] = {}
         self._actor = spawn(SimulatedLearnerActor, update_s, num_cpus=0)
 
@@ -276,7 +278,8 @@ class SimulatedLearner(LearnerGroup):
         return self._one(self._actor.publish.remote(version, self._store))
 
     def save(self, directory: Path) -> Pending[None]:
-        """Saves nothing."""
+        """Saves the model that nothing has changed."""
+        shutil.copytree(self._config.model.path, directory / "model")
         return self._one(self._actor.save.remote())
 
     def close(self) -> None:
@@ -285,25 +288,6 @@ class SimulatedLearner(LearnerGroup):
 
     def _one(self, ref: Any, combine: Any = lambda values: values[0]) -> Pending[Any]:
         return Pending("simulated learner", [ref], 120.0, combine)
-
-
-class SimulatedSession(Session):
-    """A run whose engines and learner are simulated."""
-
-    def __init__(self, config: RunConfig, *, group_s: float, spread: float, update_s: float):
-        super().__init__(config)
-        self._group_s, self._spread, self._update_s = group_s, spread, update_s
-
-    def _make_workers(self, store: Any, rewards: Sequence[RewardSection], where: Any) -> Any:
-        engine = functools.partial(make_engine, group_s=self._group_s, spread=self._spread)
-        pool = RolloutPool(
-            self._placed, store, rewards, self._functions, make_engine=engine, **where
-        )
-        self.simulated = SimulatedLearner(store, self._update_s)
-        return self.simulated, pool
-
-    def _export(self, step: int) -> Path:
-        return self.run_dir.root
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -365,18 +349,21 @@ def simulate(
         base[section] = {**base.get(section, {}), **keys}
     path.write_text(yaml.safe_dump(base))
     config = load_config(path)
-    times = {"group_s": group_s, "spread": spread, "update_s": update_s}
-    with (
-        (directory / f"{name}.log").open("w") as log,
-        contextlib.redirect_stdout(log),
-        SimulatedSession(config, **times) as session,
-    ):
-        session.prepare()
-        outcome = session.run()
+    engine = functools.partial(make_engine, group_s=group_s, spread=spread)
+    learners: list[SimulatedLearner] = []
+
+    def make_workers(
+        config: RunConfig, store: StoreHandle, functions: Mapping[str, bytes], site: Site
+    ) -> tuple[LearnerGroup, RolloutPool]:
+        learners.append(SimulatedLearner(config, store, update_s))
+        return learners[0], RolloutPool(config, store, functions, site, engine)
+
+    with (directory / f"{name}.log").open("w") as log, contextlib.redirect_stdout(log):
+        outcome = run(config, make_workers=make_workers)
     text = (directory / name / "metrics.jsonl").read_text()
     found = [json.loads(line) for line in text.splitlines()]
     return Measured(
         rows=[row for row in found if row["step"] > warmup],
         driver_ms_per_group=outcome.driver_ms_per_group,
-        readings=session.simulated.readings,
+        readings=learners[0].readings,
     )

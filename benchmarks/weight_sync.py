@@ -38,7 +38,6 @@ import ray
 
 from benchmarks.rollout_throughput import save_smollm2_shape
 from raygrpo.actors.cluster.connect import connect, disconnect
-from raygrpo.actors.cluster.placement import demand_of
 from raygrpo.actors.generator import GeneratorActor
 from raygrpo.actors.process import spawn
 from raygrpo.actors.weight_store import StoreHandle, start_store
@@ -307,7 +306,7 @@ def main(given: list[str] | None = None) -> int:
     arguments = parse_arguments(given)
     with tempfile.TemporaryDirectory() as directory:
         config = make_config(Path(directory), arguments)
-        connection = connect(config, demand_of(config))
+        connection = connect(config)
         columns = ("sync", "MB sent", "publish s", "load s", "total s", "copies", "unproved")
         print(f"| {' | '.join(columns)} | stall ms | stall/load | decoding |")
         print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")

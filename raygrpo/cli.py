@@ -46,27 +46,20 @@ def train(
 
     Keys are overridden by --section.key=value.
     """
-    from raygrpo.commands.smoke import smoke_run
-    from raygrpo.commands.train import Session
-
-    session = None
-    try:
-        resolved = load_config(config, context.args)
+    resumable = "stopped before the first step; run the same command to start or resume"
+    with _watched(resumable) as watch:
+        given = load_config(config, context.args)
         if dry_run:
             from raygrpo.commands.dry_run import print_plan
 
-            print_plan(resolved)
+            print_plan(given)
             return
-        small = smoke_run(resolved, typer.echo) if smoke else contextlib.nullcontext(resolved)
-        with small as chosen, Session(chosen, profile_step=profile_step) as session:
-            session.prepare()
-            outcome = session.run()
-    except RayGrpoError as error:
-        started = session is not None and session.started
-        _fail(error, started=started)
-    except Stopped:
-        typer.echo("stopped before the first step; run the same command to start or resume")
-        raise typer.Exit(EXIT_STOPPED) from None
+        from raygrpo.commands.smoke import smoke_run
+        from raygrpo.commands.train import run
+
+        small = smoke_run(given, typer.echo) if smoke else contextlib.nullcontext(given)
+        with small as chosen:
+            outcome = run(chosen, profile_step=profile_step, on_start=lambda: watch("started", {}))
     if not outcome.finished:
         typer.echo(f"stopped, all committed; run the same command to resume ({outcome.run_dir})")
         raise typer.Exit(EXIT_STOPPED)
@@ -120,7 +113,7 @@ _Step = Annotated[
 
 
 @app.command(name="eval", context_settings=_OVERRIDES)
-def evaluate(
+def evaluate_model(
     context: typer.Context,
     target: _Target,
     step: _Step = None,
@@ -130,19 +123,19 @@ def evaluate(
 
     Keys are overridden by --section.key=value.
     """
-    from raygrpo.commands import evaluate as rollout_session
+    from raygrpo.commands.evaluate import evaluate, write_json
 
     with _watched() as watch:
-        found = rollout_session.evaluate(target, _step(step), context.args, watch)
+        found = evaluate(target, _step(step), context.args, watch)
         if out is not None:
-            rollout_session.write_json(out, found)
+            write_json(out, found)
     greedy = f"1 greedy and {found.num_completions} sampled completions each"
     typer.echo(f"{found.model} after {found.step} steps: {found.num_prompts} prompts, {greedy}")
     _print_numbers(found.metrics)
 
 
-@app.command(context_settings=_OVERRIDES)
-def generate(
+@app.command(name="generate", context_settings=_OVERRIDES)
+def generate_groups(
     context: typer.Context,
     target: _Target,
     num_groups: Annotated[
@@ -155,10 +148,10 @@ def generate(
 
     Shows what a prompt and a reward make of a model. Keys are overridden by --section.key=value.
     """
-    from raygrpo.commands import evaluate as rollout_session
+    from raygrpo.commands.evaluate import generate
 
     with _watched() as watch:
-        made = rollout_session.generate(
+        made = generate(
             target,
             num_groups=num_groups,
             out=out,
@@ -180,7 +173,7 @@ def _step(text: str | None) -> int | str | None:
 
 
 class _Watch:
-    """Shows on standard error what a session without a learner does."""
+    """Shows on standard error how far a command is."""
 
     def __init__(self) -> None:
         self.started = False
@@ -197,15 +190,15 @@ class _Watch:
 
 
 @contextlib.contextmanager
-def _watched() -> Iterator[_Watch]:
-    """Turns failures into exit codes, as `train` does."""
+def _watched(stopped: str = "stopped") -> Iterator[_Watch]:
+    """Turns failures into exit codes; ``stopped`` is said after a signal."""
     watch = _Watch()
     try:
         yield watch
     except RayGrpoError as error:
         _fail(error, started=watch.started)
     except Stopped:
-        typer.echo("stopped", err=True)
+        typer.echo(stopped, err=True)
         raise typer.Exit(EXIT_STOPPED) from None
 
 
@@ -219,8 +212,8 @@ def _print_numbers(metrics: Mapping[str, float]) -> None:
     Console().print(table)
 
 
-@app.command(context_settings=_OVERRIDES)
-def replay(
+@app.command(name="replay", context_settings=_OVERRIDES)
+def replay_run(
     context: typer.Context,
     run: Annotated[Path, typer.Argument(help="Directory of a run.")],
     out: Annotated[Path | None, typer.Option(help="Where to write; none: RUN/replay.")] = None,
@@ -236,13 +229,8 @@ def replay(
         shown = {name: metrics[name] for name in ("loss", "grad_norm") if name in metrics}
         typer.echo(f"step {step}  " + "  ".join(f"{n} {v:.6g}" for n, v in shown.items()))
 
-    try:
+    with _watched("stopped; the same command starts again"):
         done = replay(run, out, steps=steps, overrides=context.args, on_step=show)
-    except RayGrpoError as error:
-        _fail(error)
-    except Stopped:
-        typer.echo("stopped; the same command starts again")
-        raise typer.Exit(EXIT_STOPPED) from None
     for change in done.changes:
         typer.echo(f"the run changed {change} on the way; the replay used its last configuration")
     typer.echo(f"replayed {done.steps} steps: {done.directory}")

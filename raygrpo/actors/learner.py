@@ -11,8 +11,8 @@ from typing import Any
 
 import ray
 
-from raygrpo.actors.cluster.colocation import Colocation
-from raygrpo.actors.cluster.placement import actor_options, labels_of, learner_threads
+from raygrpo.actors.cluster.placement import labels_of
+from raygrpo.actors.cluster.site import Site
 from raygrpo.actors.futures import Pending
 from raygrpo.actors.process import keep_heap, log_path, log_to, spawn
 from raygrpo.actors.profiling import ProfileRequest, Tracer
@@ -170,35 +170,24 @@ class LearnerActor:
 class LearnerGroup:
     """All ranks behind one face; each method starts a call and returns its `Pending` result."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        store: StoreHandle | None,
-        *,
-        local: bool,
-        logs: Path | None = None,
-        profile: ProfileRequest | None = None,
-        places: Colocation | None = None,
-    ) -> None:
+    def __init__(self, config: RunConfig, store: StoreHandle | None, site: Site) -> None:
+        """``config`` is a resolved configuration."""
         self._config = config
-        self._logs = logs
-        self._threads = learner_threads(config)
-        gpus = config.ray.gpus.learner
-        labels = labels_of(config, "learner")
-        options = actor_options(local=local, threads=self._threads, gpus=gpus, labels=labels)
+        self._local, self._logs = site.local, site.logs
+        self._threads = config.ray.threads.learner
+        gpus, labels = config.ray.gpus.learner, labels_of(config, "learner")
         self._actors = [
             spawn(
                 LearnerActor,
                 config,
                 rank,
                 store,
-                local,
-                profile if rank == 0 else None,
-                **(options | (places.options(rank) if places else {})),
+                site.local,
+                site.profile if rank == 0 else None,
+                **site.options(rank, threads=self._threads, gpus=gpus, labels=labels),
             )
             for rank in range(config.learner.num_ranks)
         ]
-        self._local = local
 
     def start(self) -> Pending[list[int]]:
         """Joins the ranks into one process group and builds their models."""

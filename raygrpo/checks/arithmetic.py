@@ -20,12 +20,12 @@ from raygrpo.types import PlannedSample, StepBatch, Version
 _START = Version(0, 0)
 
 
-Facts = dict[str, str]
+Lines = dict[str, str]  # a value to print by its name
 
 
 def batch_facts(
     config: RunConfig, update: FullUpdate, *, longest_prompt: int, num_prompts: int | None
-) -> Facts:
+) -> Lines:
     """The arithmetic of a step: what is generated, trained and updated, at full lengths."""
     train, sampling = config.train, config.sampling
     completions = train.groups_per_step * sampling.num_completions

@@ -347,7 +347,7 @@ def generator_memory(config: RunConfig, size: ModelSize) -> Memory:
     them, a GPU has as much again. The linear layers are there twice in the layout of CPU kernels,
     and with LoRA its base comes on top.
     """
-    if planned_engine(config).startswith("vllm"):
+    if planned_engine(config).engine == "vllm":
         return _vllm_memory(config, size)
     weights = size.parameters * size.dtype_bytes
     length = config.data.max_prompt_length + config.sampling.max_tokens

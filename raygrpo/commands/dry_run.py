@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence, Sized
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from transformers import AutoConfig
 
-from raygrpo.checks.arithmetic import _START, Facts, batch_facts, fullest_step
+from raygrpo.actors.cluster.placement import address_of, check_local_labels, demand_of
+from raygrpo.checks.arithmetic import Lines, batch_facts, fullest_step
+from raygrpo.checks.checked import Checked, check
+from raygrpo.checks.resolved import resolve, this_machine
 from raygrpo.checks.warnings import dtype_problem, eval_problem
-from raygrpo.commands.train import Session
 from raygrpo.config import RewardSection, RunConfig
-from raygrpo.engines.select import planned_engine
+from raygrpo.config.sections import reward_name
 from raygrpo.errors import ConfigError, RewardError
 from raygrpo.learner.attention.ulysses import check_attention
-from raygrpo.learner.deepspeed_config import check_learner
 from raygrpo.learner.loading import expected_layout
+from raygrpo.models import attention_masks
+from raygrpo.rewards.contract import TrainerState
+from raygrpo.rewards.host import RewardHost
+from raygrpo.rewards.loading import REWARD_MODEL
 from raygrpo.storage.run_dir import RunDir
-from raygrpo.types import (
-    Completion,
-    Group,
-    GroupRequest,
-    Prompt,
-)
+from raygrpo.types import Completion, Group, GroupRequest, Prompt, Version
 
 MAX_ROWS = 1000
 _SHOWN_CHARACTERS = 600
@@ -36,44 +37,13 @@ _ANSWERS = ("answer", "solution", "target", "label")
 _FALLBACK = "42"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Checked:
-    """What a run is made of, checked.
-
-    ``config`` is the run's with pinned revisions, ``placed`` the one that actors would get.
-    """
-
-    config: RunConfig
-    placed: RunConfig
-    revisions: Mapping[str, str]
-    tokenizer: Any
-    prompts: Any
-    eval_prompts: Sequence[Prompt]
-    rewards: Sequence[RewardSection]
-
-
-class _Preflight(Session):
-    def checked(self) -> Checked:
-        check_learner(self.config)
-        self.check()
-        return Checked(
-            config=self._pinned.config,
-            placed=self._placed,
-            revisions=self._pinned.revisions,
-            tokenizer=self._tokenizer,
-            prompts=self._prompts,
-            eval_prompts=self._eval_prompts,
-            rewards=self._anchored,
-        )
-
-
 def print_plan(config: RunConfig) -> None:
     """Prints what `dry_run` finds; it raises the same."""
     console = Console()
     (console if console.is_terminal else Console(width=140)).print(_table(dry_run(config)))
 
 
-def dry_run(config: RunConfig) -> dict[str, Facts]:
+def dry_run(config: RunConfig) -> dict[str, Lines]:
     """Checks a run as far as this is possible without its actors; the plan, by section.
 
     The model's weights are not loaded, and the run directory is not touched.
@@ -84,12 +54,11 @@ def dry_run(config: RunConfig) -> dict[str, Facts]:
         RewardError: a reward cannot be loaded, or fails on the fake completion.
         InfraError: no cluster answers at the address.
     """
-    with _Preflight(config) as session:
-        checked = session.checked()
+    checked = check(config)
     prompts = checked.prompts.take(MAX_ROWS)
     lengths = np.array([prompt.token_ids.size for prompt in prompts])
     longest = int(lengths.max())
-    architecture = check_model(checked, longest)
+    architecture = check_model(checked.config, longest)
     update = fullest_step(
         checked.config,
         longest,
@@ -97,7 +66,7 @@ def dry_run(config: RunConfig) -> dict[str, Facts]:
         layout=expected_layout(architecture),
     )
     return {
-        "run": _run_facts(checked, config, architecture),
+        "run": _run_facts(checked, architecture),
         "data": _data_facts(checked, prompts, lengths),
         "batch": batch_facts(
             checked.config,
@@ -105,31 +74,27 @@ def dry_run(config: RunConfig) -> dict[str, Facts]:
             longest_prompt=longest,
             num_prompts=_num_prompts(checked),
         ),
-        "placement": _placement_facts(checked),
-        "rewards": score_fake(checked.rewards, fake_group(checked, prompts[0])),
+        "placement": _placement_facts(checked.config),
+        "rewards": score_fake(checked.config.rewards, fake_group(checked, prompts[0])),
     }
 
 
-def check_model(checked: Checked, longest_prompt: int) -> Any:
-    """The model's text configuration, after what can be told without its weights.
+def check_model(config: RunConfig, longest_prompt: int) -> Any:
+    """The model's text configuration, checked as far as this is possible without its weights.
 
     Raises:
         ConfigError: an attention that is not supported, here or by ranks that share their rows, or
             prompts and completions that together are longer than the model's positions.
     """
-    import torch
-    from transformers import AutoConfig
-
-    from raygrpo.models import attention_masks
-
-    model, sampling = checked.config.model, checked.config.sampling
-    config = AutoConfig.from_pretrained(
+    model, sampling = config.model, config.sampling
+    architecture = AutoConfig.from_pretrained(
         model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
     )
     nowhere = torch.zeros(1, 1, dtype=torch.long)
-    attention_masks(config, torch.ones(1, 1, 1, dtype=torch.bool), nowhere, nowhere, torch.float32)
-    check_attention(config, checked.config.learner.sequence_parallel)
-    text = config.get_text_config()
+    everything = torch.ones(1, 1, 1, dtype=torch.bool)
+    attention_masks(architecture, everything, nowhere, nowhere, torch.float32)
+    check_attention(architecture, config.learner.sequence_parallel)
+    text = architecture.get_text_config()
     limit = getattr(text, "max_position_embeddings", None)
     if limit is not None and longest_prompt + sampling.max_tokens > limit:
         raise ConfigError(
@@ -141,11 +106,11 @@ def check_model(checked: Checked, longest_prompt: int) -> Any:
     return text
 
 
-def _run_facts(checked: Checked, config: RunConfig, architecture: Any) -> Facts:
-    run_dir = RunDir.at(config)
+def _run_facts(checked: Checked, architecture: Any) -> Lines:
+    config, run_dir = checked.given, RunDir.at(checked.given)
     steps = [path.name for path in run_dir.checkpoints.glob("step-*")]
     origin = "random weights" if config.model.random_init else "its weights"
-    slow, same_rows = dtype_problem(config), eval_problem(config)
+    slow, same_rows = dtype_problem(checked.config), eval_problem(checked.config)
     return {
         "recipe": config.recipe,
         "directory": f"{config.run_dir} ({f'resumes {max(steps)}' if steps else 'new'})",
@@ -157,7 +122,7 @@ def _run_facts(checked: Checked, config: RunConfig, architecture: Any) -> Facts:
     }
 
 
-def _data_facts(checked: Checked, prompts: Sequence[Prompt], lengths: Any) -> Facts:
+def _data_facts(checked: Checked, prompts: Sequence[Prompt], lengths: Any) -> Lines:
     section, source = checked.config.data, checked.prompts
     number = _num_prompts(checked)
     shown = checked.tokenizer.decode(prompts[0].token_ids.tolist())
@@ -179,38 +144,37 @@ def _data_facts(checked: Checked, prompts: Sequence[Prompt], lengths: Any) -> Fa
 
 def _num_prompts(checked: Checked) -> int | None:
     """Prompts of an epoch; None for a stream, whose end nobody knows."""
-    return len(checked.prompts) if hasattr(checked.prompts, "__len__") else None
+    return len(checked.prompts) if isinstance(checked.prompts, Sized) else None
 
 
-def _placement_facts(checked: Checked) -> Facts:
-    from raygrpo.actors.cluster.placement import (
-        address_of,
-        demand_of,
-        generator_threads,
-        learner_threads,
-    )
+def _placement_facts(config: RunConfig) -> Lines:
+    address = address_of(config)
+    facts = this_machine(config)
+    if address == "local":
+        where = _check_machine(config, facts.cores)
+    else:
+        # Ray is imported only where a cluster must be asked.
+        from raygrpo.actors.cluster.connect import connect, disconnect, living_nodes
 
-    config = checked.placed
-    demand, address = demand_of(config), address_of(config)
-    where = _check_machine(config) if address == "local" else _check_cluster(config, address)
+        connection = connect(config)
+        facts = replace(facts, local=False, nodes=living_nodes())
+        disconnect(connection)
+        where = f"the cluster at {address}, where it fits"
+    config, demand = resolve(config, facts).config, demand_of(config)
     return {
         "processes": f"{demand.num_processes}: {config.learner.num_ranks} learner ranks, "
         f"{config.generators.count} generators, {config.scorers.count} scorers, the rest of them "
         "weight store and reward models",
-        "threads": f"{learner_threads(config)} a learner rank, {generator_threads(config)} a "
-        "generator",
+        "threads": f"{config.ray.threads.learner} a learner rank, {config.ray.threads.generator} "
+        "a generator",
         "GPUs": f"{demand.num_gpus:g} ({demand.gpu_text})",
-        "engine": planned_engine(config),
+        "engine": f"{facts.engine.engine} ({facts.engine.reason})",
         "ZeRO stage": str(config.learner.zero_stage),
         "where": where,
     }
 
 
-def _check_machine(config: RunConfig) -> str:
-    import torch
-
-    from raygrpo.actors.cluster.placement import check_local_labels, demand_of
-
+def _check_machine(config: RunConfig, cores: int) -> str:
     demand, present = demand_of(config), torch.cuda.device_count()
     if demand.num_gpus > present:
         raise ConfigError(
@@ -220,16 +184,7 @@ def _check_machine(config: RunConfig) -> str:
             "cluster",
         )
     check_local_labels(config)
-    return f"this machine: {os.cpu_count()} cores, {present} GPUs"
-
-
-def _check_cluster(config: RunConfig, address: str) -> str:
-    from raygrpo.actors.cluster.connect import connect, disconnect
-    from raygrpo.actors.cluster.placement import demand_of
-
-    connection = connect(config, demand_of(config))
-    disconnect(connection)
-    return f"the cluster at {address}, where it fits"
+    return f"this machine: {cores} cores, {present} GPUs"
 
 
 def fake_group(checked: Checked, prompt: Prompt) -> Group:
@@ -243,7 +198,7 @@ def fake_group(checked: Checked, prompt: Prompt) -> Group:
         prompt=prompt,
         seed=checked.config.seed,
         sampling=sampling,
-        min_version=_START,
+        min_version=Version(0, 0),
     )
     return Group(request=request, completions=(_written(text, checked.tokenizer),))
 
@@ -258,21 +213,16 @@ def _written(text: str, tokenizer: Any) -> Completion:
         loss_mask=np.zeros(ids.size, np.bool_),
         text=text,
         finish="stop",
-        version_runs=((_START, ids.size),),
+        version_runs=((Version(0, 0), ids.size),),
     )
 
 
-def score_fake(rewards: Sequence[RewardSection], group: Group) -> Facts:
+def score_fake(rewards: Sequence[RewardSection], group: Group) -> Lines:
     """Scores a group of one by the real rewards in their child processes.
 
     Raises:
         RewardError: one cannot be loaded, or fails; with its traceback.
     """
-    from raygrpo.config.sections import reward_name
-    from raygrpo.rewards.contract import TrainerState
-    from raygrpo.rewards.host import RewardHost
-    from raygrpo.rewards.loading import REWARD_MODEL
-
     local = [reward for reward in rewards if reward.func != REWARD_MODEL]
     facts = {"fake completion": repr(group.completions[0].text[:_SHOWN_CHARACTERS])}
     if local:
@@ -293,8 +243,6 @@ def score_fake(rewards: Sequence[RewardSection], group: Group) -> Facts:
 
 
 def _weight(rewards: Sequence[RewardSection], name: str) -> float:
-    from raygrpo.config.sections import reward_name
-
     return next(reward.weight for reward in rewards if reward_name(reward) == name)
 
 
@@ -302,7 +250,7 @@ def _shown(value: float | None) -> str:
     return "none" if value is None else f"{value:g}"
 
 
-def _table(sections: Mapping[str, Facts]) -> Table:
+def _table(sections: Mapping[str, Lines]) -> Table:
     table = Table("", "what", "value", box=None, show_header=False)
     for title, facts in sections.items():
         for index, (name, value) in enumerate(facts.items()):

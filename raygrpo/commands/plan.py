@@ -70,18 +70,20 @@ def make_plan(config: RunConfig) -> Plan:
         ConfigError: there is no model configuration at ``model.path``, or ``learner.lora`` or
             ``learner.deepspeed`` cannot work.
     """
-    from raygrpo.actors.cluster.placement import generator_threads, learner_threads
+    from raygrpo.checks.resolved import resolve, this_machine
     from raygrpo.learner.deepspeed_config import check_learner
 
     check_learner(config)
+    config = resolve(config, this_machine(config)).config
+    threads = config.ray.threads
     size = _model_size(config)
     prompt, gpus = config.data.max_prompt_length, config.ray.gpus
     update = fullest_step(config, prompt, hidden_size=size.hidden_size, layout=size.layout)
     batch = batch_facts(config, update, longest_prompt=prompt, num_prompts=None)
     learner = learner_memory(config, size, update)
     roles: list[tuple[str, int, int, float, Memory]] = [
-        ("learner rank", config.learner.num_ranks, learner_threads(config), gpus.learner, learner),
-        ("generator", config.generators.count, generator_threads(config), gpus.generator,
+        ("learner rank", config.learner.num_ranks, threads.learner, gpus.learner, learner),
+        ("generator", config.generators.count, threads.generator, gpus.generator,
          generator_memory(config, size)),
         ("weight store", 1, 1, 0.0, store_memory(config, size)),
         ("scorer", config.scorers.count, 1, 0.0, Memory(host={})),

@@ -6,7 +6,6 @@ of the run's own updates. docs/rollouts.md says what else it is good for.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -14,15 +13,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from raygrpo.actors.cluster.connect import connect, disconnect, placing
-from raygrpo.actors.cluster.placement import demand_of, freed
+from raygrpo.actors.cluster.connect import placing
+from raygrpo.actors.cluster.site import Site
 from raygrpo.actors.learner import LearnerGroup
 from raygrpo.actors.rollout_writer import put_groups
-from raygrpo.commands.signals import StopSignals
+from raygrpo.checks.checked import anchored
+from raygrpo.commands.scope import Scope, open_scope
 from raygrpo.config import RunConfig
 from raygrpo.config.file import load_config
 from raygrpo.errors import ConfigError, StorageError
-from raygrpo.models import anchored_model, check_model_path
 from raygrpo.storage.checkpoint import Checkpoints, open_run
 from raygrpo.storage.rollouts import FileFacts, file_path, files, read_facts, read_step
 from raygrpo.storage.run_dir import RunDir, write_atomically
@@ -75,18 +74,17 @@ def replay(
         StorageError: a file cannot be read or written.
     """
     run_dir = open_run(root)
-    config = load_config(run_dir.config_path, overrides)
-    check_model_path(config.model)
-    config = config.model_copy(update={"model": anchored_model(config.model)})
+    config = anchored(load_config(run_dir.config_path, overrides))
     paths = stored_steps(run_dir, steps)
     directory = _claim(
         out or run_dir.root / "replay",
         {"run": str(run_dir.root), "steps": len(paths), "overrides": list(overrides)},
     )
     metrics: dict[str, float] = {}
-    with contextlib.ExitStack() as closers:
-        learner = _start_learner(config, directory / "logs", closers)
-        log = closers.enter_context(MetricsFile(directory / "metrics.jsonl", resume_step=None))
+    with open_scope() as scope:
+        learner = _start_learner(config, directory / "logs", scope)
+        log = MetricsFile(directory / "metrics.jsonl", resume_step=None)
+        scope.closers.callback(log.close)
         for step, path in enumerate(paths, start=1):
             batch = read_step(path)
             pending = learner.update(replace(batch, payloads=put_groups(batch.payloads)), 1)
@@ -98,19 +96,13 @@ def replay(
     return Replay(directory=directory, steps=len(paths), changes=_changes(run_dir))
 
 
-def _start_learner(config: RunConfig, logs: Path, closers: contextlib.ExitStack) -> LearnerGroup:
-    signals = StopSignals()
-    closers.callback(signals.uninstall)
-    signals.install()
-    # What a cluster must have room for is the learner alone; the ranks' threads stay the run's.
-    alone = freed(config, "generator", "scorer")
-    with signals.kept():
-        connection = connect(alone, demand_of(alone))
-        closers.callback(disconnect, connection)
-    local = connection.local
-    learner = LearnerGroup(connection.config, None, local=local, logs=logs if local else None)
-    closers.callback(learner.close)
-    with placing(connection):
+def _start_learner(config: RunConfig, logs: Path, scope: Scope) -> LearnerGroup:
+    # The ranks' threads are the run's own: they decide the last bits.
+    cluster = scope.join(config, roles=["learner"])
+    site = Site(local=cluster.local, logs=logs if cluster.local else None)
+    learner = LearnerGroup(cluster.config, None, site)
+    scope.closers.callback(learner.close)
+    with placing(cluster.connection):
         learner.start().wait()
     return learner
 

@@ -89,12 +89,13 @@ def choose_engine(
     return EngineChoice(engine="transformers", reason=problem)
 
 
-def planned_engine(config: RunConfig) -> str:
-    """The engine of a run that has not started, and why; vLLM is not tried."""
+def planned_engine(config: RunConfig) -> EngineChoice:
+    """The engine of a run that has not started; vLLM is not tried."""
     problem = None if is_installed() else NOT_INSTALLED
     choice = choose_engine(config, None, lambda: problem)
-    reason = choice.reason if choice.engine != "vllm" else "tried when the run starts"
-    return f"{choice.engine} ({reason})"
+    if choice.engine == "vllm":
+        return EngineChoice(engine="vllm", reason="tried when the run starts")
+    return choice
 
 
 def engine_device(config: RunConfig) -> str:

@@ -165,7 +165,7 @@ def open_run(root: Path) -> RunDir:
         ConfigError: there is none.
     """
     run_dir = RunDir(root.expanduser().absolute())
-    if not run_dir.config_path.is_file():
+    if not run_dir.given_path.is_file():
         raise ConfigError(f"{root} holds no run", "name a run directory")
     return run_dir
 

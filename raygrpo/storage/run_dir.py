@@ -39,14 +39,20 @@ _OURS = (".lock", "logs")
 
 
 class RunDir:
-    """Paths of a run and its facts (``run.json``): wandb id and incarnation.
+    """Paths of a run and its facts (``run.json``), such as the wandb id and the incarnation.
 
-    ``changed``: the keys that this start changes in a run that has checkpoints, as text.
+    ``config.given.yaml`` is the configuration as the user wrote it: a resumed run is compared with
+    it, so that a resume may have another machine's threads. ``config.resolved.yaml`` is the
+    configuration that the run works with.
+
+    Attributes:
+        changed: the keys that this start changes in a run that has checkpoints, as text.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.facts_path = root / "run.json"
+        self.given_path = root / "config.given.yaml"
         self.config_path = root / "config.resolved.yaml"
         self.metrics_path = root / "metrics.jsonl"
         self.events_path = root / "events.jsonl"
@@ -61,6 +67,8 @@ class RunDir:
     @classmethod
     def claim(cls, config: RunConfig) -> RunDir:
         """Creates or reopens the run's directory and holds it until `release`.
+
+        ``config`` is the configuration as the user wrote it.
 
         Raises:
             ConfigError: the directory belongs to another process, another run, or something else.
@@ -128,6 +136,17 @@ class RunDir:
         except OSError as error:
             raise StorageError(f"cannot write {self.facts_path}: {error}") from error
 
+    def write_config(self, config: RunConfig) -> None:
+        """Writes the resolved configuration.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        try:
+            write_atomically(self.config_path, dump_config(config))
+        except OSError as error:
+            raise StorageError(f"cannot write {self.config_path}: {error}") from error
+
     def next_incarnation(self) -> int:
         """Counts one more start of the learner."""
         incarnation = int(self.facts.get("incarnation", 0)) + 1
@@ -150,7 +169,7 @@ class RunDir:
             write_atomically(self.facts_path, json.dumps({"incarnation": 0}))
         self.changed = self._check_config(config)
         self.logs.mkdir(exist_ok=True)
-        write_atomically(self.config_path, dump_config(config))
+        write_atomically(self.given_path, dump_config(config))
 
     def _acquire(self) -> None:
         self._lock = os.open(self.root / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
@@ -165,12 +184,12 @@ class RunDir:
 
     def _check_config(self, config: RunConfig) -> list[str]:
         """Which keys a resumed run changes, as text; refuses what would make it another run."""
-        if not self.config_path.is_file() or not any(self.checkpoints.glob("step-*")):
+        if not self.given_path.is_file() or not any(self.checkpoints.glob("step-*")):
             return []
         try:
-            stored = yaml.safe_load(self.config_path.read_text()) or {}
+            stored = yaml.safe_load(self.given_path.read_text()) or {}
         except yaml.YAMLError as error:
-            raise StorageError(f"{self.config_path} is damaged: {error}") from None
+            raise StorageError(f"{self.given_path} is damaged: {error}") from None
         before, after = _flatten(stored), _flatten(config.model_dump(mode="json"))
         names = sorted(n for n in before.keys() | after.keys() if before.get(n) != after.get(n))
         changed = {n: f"{n}: {before.get(n)!r} -> {after.get(n)!r}" for n in names}

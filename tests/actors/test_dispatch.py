@@ -13,6 +13,7 @@ import ray
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from raygrpo.actors.cluster.site import Site
 from raygrpo.actors.generator import GenerationReport
 from raygrpo.actors.idle import IdleClock, IdleReading, IdleShare
 from raygrpo.actors.pool.dispatch import Dispatcher
@@ -171,7 +172,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
 
 
 def pool() -> RolloutPool:
-    return RolloutPool(builders.config(), None, [], {}, local=True)
+    return RolloutPool(builders.config(), None, {}, Site(local=True))
 
 
 @pytest.mark.parametrize(

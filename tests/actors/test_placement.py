@@ -8,9 +8,12 @@ import pytest
 
 from raygrpo.actors.cluster.placement import (
     actor_options,
+    check_local_labels,
     check_run_dir,
+    cluster_threads,
+    demand_of,
+    local_threads,
     nodes_with,
-    settle,
     unplaceable,
 )
 from raygrpo.config import RunConfig
@@ -44,22 +47,47 @@ def test_selectors(wanted: str, fits: set[str]) -> None:
 def test_threads_share_the_nodes_of_the_role() -> None:
     run = config(generators={"count": 3}, ray={"labels": {"learner": {"role": "learner"}}})
     nodes = [node(0, role="head"), node(16, role="learner"), node(8)]
-    settled = settle(run, nodes)
+    threads = cluster_threads(run, nodes)
     # The learner's: (16 - 1 scorer) // 4; the generators' may be anywhere: (24 - 1) // 4.
-    assert (settled.ray.threads.learner, settled.ray.threads.generator) == (3, 5)
-    assert unplaceable(settled, nodes) == ""
+    assert (threads.learner, threads.generator) == (3, 5)
+    assert unplaceable(run, nodes) == ""
     # What is set stays, and no node at all (one may yet come) means one thread.
-    kept = settle(config(ray={"threads": {"learner": 7}}), [])
-    assert (kept.ray.threads.learner, kept.ray.threads.generator) == (7, 1)
+    kept = cluster_threads(config(ray={"threads": {"learner": 7}}), [])
+    assert (kept.learner, kept.generator) == (7, 1)
+
+
+@pytest.mark.parametrize(("staleness", "shares"), [(0, (4, 2)), (1, (1, 1))])
+def test_threads_share_one_machine(staleness: int, shares: tuple[int, int]) -> None:
+    """In turns each side has all cores; at the same time ranks and generators share them."""
+    sections = {"learner": {"num_ranks": 2}, "generators": {"count": 4}}
+    run = config(**sections, train={"max_staleness": staleness})
+    threads = local_threads(run, cores=8)
+    assert (threads.learner, threads.generator) == shares
+    assert local_threads(run, cores=1).learner == 1
+    kept = local_threads(config(ray={"threads": {"learner": 7}}), cores=2)
+    assert (kept.learner, kept.generator) == (7, 2)
+
+
+def test_a_role_that_is_not_started_needs_no_place() -> None:
+    run = config(ray={"labels": {"learner": {"role": "gone"}}, "gpus": {"learner": 1}})
+    alone = ["generator", "scorer"]
+    assert "ray.labels.learner" in unplaceable(run, [node(16)])
+    assert unplaceable(run, [node(16)], alone) == ""
+    assert (demand_of(run).num_gpus, demand_of(run, alone).num_gpus) == (1, 0)
+    check_local_labels(run, alone)
+    with pytest.raises(ConfigError, match="local Ray has no labels"):
+        check_local_labels(run)
 
 
 def test_reward_models_have_their_cores() -> None:
     models = [{"func": "reward_model", "params": {"path": "org/m", "count": 2, "threads": 2}}]
-    settled = settle(config(rewards=models), [node(16)])
+    run = config(rewards=models)
+    threads = cluster_threads(run, [node(16)])
     # (16 - 1 scorer - 2 models of 2 threads) // 2
-    assert (settled.ray.threads.learner, settled.ray.threads.generator) == (5, 5)
-    assert unplaceable(settled, [node(16)]) == ""
-    assert "reserves 15 CPUs" in unplaceable(settled, [node(7), node(7)])
+    assert (threads.learner, threads.generator) == (5, 5)
+    assert unplaceable(run, [node(16)]) == ""
+    kept = config(rewards=models, ray={"threads": {"learner": 5, "generator": 5}})
+    assert "reserves 15 CPUs" in unplaceable(kept, [node(7), node(7)])
 
 
 def test_what_is_missing_is_named() -> None:

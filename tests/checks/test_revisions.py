@@ -29,17 +29,14 @@ CHECK = """
 import json, sys
 from raygrpo.config.file import load_config
 from raygrpo.storage.run_dir import RunDir
-from raygrpo.commands.train import Session
+from raygrpo.checks.checked import check
 
-config = load_config(sys.argv[1])
-with Session(config) as session:
-    session.check()
-    run_dir = RunDir.claim(config)
-    run_dir.note(revisions=dict(session._pinned.revisions))
-    run_dir.release()
-    prompts = [prompt.text for prompt in session._prompts.take(9)]
-    placed = session._placed.model.revision
-    print("told:" + json.dumps([prompts, len(session._tokenizer), placed]))
+checked = check(load_config(sys.argv[1]))
+run_dir = RunDir.claim(checked.given)
+run_dir.note(revisions=dict(checked.revisions))
+run_dir.release()
+prompts = [prompt.text for prompt in checked.prompts.take(9)]
+print("told:" + json.dumps([prompts, len(checked.tokenizer), checked.config.model.revision]))
 """
 
 

@@ -45,6 +45,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
     )
     run_dir = RunDir.claim(config)
+    run_dir.write_config(config)
     for step in (2, 4):
         directory = Checkpoints(run_dir.checkpoints).begin(step)
         shutil.copytree(model, directory / "model")
@@ -242,6 +243,7 @@ def test_the_message_names_the_metric_that_decides(tmp_path: Path) -> None:
         "eval": {"eval_steps": 1, "best": {"metric": "eval/greedy/reward"}},
     }
     run_dir = RunDir.claim(load_config(config))
+    run_dir.write_config(load_config(config))
     row = {"step": 3, "eval/greedy/reward": 0.25, "eval/reward": 0.5, "reward": 1.0}
     run_dir.metrics_path.write_text(json.dumps(row) + "\n")
     run_dir.release()

@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
+from raygrpo.commands.scope import open_scope
 from raygrpo.commands.signals import Stopped, StopSignals
-from raygrpo.commands.train import Session
-from tests import builders
+from raygrpo.commands.train import drive
+from raygrpo.storage.run_dir import RunDir
+from raygrpo.tracking.tracker import Tracker
+from raygrpo.training.trainer import Trainer
 
 
 @pytest.fixture
@@ -37,7 +39,8 @@ def test_a_signal_that_came_to_other_handlers_is_a_stop(signals: StopSignals) ->
     with pytest.raises(Stopped), signals.kept():
         signal.signal(signal.SIGTERM, exit_as_ray_does)
         send()
-    assert signal.getsignal(signal.SIGTERM) == signals._handle
+    with pytest.raises(Stopped):
+        send()
 
 
 def test_handlers_are_ours_again_and_other_exits_stay(signals: StopSignals) -> None:
@@ -49,39 +52,67 @@ def test_handlers_are_ours_again_and_other_exits_stay(signals: StopSignals) -> N
         sys.exit(7)
 
 
+class Loop:
+    """A trainer that is at step 3 at once."""
+
+    step, driver_s_per_group, first_group_at = 3, 0.0, None
+
+    def __init__(self, finished: bool) -> None:
+        self._finished = finished
+        self.stops = 0
+
+    def run(self) -> bool:
+        return self._finished
+
+    def stop(self) -> None:
+        self.stops += 1
+
+
+class Records:
+    """A tracker during whose every event a signal comes."""
+
+    last_metrics: Mapping[str, float] = {}
+
+    def event(self, kind: str, **fields: Any) -> None:
+        send()
+
+    def close(self, exit_code: int) -> None:
+        self.exit_code = exit_code
+
+
 @pytest.mark.parametrize("finished", [False, True])
 def test_a_signal_after_the_last_step_changes_nothing(
-    finished: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: bool, signals: StopSignals, tmp_path: Path
 ) -> None:
     """Between the loop's return and the export the run is whole: it ends as it would have."""
-    stops: list[str] = []
-    trainer = SimpleNamespace(
-        run=lambda: finished,
-        stop=lambda: stops.append("asked"),
-        step=3,
-        driver_s_per_group=0.0,
-        first_group_at=0.0,
+    loop, records = Loop(finished), Records()
+    outcome = drive(
+        cast("Trainer", loop),
+        RunDir(tmp_path),
+        cast("Tracker", records),
+        signals,
+        lambda step: tmp_path / f"export-{step}",
+        born=0.0,
     )
-    monkeypatch.setattr("raygrpo.training.trainer.Trainer", lambda *_: trainer)
-    monkeypatch.setattr("raygrpo.training.wiring.Wiring", lambda **_: None)
-    names = ("_pool", "_learner", "_prompts", "_eval_prompts", "_rollouts", "_checkpoints")
-    with Session(builders.config()) as session:
-        for name in (*names, "_incarnation", "_restored"):
-            setattr(session, name, None)
-        session.run_dir = SimpleNamespace(root=tmp_path)  # type: ignore[assignment]
-        session._export = lambda step: tmp_path / "export"  # type: ignore[method-assign]
-        tracker = SimpleNamespace(
-            event=lambda *_, **__: send(), close=lambda **_: None, last_metrics={}
-        )
-        session._tracker = tracker  # type: ignore[assignment]
-        outcome = session.run()
-    assert stops == ["asked"]
-    assert (outcome.finished, outcome.export is None) == (finished, not finished)
+    assert loop.stops == 1
+    assert records.exit_code == int(not finished)
+    assert outcome.finished == finished
+    assert outcome.export == (tmp_path / "export-3" if finished else None)
 
 
 def test_a_signal_does_not_interrupt_the_closing() -> None:
+    before = signal.getsignal(signal.SIGTERM)
     closed: list[str] = []
-    with Session(builders.config()) as session:
-        session._closers.callback(closed.append, "last")
-        session._closers.callback(send)
+    with open_scope() as scope:
+        scope.closers.callback(closed.append, "last")
+        scope.closers.callback(send)
+    assert closed == ["last"]
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_signal_in_an_open_scope_is_a_stop() -> None:
+    closed: list[str] = []
+    with pytest.raises(Stopped), open_scope() as scope:
+        scope.closers.callback(closed.append, "last")
+        send()
     assert closed == ["last"]

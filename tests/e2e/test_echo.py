@@ -81,11 +81,14 @@ def test_the_whole_machinery_took_part(echo: Path) -> None:
 
 def test_run_directory(echo: Path) -> None:
     run_dir = runs.run_dir(echo)
-    for name in ("run.json", "config.resolved.yaml", "metrics.jsonl", "events.jsonl", "curve.png"):
+    files = ("run.json", "metrics.jsonl", "events.jsonl", "curve.png")
+    for name in (*files, "config.given.yaml", "config.resolved.yaml"):
         assert (run_dir / name).stat().st_size > 0, name
     assert list(run_dir.glob("wandb/offline-run-*/*.wandb"))
+    assert load_config(run_dir / "config.given.yaml") == load_config(echo)
     resolved = load_config(run_dir / "config.resolved.yaml")
-    assert resolved == load_config(echo)
+    assert resolved.generators.engine != "auto"
+    assert resolved.ray.threads.learner and resolved.ray.threads.generator
 
 
 def test_the_cards_quick_start_runs(echo: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 import ray
 
 from raygrpo.actors.cluster.connect import connect, disconnect
-from raygrpo.actors.cluster.placement import demand_of
+from raygrpo.actors.cluster.site import Site
 from raygrpo.actors.pool.pool import RolloutPool
 from raygrpo.config import RunConfig
 from raygrpo.config.file import load_config
@@ -81,7 +81,7 @@ def joined(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunConfig]:
     path = save_tiny_reward_model(directory / "judge")
     reward = {"func": "reward_model", "params": {"path": str(path)}, "timeout_s": 8.0}
     config = load_config(runs.write_run(directory, "pool", rewards=[reward], deterministic=False))
-    connection = connect(config, demand_of(config))
+    connection = connect(config)
     yield config
     disconnect(connection)
 
@@ -131,7 +131,7 @@ def score(pool: RolloutPool, *group_ids: int) -> tuple[list[GroupSummary], list[
 @pytest.mark.slow
 def test_a_model_that_hangs_is_an_errored_score_and_is_replaced(joined: RunConfig) -> None:
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    pool = RolloutPool(joined, None, joined.rewards, {}, local=True, make_engine=Writer)
+    pool = RolloutPool(joined, None, {}, Site(local=True), make_engine=Writer)
     pool.start()
     try:
         params = RewardModelParams.model_validate(joined.rewards[0].params)

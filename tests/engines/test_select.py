@@ -11,7 +11,13 @@ import pytest
 
 from raygrpo.config import RunConfig
 from raygrpo.engines import select as choose
-from raygrpo.engines.select import check_engine, choose_engine, engine_device, planned_engine
+from raygrpo.engines.select import (
+    EngineChoice,
+    check_engine,
+    choose_engine,
+    engine_device,
+    planned_engine,
+)
 from raygrpo.engines.vllm.options import NOT_INSTALLED, vllm_problem
 from raygrpo.errors import ConfigError
 from tests import builders
@@ -93,12 +99,14 @@ def test_tensor_parallelism_needs_as_many_gpus() -> None:
 def test_a_vllm_that_does_not_import_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("raygrpo.engines.vllm.options.find_spec", lambda name: None)
     assert vllm_problem("cpu") == NOT_INSTALLED
-    assert planned_engine(builders.config()) == f"transformers ({NOT_INSTALLED})"
+    assert planned_engine(builders.config()) == EngineChoice(
+        engine="transformers", reason=NOT_INSTALLED
+    )
     monkeypatch.setattr("raygrpo.engines.vllm.options.find_spec", lambda name: object())
     monkeypatch.setitem(sys.modules, "raygrpo.engines.vllm.requests", None)
     problem = vllm_problem("cpu")
     assert problem is not None and problem.startswith("vLLM does not import: ")
-    assert planned_engine(builders.config()).startswith("vllm (")
+    assert planned_engine(builders.config()).engine == "vllm"
 
 
 def test_the_choice_imports_neither_vllm_nor_torch() -> None:

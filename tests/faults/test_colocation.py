@@ -11,6 +11,7 @@ import ray
 
 from raygrpo.actors import learner
 from raygrpo.actors.cluster.colocation import Colocation, bundles_of
+from raygrpo.actors.cluster.site import Site
 from raygrpo.actors.pool import factory
 from raygrpo.actors.process import spawn
 from raygrpo.config import RunConfig
@@ -59,8 +60,9 @@ def test_a_rank_and_its_generator_share_a_gpu(
     places = Colocation(run, local=True)
     monkeypatch.setattr(learner, "spawn", stand_in)
     monkeypatch.setattr(factory, "spawn", stand_in)
-    ranks = learner.LearnerGroup(run, None, local=True, places=places)._actors
-    generators = factory.WorkerFactory(run, None, (), {}, local=True, places=places)
+    site = Site(local=True, places=places)
+    ranks = learner.LearnerGroup(run, None, site)._actors
+    generators = factory.WorkerFactory(run, None, {}, site)
     actors = {
         **{("learner", rank): actor for rank, actor in enumerate(ranks)},
         **{("generator", i): worker.actor for i, worker in enumerate(generators.all("generator"))},

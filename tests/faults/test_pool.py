@@ -18,7 +18,7 @@ import ray
 import torch
 
 from raygrpo.actors.cluster.connect import connect, disconnect
-from raygrpo.actors.cluster.placement import demand_of
+from raygrpo.actors.cluster.site import Site
 from raygrpo.actors.futures import resolve
 from raygrpo.actors.pool.failures import MAX_GROUP_DEATHS
 from raygrpo.actors.pool.pool import RolloutPool
@@ -92,7 +92,7 @@ def joined(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunConfig]:
     path = runs.write_run(directory, "pool", rewards=[reward], deterministic=False)
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     config = load_config(path)
-    connection = connect(config, demand_of(config))
+    connection = connect(config)
     yield config
     disconnect(connection)
 
@@ -102,7 +102,7 @@ def cluster(joined: RunConfig) -> Iterator[Cluster]:
     store = start_store()
     gate = Path(joined.rewards[0].params["gate"])
     gate.touch()
-    pool = RolloutPool(joined, store, joined.rewards, {}, local=True)
+    pool = RolloutPool(joined, store, {}, Site(local=True))
     pool.start()
     yield Cluster(config=joined, store=store, pool=pool, gate=gate)
     pool.close()
@@ -175,7 +175,7 @@ def test_more_gpus_than_the_cluster_has_are_refused(joined: RunConfig) -> None:
     gpus = joined.ray.gpus.model_copy(update={"generator": 4.0})
     config = joined.model_copy(update={"ray": joined.ray.model_copy(update={"gpus": gpus})})
     with pytest.raises(ConfigError, match=r"asks for 4 GPUs[^;]*; the cluster has 0[^~]*ray\.gpus"):
-        connect(config, demand_of(config))
+        connect(config)
 
 
 def test_deltas_leave_an_engine_with_the_learners_very_bits(cluster: Cluster) -> None:

@@ -21,7 +21,7 @@ import ray
 import torch
 
 from raygrpo.actors.cluster.connect import connect, disconnect
-from raygrpo.actors.cluster.placement import demand_of
+from raygrpo.actors.cluster.site import Site
 from raygrpo.actors.pool.pool import RolloutPool
 from raygrpo.actors.pool.workers import PoolEvents, Worker
 from raygrpo.actors.weight_store import StoreHandle, WeightStoreActor, start_store
@@ -240,13 +240,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         ray={"timeouts_s": timeouts},
     )
     config = load_config(path)
-    connection = connect(config, demand_of(config))
+    connection = connect(config)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("raygrpo.actors.weight_store.WeightStoreActor", StoreWithPid)
         store = start_store()
-        pool = RolloutPool(
-            config, store, config.rewards, {}, local=True, make_engine=make_faulty_engine
-        )
+        pool = RolloutPool(config, store, {}, Site(local=True), make_faulty_engine)
         pool.start()
         yield Cluster(config=config, store=store, pool=pool, place=directory / "model")
         pool.close()

@@ -24,7 +24,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raygrpo.commands.train import Session
+from raygrpo.checks.checked import check
 from raygrpo.config import RunConfig
 from raygrpo.errors import ConfigError, StorageError
 from raygrpo.storage.run_dir import RunDir
@@ -652,7 +652,6 @@ import io, os, signal, sys, time
 import psutil
 from raygrpo.config.file import load_config
 from raygrpo.storage.run_dir import RunDir
-from raygrpo.commands.train import Session
 from raygrpo.tracking import wandb_logger
 from raygrpo.tracking.tracker import Tracker
 wandb_logger._FINISH_TIMEOUT_S = 3.0
@@ -826,6 +825,6 @@ def test_a_missing_tensorboard_is_found_at_the_check(
         monkeypatch.delitem(sys.modules, name)
     check_tensorboard(run_config(tmp_path))
     with pytest.raises(ConfigError) as raised:
-        Session(run_config(tmp_path, tensorboard=True)).check()
+        check(run_config(tmp_path, tensorboard=True))
     assert not (tmp_path / "run").exists()
     assert "install the extra tensorboard" in raised.value.fix

@@ -8,7 +8,7 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from raygrpo.actors.cluster.placement import generator_threads, labels_of, learner_threads
+from raygrpo.actors.cluster.placement import labels_of
 from raygrpo.config import RunConfig
 from raygrpo.errors import ConfigError
 
@@ -21,13 +21,14 @@ def bundles_of(config: RunConfig, *, local: bool) -> list[dict[str, float]]:
     """
     if config.generators.placement != "colocate":
         return []
-    gpus, count, num_ranks = config.ray.gpus, config.generators.count, config.learner.num_ranks
+    gpus, threads = config.ray.gpus, config.ray.threads
+    count, num_ranks = config.generators.count, config.learner.num_ranks
     bundles = []
     for rank in range(num_ranks):
         beside = len(range(rank, count, num_ranks))
         bundle = {"GPU": gpus.learner + beside * gpus.generator}
         if not local:
-            bundle["CPU"] = float(learner_threads(config) + beside * generator_threads(config))
+            bundle["CPU"] = float(threads.learner + beside * threads.generator)
         bundles.append({name: amount for name, amount in bundle.items() if amount})
     return bundles if all(bundles) else []
 

@@ -12,11 +12,13 @@ import ray
 from ray._private.label_utils import validate_label_selector
 
 from raygrpo.actors.cluster.placement import (
+    ROLES,
     Demand,
     Nodes,
+    Roles,
     address_of,
     check_local_labels,
-    settle,
+    demand_of,
     unplaceable,
 )
 from raygrpo.actors.process import children_keep_heaps
@@ -31,31 +33,31 @@ _PLACES_FIX = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Connection:
-    """A joined cluster. On a ``local`` one, actors reserve no CPUs: it is ours alone.
+    """A joined cluster, which has room for the ``roles`` of a run's configuration.
 
-    ``ours`` is False where the caller had joined already: then the caller leaves it, too.
-    ``config`` is the run's as it holds here: threads settled, the run directory's path absolute.
+    On a ``local`` one actors reserve no CPUs: the run has the machine for itself. ``ours`` is False
+    where the caller had joined before: then the caller leaves the cluster, too.
     """
 
     local: bool
     ours: bool
     config: RunConfig
+    roles: Roles
 
 
-def connect(config: RunConfig, demand: Demand) -> Connection:
-    """Joins the cluster that the configuration names and checks that the run fits.
+def connect(config: RunConfig, roles: Roles = ROLES) -> Connection:
+    """Joins the cluster that the configuration names and checks that these roles fit.
 
     Raises:
         ConfigError: no nodes have the labels, CPUs or GPUs asked for, and no autoscaler adds any.
         InfraError: no cluster answers at the address.
     """
-    address = address_of(config)
+    address, demand = address_of(config), demand_of(config, roles)
     local, ours = False, not ray.is_initialized()
     if ours:
         local = address == "local"
         _start_local(demand) if local else _join(address)
-    placed = config if local else settle(config, _nodes())
-    connection = Connection(local=local, ours=ours, config=placed)
+    connection = Connection(local=local, ours=ours, config=config, roles=roles)
     try:
         _check_gpus(demand)
         _check_places(connection)
@@ -113,34 +115,38 @@ def _check_gpus(demand: Demand) -> None:
 
 
 def _check_places(connection: Connection) -> None:
+    config, roles = connection.config, connection.roles
     if connection.local:
-        return check_local_labels(connection.config)
-    for role, selector in connection.config.ray.labels.items():
+        return check_local_labels(config, roles)
+    for role, selector in config.ray.labels.items():
         if problem := validate_label_selector(selector):
             raise ConfigError(f"ray.labels.{role}: {problem}")
-    if not _grows() and (reason := unplaceable(connection.config, _nodes())):
+    if not _grows() and (reason := unplaceable(config, living_nodes(), roles)):
         raise ConfigError(reason, _PLACES_FIX)
 
 
 @contextlib.contextmanager
 def placing(connection: Connection) -> Iterator[None]:
-    """Around a start: one that took too long says which role found no node, where that is so."""
+    """Around a start: the error of one that took too long names the role that found no node."""
     try:
         yield
     except InfraError as error:
-        reason = "" if connection.local else unplaceable(connection.config, _nodes())
-        if reason:
-            raise InfraError(f"{error.message}: {reason}", _PLACES_FIX) from error
+        missing = not connection.local and unplaceable(
+            connection.config, living_nodes(), connection.roles
+        )
+        if missing:
+            raise InfraError(f"{error.message}: {missing}", _PLACES_FIX) from error
         raise
 
 
-def _nodes() -> Nodes:
+def living_nodes() -> Nodes:
+    """The living nodes of the joined cluster, as `ray.nodes` lists them."""
     return [node for node in ray.nodes() if node["Alive"]]
 
 
 def _grows() -> bool:
     """Whether an autoscaler manages the cluster: it labels each node, the head too, by its type."""
-    return any("ray.io/node-group" in node["Labels"] for node in _nodes())
+    return any("ray.io/node-group" in node["Labels"] for node in living_nodes())
 
 
 def disconnect(connection: Connection) -> None:

@@ -13,18 +13,16 @@ from raygrpo.engines.vllm.options import NOT_INSTALLED, vllm_problem
 from raygrpo.errors import InfraError
 
 
-def settle_engine(
-    config: RunConfig, recorded: str | None, *, local: bool
-) -> tuple[RunConfig, EngineChoice]:
-    """The configuration with its engine named, and why it is that one.
+def settle_engine(config: RunConfig, recorded: str | None, *, local: bool) -> EngineChoice:
+    """The engine of a run's generators: vLLM is tried on one of their nodes where that decides.
+
+    ``recorded`` is the engine that a resumed run began with.
 
     Raises:
         ConfigError: the configuration names another engine than the run began with.
         InfraError: no node answered in time.
     """
-    choice = choose_engine(config, recorded, lambda: _ask(config, local))
-    section = config.generators.model_copy(update={"engine": choice.engine})
-    return config.model_copy(update={"generators": section}), choice
+    return choose_engine(config, recorded, lambda: _ask(config, local))
 
 
 def _ask(config: RunConfig, local: bool) -> str | None:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from raygrpo.config import Gpus, RunConfig, Threads
+from raygrpo.config import RunConfig, Threads
 from raygrpo.errors import ConfigError
 from raygrpo.rewards.loading import reward_models
+
+Nodes = Sequence[Mapping[str, Any]]
+Role = Literal["learner", "generator", "scorer"]
+Roles = Collection[Role]
+ROLES: Roles = ("learner", "generator", "scorer")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,42 +27,37 @@ class Demand:
     gpu_text: str
 
 
-def demand_of(config: RunConfig) -> Demand:
-    """The run's processes (store included) and GPUs."""
+def demand_of(config: RunConfig, roles: Roles = ROLES) -> Demand:
+    """Processes (the weight store included) and GPUs of these roles."""
     gpus = config.ray.gpus
-    parts = [
-        ("learner ranks", config.learner.num_ranks, gpus.learner),
-        ("generators", config.generators.count, gpus.generator),
-    ]
     models = reward_models(config.rewards)
-    parts += [(f"reward models ({n})", model.count, model.gpus) for n, model in models.items()]
+    parts = [
+        ("learner", "learner ranks", config.learner.num_ranks, gpus.learner),
+        ("generator", "generators", config.generators.count, gpus.generator),
+        *(("scorer", f"reward models ({n})", m.count, m.gpus) for n, m in models.items()),
+    ]
+    asked = [part for part in parts if part[0] in roles]
+    scorers = config.scorers.count if "scorer" in roles else 0
     return Demand(
-        num_processes=sum(count for _, count, _ in parts) + config.scorers.count + 1,
-        num_gpus=sum(count * gpus for _, count, gpus in parts),
-        gpu_text=" + ".join(f"{count} {what} x {gpus:g}" for what, count, gpus in parts),
+        num_processes=sum(count for _, _, count, _ in asked) + scorers + 1,
+        num_gpus=sum(count * gpus for _, _, count, gpus in asked),
+        gpu_text=" + ".join(f"{count} {what} x {gpus:g}" for _, what, count, gpus in asked),
     )
 
 
-def learner_threads(config: RunConfig) -> int:
-    """Threads of a learner rank: as set, else its share of this machine's cores.
+def local_threads(config: RunConfig, cores: int) -> Threads:
+    """Threads of the actors on one machine: as set, else a share of its cores.
 
-    On-policy training lets generators and learner take turns, so each side gets all cores;
-    otherwise they share them.
+    On-policy training lets generators and learner take turns, so each side gets all cores. In
+    asynchronous training they share the cores.
     """
-    turns = config.train.max_staleness == 0
-    sharers = config.learner.num_ranks + (0 if turns else config.generators.count)
-    return config.ray.threads.learner or _share(sharers)
-
-
-def generator_threads(config: RunConfig) -> int:
-    """Threads of a generator; see `learner_threads`."""
-    turns = config.train.max_staleness == 0
-    sharers = config.generators.count + (0 if turns else config.learner.num_ranks)
-    return config.ray.threads.generator or _share(sharers)
-
-
-def _share(num_sharers: int) -> int:
-    return max(1, (os.cpu_count() or 1) // num_sharers)
+    asked, ranks, count = config.ray.threads, config.learner.num_ranks, config.generators.count
+    if config.train.max_staleness:
+        ranks = count = ranks + count
+    return Threads(
+        learner=asked.learner or max(1, cores // ranks),
+        generator=asked.generator or max(1, cores // count),
+    )
 
 
 def actor_options(
@@ -79,16 +79,13 @@ def address_of(config: RunConfig) -> str:
     return os.environ.get("RAY_ADDRESS", "local") if address == "auto" else address
 
 
-def check_local_labels(config: RunConfig) -> None:
+def check_local_labels(config: RunConfig, roles: Roles = ROLES) -> None:
     """Raises a ConfigError where labels are asked of a local Ray, whose one node has none."""
-    if config.ray.labels:
+    if any(role in roles for role in config.ray.labels):
         raise ConfigError(
             "ray.labels is set, but the run's own local Ray has no labels",
             "set ray.address to a cluster that has them, or ray.labels to {}",
         )
-
-
-Nodes = Sequence[Mapping[str, Any]]
 
 
 def nodes_with(nodes: Nodes, labels: Mapping[str, str]) -> Nodes:
@@ -106,11 +103,11 @@ def _selects(wanted: str, value: str | None) -> bool:
     return (value in values) != wanted.startswith("!")
 
 
-def settle(config: RunConfig, nodes: Nodes) -> RunConfig:
-    """The configuration as it holds on a joined cluster: paths absolute, threads known.
+def cluster_threads(config: RunConfig, nodes: Nodes) -> Threads:
+    """Threads of the actors on a joined cluster: as set, else a share of the nodes' cores.
 
-    Threads that are not set share the nodes' cores: this machine's say nothing there (in a
-    container, not even of itself), and no two actors get the same core, whoever's turn it is.
+    The driver's own cores do not count: the driver may be in a container, or run no actor. No two
+    actors get the same core, in on-policy training neither.
     """
     sharers = config.learner.num_ranks + config.generators.count
     models = reward_models(config.rewards).values()
@@ -120,23 +117,7 @@ def settle(config: RunConfig, nodes: Nodes) -> RunConfig:
         cpus = [_has(node, "CPU") for node in nodes_with(nodes, labels_of(config, role))]
         share = (sum(cpus) - others) // sharers
         threads[role] = asked or max(1, int(min(share, min(filter(None, cpus), default=1))))
-    run_dir = str(Path(config.run_dir).expanduser().absolute())
-    ray = config.ray.model_copy(update={"threads": Threads(**threads)})
-    return config.model_copy(update={"run_dir": run_dir, "ray": ray})
-
-
-def freed(config: RunConfig, *roles: str) -> RunConfig:
-    """The configuration of a run in which nothing is reserved for these roles.
-
-    Their counts stay: they decide the others' threads, and so their last bits.
-    """
-    ray = config.ray
-    cut = {
-        "labels": {role: wanted for role, wanted in ray.labels.items() if role not in roles},
-        "threads": Threads(**{role: 1 if role in roles else n for role, n in ray.threads}),
-        "gpus": Gpus(**{role: 0.0 if role in roles else n for role, n in ray.gpus}),
-    }
-    return config.model_copy(update={"ray": ray.model_copy(update=cut)})
+    return Threads(**threads)
 
 
 def labels_of(config: RunConfig, role: str) -> dict[str, str]:
@@ -144,13 +125,13 @@ def labels_of(config: RunConfig, role: str) -> dict[str, str]:
     return dict(config.ray.labels).get(role, {})  # type: ignore[call-overload, no-any-return]
 
 
-def unplaceable(config: RunConfig, nodes: Nodes) -> str:
-    """Which role a cluster cannot hold, and why; empty where each and all together fit.
+def unplaceable(config: RunConfig, nodes: Nodes, roles: Roles = ROLES) -> str:
+    """Which of the roles a cluster cannot hold, and why; empty where they fit, each and together.
 
-    ``config`` is a settled one, ``nodes`` the living ones of `ray.nodes()`.
+    ``nodes`` are the living ones of `ray.nodes()`.
     """
-    threads, gpus_of = config.ray.threads, config.ray.gpus
-    demands = (
+    threads, gpus_of = cluster_threads(config, nodes), config.ray.gpus
+    everyone = (
         ("learner", config.learner.num_ranks, threads.learner, gpus_of.learner),
         ("generator", config.generators.count, threads.generator, gpus_of.generator),
         ("scorer", config.scorers.count, 1, 0.0),
@@ -159,6 +140,8 @@ def unplaceable(config: RunConfig, nodes: Nodes) -> str:
             for model in reward_models(config.rewards).values()
         ),
     )
+    # Reward models serve the scorers.
+    demands = [d for d in everyone if ("scorer" if d[0] == "reward model" else d[0]) in roles]
     for role, count, cpus, gpus in demands:
         labels = labels_of(config, role)
         where = ", ".join(f"{key}={value}" for key, value in labels.items()) or "without labels"

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping
 
-from raygrpo.actors.cluster.colocation import Colocation
-from raygrpo.actors.cluster.placement import actor_options, generator_threads, labels_of
+from raygrpo.actors.cluster.placement import labels_of
+from raygrpo.actors.cluster.site import Site
 from raygrpo.actors.generator import GeneratorActor
 from raygrpo.actors.pool.workers import Role, Worker
 from raygrpo.actors.process import log_path, spawn
-from raygrpo.actors.profiling import ProfileRequest
 from raygrpo.actors.reward_model import RewardModelActor
 from raygrpo.actors.scorer import ScorerActor
 from raygrpo.actors.weight_store import StoreHandle
-from raygrpo.config import RewardSection, RunConfig
+from raygrpo.config import RunConfig
 from raygrpo.engines.base import Engine
 from raygrpo.rewards.loading import reward_models
 
@@ -24,27 +22,20 @@ class WorkerFactory:
     """Makes generators, scorers and reward models; each is starting when it is returned.
 
     ``make_engine(config, threads=, version=)`` runs in the generator's process, in place of the
-    engine that the configuration names.
+    engine that the configuration names. The configuration is a resolved one.
     """
 
     def __init__(
         self,
         config: RunConfig,
         store: StoreHandle | None,
-        rewards: Sequence[RewardSection],
         functions: Mapping[str, bytes],
-        *,
-        local: bool,
-        logs: Path | None = None,
-        profile: ProfileRequest | None = None,
+        site: Site,
         make_engine: Callable[..., Engine] | None = None,
-        places: Colocation | None = None,
     ) -> None:
-        self._config, self._store = config, store
-        self._rewards, self._functions = rewards, functions
-        self._local, self._logs, self._profile = local, logs, profile
-        self._make_engine, self._places = make_engine, places
-        models = reward_models(rewards)
+        self._config, self._store, self._site = config, store, site
+        self._functions, self._make_engine = functions, make_engine
+        models = reward_models(config.rewards)
         self._models = [item for item in models.items() for _ in range(item[1].count)]
 
     def forget_weights(self) -> None:
@@ -70,21 +61,20 @@ class WorkerFactory:
             "reward_model": self._reward_model,
         }[role]
         worker = make(index)
-        worker.starting = worker.actor.start.remote(log_path(self._logs, worker.name))
+        worker.starting = worker.actor.start.remote(log_path(self._site.logs, worker.name))
         worker.deadline = time.monotonic() + self._config.ray.timeouts_s.start
         return worker
 
     def _generator(self, index: int) -> Worker:
         config = self._config
-        threads = generator_threads(config)
-        options = actor_options(
-            local=self._local,
+        threads = config.ray.threads.generator
+        options = self._site.options(
+            index,
             threads=threads,
             gpus=config.ray.gpus.generator,
             labels=labels_of(config, "generator"),
         )
-        options |= self._places.options(index) if self._places else {}
-        profile = self._profile if index == 0 else None
+        profile = self._site.profile if index == 0 else None
         actor = spawn(
             GeneratorActor,
             config,
@@ -99,13 +89,13 @@ class WorkerFactory:
 
     def _scorer(self, index: int) -> Worker:
         labels = labels_of(self._config, "scorer")
-        options = actor_options(local=self._local, threads=1, labels=labels)
-        actor = spawn(ScorerActor, self._rewards, self._functions, **options)
+        options = self._site.options(None, threads=1, labels=labels)
+        actor = spawn(ScorerActor, self._config.rewards, self._functions, **options)
         return Worker("scorer", f"scorer-{index}", actor)
 
     def _reward_model(self, index: int) -> Worker:
         reward, params = self._models[index]
-        options = actor_options(local=self._local, threads=params.threads, gpus=params.gpus)
+        options = self._site.options(None, threads=params.threads, gpus=params.gpus)
         actor = spawn(RewardModelActor, params, **options)
         worker = Worker("reward_model", f"reward-model-{index}", actor, reward=reward)
         worker.living = actor.live.remote()

@@ -10,12 +10,13 @@ is preempted. (Losing both is another matter: the update that needs it fails wit
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
 
 from raygrpo.actors.cluster.nodes import on_draining_nodes
+from raygrpo.actors.cluster.site import Site
 from raygrpo.actors.futures import Pending, resolve
 from raygrpo.actors.generator import GenerationReport
 from raygrpo.actors.pool.dispatch import Dispatcher
@@ -26,7 +27,8 @@ from raygrpo.actors.scorer import ModelLost, ScoreReport
 from raygrpo.actors.weight_store import StoreHandle
 from raygrpo.actors.weight_sync import LoadReport
 from raygrpo.algorithm.step_plan import teaches
-from raygrpo.config import RewardSection, RunConfig
+from raygrpo.config import RunConfig
+from raygrpo.engines.base import Engine
 from raygrpo.errors import (
     DependencyDied,
     EngineBroken,
@@ -55,16 +57,14 @@ class RolloutPool:
         self,
         config: RunConfig,
         store: StoreHandle | None,
-        rewards: Sequence[RewardSection],
         functions: Mapping[str, bytes],
-        *,
-        local: bool,
-        **options: Any,
+        site: Site,
+        make_engine: Callable[..., Engine] | None = None,
     ) -> None:
-        """``options`` are those of `WorkerFactory`."""
+        """The arguments are those of `WorkerFactory`."""
         self._config = config
-        self._local = local
-        self._factory = WorkerFactory(config, store, rewards, functions, local=local, **options)
+        self._local = site.local
+        self._factory = WorkerFactory(config, store, functions, site, make_engine)
         self.generators = self._factory.all("generator")
         self._scorers = self._factory.all("scorer")
         self._models = self._factory.all("reward_model")
