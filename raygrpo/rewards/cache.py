@@ -1,4 +1,4 @@
-"""A cache of rewards: a completion that came before, of the same row, is not scored again."""
+"""A cache of rewards: a reward scores equal completions of a row once."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class _Entry:
 
 
 class CachedReward:
-    """A reward whose values are kept by (prompt, columns, completion); for deterministic ones only.
+    """A reward with a cache by (prompt, columns, completion), for deterministic functions.
 
-    Of completions that are alike in one group, one is sent. Values that failed are not kept. What
-    was not sent is counted in the metric ``rewards/{name}/cache_hit_frac``.
+    Of equal completions in a group, one is sent. Failed values are not kept. The metric
+    ``rewards/{name}/cache_hit_frac`` is the share of completions that were not sent.
     """
 
     def __init__(self, inner: RewardBackend, capacity: int = CAPACITY) -> None:
@@ -43,15 +43,15 @@ class CachedReward:
         self._lock = threading.Lock()
 
     def start(self) -> Future[None]:
-        """Starts the reward itself."""
+        """Starts the cached reward."""
         return self._inner.start()
 
     def close(self) -> None:
-        """Ends the reward itself."""
+        """Ends the cached reward."""
         self._inner.close()
 
     def call(self, call: Call) -> Future[tuple[Reply, float]]:
-        """Scores what is not known; the reply is of the whole group."""
+        """Scores the completions that are not in the cache; the reply is of the whole group."""
         keys = completion_keys(call)
         known = self._look_up(keys)
         wanted = {key: index for index, key in reversed(list(enumerate(keys))) if key not in known}
@@ -107,7 +107,7 @@ class CachedReward:
 
 
 def completion_keys(call: Call) -> list[bytes]:
-    """A 128-bit key of each completion with its row: text, tokens, prompt and columns."""
+    """A 128-bit key of each completion and its row: text, tokens, prompt and columns."""
     row = hashlib.blake2b(_encoded([call.prompt, call.columns]), digest_size=16)
     keys = []
     for completion, ids in zip(call.completions, call.completion_ids, strict=True):

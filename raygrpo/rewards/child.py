@@ -1,7 +1,7 @@
 """The child process of one reward function: loads it, then answers calls in its main thread.
 
 ``python -m raygrpo.rewards.child FD TRACE_FD GUARD_PID``, run by `guard`. Requests come pickled;
-replies go back as JSON, so that the host unpickles nothing which user code has made.
+replies are JSON, so that the host unpickles nothing that user code has made.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def main(fd: int, trace_fd: int, guard_pid: int) -> None:
 
 @contextlib.contextmanager
 def _keeping_stack(trace_fd: int, timeout_s: float) -> Iterator[None]:
-    """Has the stack written shortly before the deadline, by a thread that needs no interpreter."""
+    """Writes the stack shortly before the deadline, from a thread that needs no interpreter."""
     os.ftruncate(trace_fd, 0)
     os.lseek(trace_fd, 0, os.SEEK_SET)
     faulthandler.dump_traceback_later(TRACE_FRAC * timeout_s, file=trace_fd)
@@ -149,7 +149,7 @@ class Reports:
         self._extras[str(column)].extend(_plain(value) for value in values)
 
     def to_json(self, size: int) -> dict[str, Any]:
-        """Finite metrics and columns of the group's size; what is left out is told on stderr."""
+        """Finite metrics, and columns of the group's size; all others are named on stderr."""
         finite = {k: [v for v in values if math.isfinite(v)] for k, values in self._metrics.items()}
         metrics = {name: values for name, values in finite.items() if values}
         extras = {name: values for name, values in self._extras.items() if len(values) == size}
@@ -163,7 +163,7 @@ async def _wait(values: Awaitable[Any]) -> Any:
 
 
 def _repeat(value: Any, size: int) -> list[Any]:
-    """``size`` copies: a function that changes one completion's row must not change the others'."""
+    """``size`` copies: a function that changes one completion's row changes no other row."""
     if value is None or isinstance(value, (str, bytes, bool, int, float)):
         return [value] * size
     return [copy.deepcopy(value) for _ in range(size)]

@@ -1,4 +1,4 @@
-"""What crosses between a scorer, its reward functions and the trainer.
+"""The values that cross between a scorer, its reward functions and the trainer.
 
 The call follows TRL: ``f(prompts=, completions=, completion_ids=, trainer_state=, log_extra=,
 log_metric=, **columns) -> list[float | None]``.
@@ -41,10 +41,10 @@ class TrainerState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """What a child needs to load its function and be ready.
+    """The values that a child needs to load its function.
 
-    ``pickled`` (cloudpickle) is the function itself when it was passed in Python; otherwise
-    ``func`` says where it is. ``paths`` joins the module search path. Deadlines in seconds.
+    ``pickled`` (cloudpickle) is a function passed in Python; otherwise ``func`` says where the
+    function is. ``paths`` joins the module search path. Deadlines are in seconds.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Setup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """One group for a reward function: the row once, completions [G] in full."""
+    """One group for a reward function: its row, and its completions [G]."""
 
     prompt: Any
     columns: Mapping[str, Any]
@@ -68,7 +68,7 @@ class Call:
 
 
 def make_call(group: Group, trainer_state: TrainerState) -> Call:
-    """A group as rewards see it: messages in, messages out; text otherwise."""
+    """A group as rewards see it: messages for prompts that are messages, else text."""
     prompt = group.request.prompt
     texts = [completion.text for completion in group.completions]
     conversational = prompt.messages is not None
@@ -85,7 +85,7 @@ def make_call(group: Group, trainer_state: TrainerState) -> Call:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """What one reward function made of one group.
+    """The answer of one reward function for one group.
 
     ``parts`` [G] and ``errors`` [G]: a completion's value, or None with or without an error. When
     the call failed as a whole, every completion carries the error and ``traceback`` is set.
@@ -104,18 +104,18 @@ class Reply:
 
 
 class RewardBackend(Protocol):
-    """Where a reward is computed: a child process, or elsewhere. Calls of one are made in order."""
+    """A place that computes a reward: a child process, or a service. Calls are made in order."""
 
     name: str
 
     def start(self) -> Future[None]:
-        """Makes it ready."""
+        """Makes the backend ready."""
 
     def call(self, call: Call) -> Future[tuple[Reply, float]]:
-        """Scores a group; the reply and its seconds. A failing reward is a reply as well."""
+        """Scores a group; returns the reply and its seconds. A failing reward gives a reply too."""
 
     def close(self) -> None:
-        """Ends it; a call under way fails."""
+        """Ends the backend; a call under way fails."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

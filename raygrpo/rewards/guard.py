@@ -1,9 +1,9 @@
 """The init process of one reward function: starts it, and ends its whole process tree.
 
 Run as a script (``guard.py HOST_PID FD TRACE_FD COMMAND...``) by an isolated interpreter: it holds
-no user code and nothing that could get stuck. It ends every descendant of the reward, also those
-that left its process group, when the reward's process ends, when told by SIGTERM, or when its host
-is gone. As a child subreaper it adopts orphans, so that none is out of reach.
+no user code and nothing that could get stuck. It ends every descendant of the reward when the
+reward's process ends, on SIGTERM, or when its host is gone. A descendant may have left the process
+group: as a child subreaper the guard adopts orphans, so that none is out of reach.
 
 PR_SET_PDEATHSIG alone would not do: the kernel ties it to the *thread* that spawned the child, and
 it reaches the child only, not what the child started.

@@ -33,10 +33,10 @@ def reasoning_gym(
     log_extra: LogExtra | None = None,
     **columns: Any,
 ) -> list[float]:
-    """The task's ``score_answer`` of the text inside the last <answer> tag, or of all of it.
+    """The task's ``score_answer`` of the text in the last <answer> tag, else of the whole text.
 
-    ``metadata`` is a dict or its JSON. ``task`` None takes the row's own (``source_dataset`` in
-    its metadata), so that mixed tasks can be scored. Some tasks give partial credit.
+    ``metadata`` is a dict or its JSON. With ``task`` None the row's metadata name the task
+    (``source_dataset``), so that mixed tasks can be scored. Some tasks give partial credit.
     """
     answers = answer if answer is not None else [None] * len(completions)
     texts = [_final_text(completion_text(completion)) for completion in completions]

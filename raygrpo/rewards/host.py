@@ -1,4 +1,4 @@
-"""The scorer's side of rewards: where each is computed, by default a child process; their sum."""
+"""The scorer's side of rewards: a child process for each, and the sum of their values."""
 
 from __future__ import annotations
 
@@ -53,10 +53,9 @@ class _ChildFailed(Exception):
 
 
 class RewardChild:
-    """One reward function in a process of its own, ended with all it started when it fails.
+    """One reward function in a process of its own; a failing process is ended with its descendants.
 
-    Its work is done in order by one thread of the host, so a fresh child warms up behind the
-    caller's back.
+    One thread of the host does its work in order, so a fresh child warms up while callers go on.
     """
 
     def __init__(self, setup: Setup) -> None:
@@ -79,12 +78,12 @@ class RewardChild:
     def call(self, call: Call) -> Future[tuple[Reply, float]]:
         """Scores a group; the reply and its seconds.
 
-        A failure is a reply as well, and the next call meets a fresh process.
+        A failure gives a reply too, and the next call meets a fresh process.
         """
         return self._thread.submit(self._answer, pickle.dumps(call), len(call.completions))
 
     def close(self) -> None:
-        """Ends the process and all it started; a call under way fails."""
+        """Ends the process and its descendants; a call under way fails."""
         with self._lock:
             self._closed = True
         self._end()
@@ -211,9 +210,9 @@ class RewardHost:
 
     Args:
         rewards: the configured rewards; a relative file starts from ``directory``.
-        functions: by reward name, the bytes (`pack_function`) of those passed in Python.
-        backends: by reward name, those that are computed elsewhere than in a child process.
-        directory: where relative files and modules are looked for; None: the current one.
+        functions: by reward name, the bytes (`pack_function`) of functions passed in Python.
+        backends: by reward name, the backends of rewards without a child process.
+        directory: the place of relative files and modules; None: the current directory.
         start_timeout_s: deadline of one function's import, in seconds.
     """
 
@@ -275,7 +274,7 @@ class RewardHost:
         )
 
     def close(self) -> None:
-        """Ends all children and everything they started."""
+        """Ends all children and their descendants."""
         for backend in self._backends:
             backend.close()
 
@@ -298,10 +297,10 @@ def combine(
     reward_s: Mapping[str, float],
     size: int,
 ) -> ScoredGroup:
-    """The scores [size]: sums by weight of the parts that are not None.
+    """The scores [size]: weighted sums of the parts that are not None.
 
-    A completion has no value when all its parts are None, or when any is errored. The share of
-    completions that each reward errored is the metric ``rewards/{name}/error_frac``.
+    A completion has no value if all its parts are None, or if one has an error. The metric
+    ``rewards/{name}/error_frac`` is a reward's share of completions with an error.
     """
     metrics: dict[str, tuple[float, ...]] = defaultdict(tuple)
     extras: dict[str, tuple[Any, ...]] = {}

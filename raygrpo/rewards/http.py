@@ -18,7 +18,7 @@ from raygrpo.rewards.service import LogMetric, ServiceError, ServiceReward, quot
 class HttpReward(ServiceReward[HttpParams]):
     """Scores a group by requests of ``batch_size`` completions.
 
-    A request that fails for good errors its completions; the group's others keep their rewards.
+    A request that fails for good errors its completions; the other completions keep their rewards.
 
     Raises:
         RewardError: an environment variable of ``headers_env`` is not set.

@@ -1,8 +1,8 @@
 """The built-in reward `judge`: a language model behind an OpenAI-compatible endpoint grades.
 
-What the policy wrote may try to talk the judge into a grade. It stands between marks that it cannot
-contain (they carry its own hash), the judge is told to read it as data, and of the judge's answer
-only a grade in one of two exact forms counts.
+A completion may try to talk the judge into a grade. So the completion stands between marks that it
+cannot contain (they carry its hash), the judge is told to read it as data, and a grade counts only
+in one of two exact forms.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ REMINDER = (
 class JudgeReward(ServiceReward[JudgeParams]):
     """Grades each completion by a request of its own; grades are scaled to 0..1.
 
-    A grade that is missing or out of range is asked for once more, with a reminder; then the
+    If a grade is missing or out of range, the judge is asked once more, with a reminder; then the
     completion is errored.
 
     Raises:
@@ -111,7 +111,7 @@ class JudgeReward(ServiceReward[JudgeParams]):
 def judge_messages(
     params: JudgeParams, row: Mapping[str, Any], completion: str
 ) -> list[dict[str, str]]:
-    """What the judge reads: ``row`` holds ``prompt`` and the columns that the rubric names."""
+    """The messages to the judge; ``row`` holds ``prompt`` and the columns that the rubric names."""
     mark = hashlib.blake2b(completion.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
     worst, best = params.scale
     fenced = f"<text-{mark}>\n{completion}\n</text-{mark}>"
@@ -124,7 +124,7 @@ def judge_messages(
 
 
 def read_grade(answer: str, worst: float, best: float) -> float | None:
-    """The grade in a judge's answer; None when it has none, or one out of range."""
+    """The grade in a judge's answer; None if there is none, or if it is out of range."""
     text = answer.strip()
     last = text.rpartition("\n")[2].strip()
     if found := LAST_LINE.fullmatch(last):

@@ -1,4 +1,4 @@
-"""Where reward functions come from: built in, ``module:function``, ``file.py:function``, Python.
+"""Finds reward functions: built in, ``module:function``, ``file.py:function``, or from Python.
 
 The driver checks (`check_reward`) without running any user code; a child loads (`load_reward`).
 """
@@ -33,8 +33,8 @@ REWARD_MODEL = "reward_model"
 class Builtin:
     """A built-in reward's place and the parameters it takes.
 
-    With a ``model`` of its parameters, the target is a class made of (parameters, `Setup`), and
-    what is called is its object. `reward_model` has no place here: its actors are `RewardModel`s.
+    With a ``model`` of its parameters, the target is a class: an object made of (parameters,
+    `Setup`) is called. `reward_model` has no target: its actors are `RewardModel`s.
     """
 
     target: str
@@ -65,7 +65,7 @@ def pack_function(function: Callable[..., Any]) -> bytes:
     """A callable passed in Python, closures included, as bytes for a child process.
 
     Raises:
-        ConfigError: it holds something that cannot be pickled.
+        ConfigError: the callable holds a value that cannot be pickled.
     """
     try:
         data: bytes = cloudpickle.dumps(function)
@@ -80,11 +80,11 @@ def pack_function(function: Callable[..., Any]) -> bytes:
 def check_reward(
     section: RewardSection, directory: Path | None = None, passed: Collection[str] = ()
 ) -> None:
-    """Finds what can be found wrong before any process starts; runs no user code.
+    """Finds mistakes before any process starts; runs no user code.
 
     Args:
-        directory: what a relative path starts from, and a place of modules; None: the current one.
-        passed: names of the functions that were passed in Python, which need no looking up.
+        directory: the place of relative paths and of modules; None: the current directory.
+        passed: names of functions passed in Python, which are not looked up.
 
     Raises:
         ConfigError: an unknown built-in or parameter of one; a missing file or module; a file with
@@ -108,7 +108,7 @@ def check_reward(
 
 
 def reward_models(rewards: Sequence[RewardSection]) -> dict[str, RewardModelParams]:
-    """By reward name, the parameters of the rewards that are models in actors of their own."""
+    """By reward name, the parameters of rewards that are models in actors of their own."""
     # A function of that name, passed in Python, has no parameters; a reward model has its path.
     return {
         reward_name(reward): read_params(RewardModelParams, reward)
@@ -118,7 +118,7 @@ def reward_models(rewards: Sequence[RewardSection]) -> dict[str, RewardModelPara
 
 
 def anchor_reward(section: RewardSection, directory: Path | None = None) -> RewardSection:
-    """The same section with a local path made absolute, for processes that run elsewhere."""
+    """The section with its local path made absolute, for processes that run elsewhere."""
     if section.func == REWARD_MODEL and "path" in section.params:
         path = _path(section.params["path"], directory)
         params = {**section.params, "path": str(path)} if path.exists() else section.params
@@ -133,7 +133,7 @@ def load_reward(setup: Setup) -> Callable[..., Any]:
     """Imports a reward function; called in its child process.
 
     Raises:
-        RewardError: what was found is no callable, or does not take the configured parameters.
+        RewardError: the object is not callable, or does not take the configured parameters.
         Exception: whatever importing the user's code raises.
     """
     function = _resolve(setup)
@@ -152,7 +152,7 @@ def load_reward(setup: Setup) -> Callable[..., Any]:
 
 
 def accepted_arguments(function: Callable[..., Any]) -> frozenset[str] | None:
-    """The keyword arguments that a callable names; None when it takes any (or does not tell)."""
+    """The keyword arguments that a callable names; None if it takes any, or if it does not tell."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
@@ -170,7 +170,7 @@ def hidden_columns(setup: Setup) -> frozenset[str]:
 
 
 def call_params(setup: Setup) -> Mapping[str, Any]:
-    """The keyword arguments of every call; none where the function was made of its parameters."""
+    """The keyword arguments of every call; empty if the function was made of its parameters."""
     builtin = _builtin(setup)
     return {} if builtin and builtin.model else setup.params
 

@@ -1,7 +1,7 @@
 """The built-in reward `math`: symbolic equality by math-verify.
 
-math-verify bounds its own work by SIGALRM, so it works in a process's main thread only: that is
-where a reward's child makes its calls.
+math-verify bounds its own work by SIGALRM, so it works in a process's main thread only. A reward's
+child makes its calls there.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def math(
     log_extra: LogExtra | None = None,
     **columns: Any,
 ) -> list[float | None]:
-    """1 where the text's final answer equals the one in ``column`` mathematically, else 0.
+    """1 if the text's final answer equals the answer in ``column`` mathematically, else 0.
 
     An answer that cannot be parsed gives None, counted in ``math/unparsable_answer_frac``.
     """

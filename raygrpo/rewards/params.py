@@ -21,7 +21,7 @@ _SECRET = re.compile(r"key|token|secret|passw|credential|sig$|auth", re.I)
 
 
 class Params(BaseModel):
-    """A strict, immutable set of parameters; an unknown one is refused."""
+    """A strict, immutable set of parameters; unknown names are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 
@@ -29,8 +29,8 @@ class Params(BaseModel):
 class ServiceParams(Params):
     """How any service is called.
 
-    ``concurrency`` requests are under way at once; a request that fails in a way that may pass is
-    sent again up to ``retries`` times; ``request_timeout_s`` bounds one request, in seconds.
+    ``concurrency`` requests are under way at once. After a failure that may pass, a request is sent
+    again, up to ``retries`` times. ``request_timeout_s`` bounds one request, in seconds.
     """
 
     concurrency: int = Field(8, ge=1)

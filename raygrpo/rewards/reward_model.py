@@ -40,7 +40,7 @@ class RewardModel:
         self._model.to(self._device).eval()
 
     def encode(self, prompt: Any, completions: Sequence[Any]) -> tuple[list[list[int]], int]:
-        """The token ids that the model reads of each completion, and how many had to be cut."""
+        """The model's token ids of each completion, and the number of completions that are cut."""
         texts, special = self._render(prompt, completions)
         whole = self._tokenizer(texts, add_special_tokens=special)["input_ids"]
         cut = [index for index, ids in enumerate(whole) if len(ids) > self._max_length]
@@ -55,7 +55,7 @@ class RewardModel:
 
     @torch.inference_mode()
     def score(self, sequences: Sequence[Sequence[int]]) -> list[float]:
-        """The rewards of token sequences; those of about one length are computed together."""
+        """The rewards of token sequences; sequences of similar length are computed together."""
         order = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))
         rewards = [0.0] * len(sequences)
         size = self._params.batch_size

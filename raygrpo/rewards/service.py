@@ -37,11 +37,11 @@ _BACKOFF = wait_random_exponential(multiplier=0.25, max=20.0)
 
 
 class ServiceError(Exception):
-    """A service refused a request, or answered what cannot be used."""
+    """A service refused a request, or its answer cannot be used."""
 
 
 class _Passing(ServiceError):
-    """A failure that may pass; ``wait_s`` is what the service asked to wait."""
+    """A failure that may pass; ``wait_s`` is the time that the service asked to wait."""
 
     def __init__(self, message: str, wait_s: float = 0.0) -> None:
         super().__init__(message)
@@ -65,7 +65,7 @@ class Service:
         self.num_retries = 0
 
     async def gather(self, calls: list[Coroutine[Any, Any, T]]) -> list[T | ServiceError]:
-        """Runs the calls of one group, ``concurrency`` at once; a failed one gives its error."""
+        """Runs the calls of one group, ``concurrency`` at once; a failed call gives its error."""
         self._deadline = time.monotonic() + self._budget_s
         self.num_retries = 0
         limit = asyncio.Semaphore(self._params.concurrency)
@@ -80,10 +80,10 @@ class Service:
         return await asyncio.gather(*(run(call) for call in calls))
 
     async def post(self, url: str, body: Mapping[str, Any]) -> Any:
-        """The decoded JSON answer of a request, which is sent again while its failure may pass.
+        """The decoded JSON answer of a request; after a failure that may pass it is sent again.
 
         Raises:
-            ServiceError: refused, unusable, or out of attempts or time; says what came last.
+            ServiceError: the answer is refused or unusable, or attempts or time are used up.
         """
         retrying = AsyncRetrying(
             stop=stop_after_attempt(self._params.retries + 1)
@@ -159,7 +159,7 @@ def _encode(url: str, body: Mapping[str, Any]) -> bytes:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON has for a value that it does not know: lists for arrays, else text."""
+    """A JSON value in place of one that JSON does not have: lists for arrays, else text."""
     return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
@@ -205,7 +205,7 @@ def secret(variable: str) -> str:
     """The value of an environment variable that a configuration names.
 
     Raises:
-        RewardError: it is not set where the reward runs, or is no text that a header can hold.
+        RewardError: the variable is not set where the reward runs, or no header can hold its text.
     """
     # A file that a secret came from ends in a newline; the library's error would quote the secret.
     value = os.environ.get(variable, "").strip()

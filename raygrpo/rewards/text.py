@@ -30,7 +30,7 @@ def completion_text(completion: Any) -> str:
 
 
 def report_answers(log_extra: LogExtra | None, answers: Sequence[str | None]) -> None:
-    """Reports what was read as each completion's answer; None where none was found."""
+    """Reports the answer that was read in each completion; None if there is none."""
     if log_extra is not None:
         log_extra("answer", list(answers))
 
@@ -56,7 +56,7 @@ def exact(
     log_extra: LogExtra | None = None,
     **columns: Any,
 ) -> list[float]:
-    """1 where the text equals ``column``, else 0.
+    """1 if the text equals ``column``, else 0.
 
     ``strip`` ignores white space around both; ``first_line`` looks at the completion's first line
     only (the first that is not blank, with ``strip``).
@@ -80,7 +80,7 @@ def number(
     log_extra: LogExtra | None = None,
     **columns: Any,
 ) -> list[float | None]:
-    """1 where the last number of the text equals the last number of ``column``, else 0.
+    """1 if the last number of the text equals the last number of ``column``, else 0.
 
     Numbers are compared exactly as decimals. An answer without a number gives None, counted in the
     metric ``number/unparsable_answer_frac``.
@@ -104,7 +104,7 @@ def _canonical(value: Decimal) -> str:
 
 
 def format(completions: Sequence[Any], pattern: str, **columns: Any) -> list[float]:
-    """1 where the whole text matches the regular expression ``pattern`` (``.`` matches newlines).
+    """1 if the whole text matches the regular expression ``pattern`` (``.`` matches newlines).
 
     A pattern that backtracks without end is ended by the call's deadline.
     """

@@ -1,4 +1,4 @@
-"""What a reward may return for a completion, and how it is read."""
+"""Reads the values that a reward returns."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ MAX_ERROR_CHARS = 300
 
 
 def read_values(name: str, values: Any, size: int) -> tuple[list[float | None], list[str | None]]:
-    """The parts and errors [size] of what the reward ``name`` returned.
+    """The parts and errors [size] in the answer of the reward ``name``.
 
     Raises:
-        TypeError, ValueError: it is no list of ``size`` entries.
+        TypeError, ValueError: the answer is no list of ``size`` entries.
     """
     if not isinstance(values, (list, tuple)) and hasattr(values, "tolist"):
         values = values.tolist()

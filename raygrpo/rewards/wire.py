@@ -1,4 +1,4 @@
-"""Framed messages between a reward's host and its child process, every wait with a deadline.
+"""Framed messages between a reward's host and its child process; every wait has a deadline.
 
 A frame is its length (8 bytes, big-endian) and its bytes. `multiprocessing.connection` would block
 in the middle of a frame whose other end is stuck.
@@ -17,8 +17,9 @@ MAX_FRAME_BYTES = 1 << 31
 class Channel:
     """One end of a stream socket.
 
-    Deadlines are of `time.monotonic`, in seconds; None waits for ever. Past one, TimeoutError is
-    raised; EOFError or another OSError when the other end is gone. Either breaks the channel.
+    Deadlines are times of `time.monotonic`, in seconds; None waits for ever. A missed deadline
+    raises TimeoutError; a dead other end raises EOFError or another OSError. Both break
+    the channel.
     """
 
     def __init__(self, end: socket.socket) -> None:
@@ -39,7 +40,7 @@ class Channel:
         return self._receive_exactly(size, deadline)
 
     def is_idle(self) -> bool:
-        """Whether the other end is there and nothing has arrived: between calls, nothing should."""
+        """Whether the other end is there and nothing has arrived, as it must be between calls."""
         self._socket.setblocking(False)
         try:
             self._socket.recv(1, socket.MSG_PEEK)
