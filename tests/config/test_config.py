@@ -160,27 +160,6 @@ def test_overrides_leave_the_mapping_alone() -> None:
     assert SMALLEST["model"]["path"] == "m"
 
 
-@pytest.mark.parametrize("recipe", sorted(RECIPES))
-def test_recipes_are_valid(recipe: str) -> None:
-    config = builders.config(recipe=recipe)
-    assert config.recipe == recipe
-
-
-def test_recipes_say_what_their_papers_say() -> None:
-    got = {name: builders.config(recipe=name) for name in RECIPES}
-    assert (got["deepseekmath"].loss.beta, got["deepseekmath"].loss.kl_estimator) == (0.04, "k3")
-    assert got["deepseekmath"].loss.aggregation == "sequence"
-    assert got["dr_grpo"].advantage.scale == "none"
-    assert got["dr_grpo"].loss.aggregation == "constant"
-    dapo = got["dapo"]
-    assert (dapo.loss.clip_low, dapo.loss.clip_high, dapo.loss.beta) == (0.2, 0.28, 0.0)
-    assert dapo.train.dynamic_sampling and not got["trl024"].train.dynamic_sampling
-    trl = got["trl024"]
-    assert (trl.optimizer.lr, trl.optimizer.max_grad_norm, trl.loss.beta) == (1e-6, 1.0, 0.0)
-    assert (trl.data.max_prompt_length, trl.sampling.max_tokens) == (512, 256)
-    assert trl.data.overlong == "truncate_left"
-
-
 def test_every_key_is_described() -> None:
     rows = {row.path: row[1:] for row in describe_keys()}
     assert rows["model.path"][:2] == ("str", "required")

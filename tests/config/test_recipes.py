@@ -54,6 +54,10 @@ def test_what_else_recipes_set() -> None:
     assert (scalerl.data.max_pass_rate, scalerl.train.max_staleness) == (0.9, 8)
     assert (dppo.loss.dppo_tv, dppo.loss.anchored_at_sampler) == (0.2, True)
     assert dapo.advantage.overlong_buffer == 4096 / 20480
+    trl = builders.config(recipe="trl024")
+    assert (trl.optimizer.lr, trl.optimizer.max_grad_norm) == (1e-6, 1.0)
+    assert (trl.data.max_prompt_length, trl.sampling.max_tokens) == (512, 256)
+    assert (trl.data.overlong, trl.optimizer.schedule) == ("truncate_left", "linear")
     deepseekmath = builders.config(recipe="deepseekmath")
     assert deepseekmath.loss.kl_estimator == "k3"
     assert deepseekmath.train.num_iterations * deepseekmath.train.num_minibatches == 1
