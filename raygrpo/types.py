@@ -1,8 +1,15 @@
-"""The types that flow through a run: prompt -> completion -> score -> group -> sample -> step.
+"""The first page: the values that flow through a run, in the order in which they arise.
 
-Every type is frozen and complete when made. Per-token arrays of one thing have one length, which
-``__post_init__`` checks. Nothing here knows Ray, torch or transformers: references to objects that
-live elsewhere are opaque (`Any`), so that the types can be tested and pickled anywhere.
+    Prompt -> GroupRequest -> Completion -> Group -> Score -> GroupSummary -> FinishedGroup
+           -> PlannedSample -> StepBatch -> Sample -> Microbatch -> StepResult
+
+A generator answers a `GroupRequest` with a `Group`. A scorer adds one `Score` a completion. The
+driver holds the `GroupSummary` and a reference to the group's tokens, never the tokens. A
+`StepBatch` says what the learner trains in one step; each rank makes its `Microbatch`es of it.
+
+Every type is frozen and complete when made. Array fields name their shape: [P] a prompt's tokens,
+[C] a completion's, [G] a group's completions, [B, T] rows and positions. Nothing here knows Ray,
+torch or transformers, so that every value can be made in a test and pickled anywhere.
 """
 
 from __future__ import annotations
@@ -27,10 +34,9 @@ Ref = Any  # a reference to an object that lives elsewhere; only `actors/` looks
 
 
 class Version(NamedTuple):
-    """A version of the policy's weights; ordered.
+    """A version of the policy's weights; ordered. Example: Version(incarnation=1, step=40).
 
-    ``incarnation`` counts learner starts (a restarted learner takes the next one); ``step`` is the
-    number of StepBatches trained.
+    ``incarnation`` counts the learner's starts. ``step`` counts the StepBatches trained.
     """
 
     incarnation: int
@@ -39,10 +45,12 @@ class Version(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """One prompt: what the policy reads, and the dataset row that rewards read.
+    """One prompt. Example: Prompt(id="row-7", text="2 + 2 =", token_ids=[17, 10, 17, 28], columns=
+    {"answer": "4"}).
 
-    Exactly one of ``text`` and ``messages`` is set; ``token_ids`` [P] is what the policy sees.
-    ``source`` names its part of a mixture; empty without one.
+    The policy reads ``token_ids`` [P]. They come from ``text`` or from ``messages``: exactly one of
+    the two is set. Rewards read ``columns``, the row of the dataset. ``source`` names the part of a
+    mixture that the row is from; empty without a mixture.
     """
 
     id: str
@@ -61,7 +69,10 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How completions are drawn. ``temperature`` 0 is greedy (logprob 0); ``top_k`` 0 is off."""
+    """How completions are drawn. Example: Sampling(num_completions=8, max_tokens=256, top_p=0.9).
+
+    ``temperature`` 0 is greedy, with logprobs 0. ``top_k`` 0 is off.
+    """
 
     num_completions: int
     max_tokens: int
@@ -84,11 +95,14 @@ class Sampling:
 class GroupRequest:
     """An order for one group: ``sampling.num_completions`` completions of one prompt.
 
-    ``group_id`` is the order of admission in its stream and, with ``seed`` and ``stream``, the key
-    of all randomness; ``attempt`` only tells duplicates apart. A generator serves the request once
-    it holds ``min_version`` or a newer one. ``partials`` (none, or one a completion) are what
-    another generator wrote before it was aborted: those that finished ``abort`` go on from their
-    tokens, the others are done.
+    Example: GroupRequest(stream="train", group_id=12, prompt=prompt, seed=0, sampling=sampling,
+    min_version=Version(1, 3)).
+
+    ``group_id`` is the order of admission in the ``stream``. The random numbers of a completion are
+    a function of ``seed``, ``stream`` and ``group_id``; ``attempt`` counts how often the group was
+    sent again. A generator serves the request once it holds ``min_version`` or a newer version.
+    ``partials`` (none, or one a completion) were written by a generator that left: those with
+    finish ``abort`` are continued, the others are done.
     """
 
     stream: Stream
@@ -115,10 +129,13 @@ class GroupRequest:
 class Completion:
     """One sampled completion of C tokens.
 
-    ``logprobs`` [C] are in nats, of the distribution really sampled from (temperature, top-p and
-    the like included). ``loss_mask`` [C] is False on tokens the policy did not write.
-    ``version_runs`` is the weights' version of each token, run-length coded as (version, count)
-    pairs in order; the counts add up to C.
+    Example: Completion(token_ids=[19, 2], logprobs=[-0.3, -0.1], loss_mask=[True, True], text="4",
+    finish="stop", version_runs=((Version(1, 3), 2),)).
+
+    ``logprobs`` [C] are in nats, of the distribution that was sampled from (temperature, top-p and
+    the like included). ``loss_mask`` [C] is False on tokens that the policy did not write.
+    ``version_runs`` are pairs (version, count): which version wrote how many tokens, in order; the
+    counts add up to C.
     """
 
     token_ids: IntArray
@@ -137,18 +154,21 @@ class Completion:
 
     @property
     def oldest(self) -> Version:
-        """The oldest version that wrote a token."""
+        """The oldest version that wrote one of the tokens."""
         return min(version for version, _ in self.version_runs)
 
     @property
     def newest(self) -> Version:
-        """The newest version that wrote a token."""
+        """The newest version that wrote one of the tokens."""
         return max(version for version, _ in self.version_runs)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """A generated group: the unit of generation, retry, advantage and staleness (the payload)."""
+    """A generated group: the unit of generation, retry, advantage and staleness.
+
+    Example: Group(request=request, completions=(first, second), generate_s=0.8).
+    """
 
     request: GroupRequest
     completions: tuple[Completion, ...]
@@ -163,8 +183,10 @@ class Group:
 class Score:
     """A completion's reward: the weighted sum of its parts.
 
-    ``value`` is None when the completion has no reward: every part None, or ``error`` set (a part
-    raised, timed out, or returned something that is no finite number).
+    Example: Score(value=1.2, parts={"exact": 1.0, "format": 0.4}), where ``format`` weighs 0.5.
+
+    ``value`` is None where the completion has no reward: every part is None, or ``error`` is set (a
+    part raised, missed its deadline, or returned no finite number).
     """
 
     value: float | None
@@ -180,11 +202,16 @@ class Score:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupSummary:
-    """What the driver knows of a finished group: everything but its tokens. Tuples have length G.
+    """A scored group without its tokens; tuples have length G.
 
-    ``metrics`` are the values that reward functions reported by ``log_metric``; ``reward_s`` the
-    seconds of each reward; ``answers`` [G] what each completion answers, where a reward said it
-    (``log_extra("answer", ...)``), else its whole text, shortened; empty in training.
+    Example: GroupSummary(stream="train", group_id=12, attempt=0, prompt_id="row-7",
+    prompt_length=4, lengths=(2, 5), num_loss_tokens=(2, 5), finishes=("stop", "length"),
+    oldest=(Version(1, 3),) * 2, newest=(Version(1, 3),) * 2, scores=(Score(...), Score(...))).
+
+    ``oldest`` and ``newest`` are the versions that wrote a completion's tokens. ``metrics`` are the
+    values that rewards gave to ``log_metric``; ``reward_s`` the seconds of each reward. ``answers``
+    are what the completions answer, for evaluations alone: what a reward gave to
+    ``log_extra("answer", ...)``, else the shortened text.
     """
 
     stream: Stream
@@ -220,7 +247,7 @@ def summarise(
     reward_s: Mapping[str, float] | None = None,
     answers: tuple[str, ...] = (),
 ) -> GroupSummary:
-    """What the driver is told of a group whose completions have these ``scores`` [G]."""
+    """The summary of a group whose completions have these ``scores`` [G]."""
     request, completions = group.request, group.completions
     return GroupSummary(
         stream=request.stream,
@@ -245,11 +272,14 @@ def summarise(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FinishedGroup:
-    """A scored group as the driver holds it; ``payload`` refers to the `Group` with its tokens.
+    """A scored group as the driver holds it.
 
-    ``teaches``: whether a trained completion has an advantage. ``extras`` are the columns [G] that
-    rewards gave to ``log_extra``, ``traceback`` the first one of a reward that failed. ``fate`` is
-    None until it is decided.
+    Example: FinishedGroup(summary=summary, payload=ref, teaches=True, extras={"note": ("a", "b")}).
+
+    ``payload`` refers to the `Group` with the tokens. ``teaches`` says whether a trained completion
+    has an advantage. ``extras`` are the columns [G] that rewards gave to ``log_extra``;
+    ``traceback`` is the first one of a reward that failed. ``fate`` is None until the window, or
+    whoever asked for the group, decides it.
     """
 
     summary: GroupSummary
@@ -264,10 +294,13 @@ class FinishedGroup:
 class PlannedSample:
     """One completion's place in a step, without its tokens.
 
-    A sample is identified by ``group_id``, ``completion_index`` and ``part`` (0 for a completion of
-    one part). ``loss_weight`` multiplies each trained token's loss and carries the aggregation's
-    global denominator. ``filler`` marks a sample that only keeps a rank's microbatch count equal to
-    the others': it is computed with weight 0.
+    Example: PlannedSample(group_id=12, completion_index=1, prompt_length=4, completion_length=5,
+    num_loss_tokens=5, advantage=-0.7, loss_weight=0.03).
+
+    A sample is identified by ``group_id``, ``completion_index`` and ``part`` (0 where a completion
+    has one part). ``loss_weight`` multiplies the loss of each trained token: it holds the
+    denominator of the whole step. A ``filler`` has weight 0: it only makes a rank's number of
+    microbatches equal to the others'.
     """
 
     group_id: int
@@ -283,10 +316,14 @@ class PlannedSample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepBatch:
-    """The plan of one step, made from summaries: one StepBatch trained = one new version.
+    """The plan of one step, made from summaries; one StepBatch trained is one new version.
 
-    ``minibatches``: one optimizer update each (times ``num_iterations``). ``payloads`` maps a group
-    id to an opaque reference to its `Group`. ``versions`` maps it to (oldest, newest).
+    Example: StepBatch(step=3, minibatches=((sample, other),), payloads={12: ref},
+    versions={12: (Version(1, 3), Version(1, 3))}).
+
+    ``step`` counts the steps trained before. Each minibatch is one optimizer update (times
+    ``num_iterations``). ``payloads`` are the references to the `Group`s by group id, ``versions``
+    their (oldest, newest). Without ``has_signal`` no group teaches.
     """
 
     step: int
@@ -303,9 +340,12 @@ class StepBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One completion with its prompt, ready to train on; per-token arrays are [L], L = P + C.
+    """One completion with its prompt, ready to train on; arrays are [L], L = P + C.
 
-    ``loss_mask`` is True where trained (never on the prompt); ``sampler_logprobs`` is 0 elsewhere.
+    Example: a prompt of 2 tokens and a completion of 1: Sample(plan=plan, token_ids=[17, 28, 19],
+    loss_mask=[False, False, True], sampler_logprobs=[0, 0, -0.3]).
+
+    ``loss_mask`` is True where trained, never on the prompt; ``sampler_logprobs`` is 0 elsewhere.
     """
 
     plan: PlannedSample
@@ -322,15 +362,20 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Microbatch:
-    """Rows that a rank computes at once. Index t of every per-token array describes token t.
+    """Rows that a rank computes at once. Index t of every [B, T] array describes token t.
 
-    Per token [B, T]: ``token_ids``; ``positions`` (rotary position); ``segment_ids`` (row-local,
-    -1 on padding); ``parent_ids`` (the segment that this token's segment continues, -1 for none: a
-    completion that shares its prompt with others names the prompt's segment); ``predictors`` (the
-    index whose hidden state predicts token t: t - 1, or the prompt's last index for the first token
-    of a completion); ``loss_mask``; ``sampler_logprobs``; ``sequence_ids`` (index into the
-    per-sequence arrays, -1 where a token belongs to no completion).
-    Per sequence [S]: ``advantages`` and ``loss_weights``.
+    Example: one row with a prompt of 2 tokens and two completions of 1 and 2 tokens:
+
+        segment_ids  [0, 0, 1, 2, 2]       the prompt is segment 0
+        parent_ids   [-1, -1, 0, 0, 0]     both completions continue the prompt
+        positions    [0, 1, 2, 2, 3]
+        predictors   [0, 0, 1, 1, 3]       token 3 is predicted at the prompt's end, index 1
+        sequence_ids [-1, -1, 0, 1, 1]     which entry of ``advantages`` and ``loss_weights``
+
+    ``segment_ids`` and ``sequence_ids`` are -1 on padding, ``sequence_ids`` on prompts too.
+    ``predictors`` is the index whose hidden state predicts token t: t - 1, but the prompt's last
+    index for the first token of a completion. ``advantages`` and ``loss_weights`` are [S], one for
+    each of the S completions.
     """
 
     token_ids: IntArray
@@ -356,7 +401,10 @@ class Microbatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """What the learner reports of one step, which took ``seconds``."""
+    """The learner's report of one step, which took ``seconds``.
+
+    Example: StepResult(version=Version(1, 4), stats={"loss": Stat.of(0.02)}, seconds=3.1).
+    """
 
     version: Version
     stats: Mapping[str, Stat]
@@ -365,7 +413,10 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stat:
-    """A mergeable statistic: merging is addition of sums and counts, and min and max."""
+    """A statistic that can be merged: sums and counts are added.
+
+    Example: of the values 1 and 3, Stat(sum=4, count=2, min=1, max=3).
+    """
 
     sum: float
     count: float
@@ -392,7 +443,7 @@ class Stat:
 
 
 def merge_stats(parts: list[Mapping[str, Stat]]) -> dict[str, Stat]:
-    """Adds up statistics by name; a name that is missing in a part adds nothing."""
+    """Adds up statistics by name; a part may lack a name."""
     merged: dict[str, Stat] = {}
     for part in parts:
         for name, stat in part.items():

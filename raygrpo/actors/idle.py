@@ -1,4 +1,4 @@
-"""For how long somebody had nothing to do, measured where it happens."""
+"""How long a process had nothing to do, measured in that process."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import NamedTuple
 
 
 class IdleReading(NamedTuple):
-    """A process's clock, and for how much of it there was nothing to do, in seconds."""
+    """A process's clock, and its idle time so far, in seconds. Example: IdleReading(12.0, 5.0)."""
 
     clock_s: float
     idle_s: float
 
 
 class IdleClock:
-    """Adds up spells without work; safe to read from other threads. Begins idle."""
+    """Adds up the spells without work; other threads may read it. Begins idle."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -23,7 +23,7 @@ class IdleClock:
         self._since: float | None = time.monotonic()
 
     def mark(self, *, busy: bool) -> None:
-        """Says whether there is work from now on."""
+        """There is work from now on, or there is none."""
         with self._lock:
             now = time.monotonic()
             if self._since is not None:
@@ -31,7 +31,7 @@ class IdleClock:
             self._since = None if busy else now
 
     def read(self) -> IdleReading:
-        """What has added up until now."""
+        """The reading as of now."""
         with self._lock:
             now = time.monotonic()
             open_s = 0.0 if self._since is None else now - self._since
@@ -39,21 +39,20 @@ class IdleClock:
 
 
 class IdleShare:
-    """The share of idle time between readings of one clock."""
+    """The share of idle time between two readings of one clock; shares leave no gap."""
 
     def __init__(self) -> None:
         self._begin: IdleReading | None = None
         self._end: IdleReading | None = None
 
     def update(self, reading: IdleReading) -> None:
-        """Takes the newest reading; an older one, overtaken by it, changes nothing."""
+        """Takes a reading; one that is older than the newest changes nothing."""
         if self._end is None or reading.clock_s > self._end.clock_s:
             self._end = reading
             self._begin = self._begin or reading
 
     def take(self) -> float | None:
-        """The share between the last reading of the take before and the last one; None without
-        two readings."""
+        """The idle share since the last take; None without two readings in that time."""
         begin, end = self._begin, self._end
         if begin is None or end is None or end.clock_s <= begin.clock_s:
             return None

@@ -1,8 +1,8 @@
 """The rollout store: an actor that writes groups' tokens to Parquet, and the driver's face of it.
 
-The driver hands over summaries, plans and references, never tokens. It keeps the references until
-their file is on disk, so the writer's death costs no row; no step waits for a write, unless two
-files are still to be written.
+The driver hands over summaries, plans and references, never tokens. The driver keeps the references
+until the file is on disk, so the writer's death costs no row. A step waits for writes only where
+two files are still to be written; `RolloutLog.confirm`, after a write has ended, unblocks it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class WriteOrder:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WriteReport:
-    """A file on disk: the size of all, a few of its rows, and the groups whose tokens are lost."""
+    """A written file: the size of all files, a few rows of this one, the groups it had to leave out
+    because their tokens are lost."""
 
     num_bytes: int
     sample: list[dict[str, Any]]
@@ -78,12 +79,12 @@ class RolloutWriterActor:
 
 
 class _Attempt(Pending[WriteReport]):
-    """One try at a write. That the writer fails is a result: the next try has another writer."""
+    """One try at a write. The writer's failure is a result: another writer makes the next try."""
 
     error: InfraError | None = None
 
     def collect(self, ready: set[Any]) -> bool:
-        """As `Pending.collect`, but a dead or late writer completes it too."""
+        """As `Pending.collect`, but a dead or late writer ends the try too."""
         try:
             return super().collect(ready)
         except InfraError as error:
@@ -100,11 +101,11 @@ class _Write:
 
 
 class RolloutLog:
-    """Takes groups as their fate is decided, and has each step's written as one file.
+    """Takes groups once their fates are decided, and has each step's groups written as one file.
 
-    Of ``tracking.completions``: only the share ``frac`` of the groups is taken, and nothing once
-    the files have ``max_gb`` (event ``completions_full``); with either at 0 the store is off.
-    ``on_sample(step, rows)`` gets a few rows of each trained step.
+    ``tracking.completions`` bounds the store: it takes only the share ``frac`` of the groups, and
+    none once the files have ``max_gb`` (event ``completions_full``). Either at 0 turns the store
+    off. ``on_sample(step, rows)`` gets a few rows of each trained step.
     """
 
     def __init__(
@@ -132,7 +133,7 @@ class RolloutLog:
 
     @property
     def pendings(self) -> list[Pending[Any]]:
-        """What to wait for; each that completes goes to `confirm`."""
+        """The write under way, if any: hand it to `confirm` when it has ended."""
         return [self._attempt] if self._attempt else []
 
     @property
@@ -141,7 +142,7 @@ class RolloutLog:
         return len(self._waiting) < _MAX_WAITING
 
     def settled(self, step: int) -> bool:
-        """Whether all that a checkpoint of ``step`` counts as done is on disk."""
+        """Whether every group that a checkpoint of ``step`` counts as done is on disk."""
         return all(w.order.facts.step > step and w.order.minibatches for w in self._waiting)
 
     def take(self, decided: Iterable[FinishedGroup]) -> None:
@@ -154,15 +155,15 @@ class RolloutLog:
             self._held[summary.stream][summary.group_id] = group
 
     def write_step(self, batch: StepBatch) -> None:
-        """Has the groups that a step trains written, and those dropped before it."""
+        """Has a step's groups written: those that it trains, and those dropped before it."""
         self._write("step", batch.step + 1, batch)
 
     def write_rest(self, kind: store.Kind, step: int) -> None:
-        """Has groups that no step will train written; a step's own may join them in its file."""
+        """Has groups written that no step trains; a step's own groups may join them in the file."""
         self._write(kind, step, StepBatch(step=step, minibatches=(), payloads={}, versions={}))
 
     def confirm(self, pending: Any) -> None:
-        """Takes the outcome of a write, if it is one's.
+        """Takes the outcome of a write, if ``pending`` is one.
 
         Raises:
             StorageError: a file could not be written, by several writers.
@@ -183,7 +184,7 @@ class RolloutLog:
         self._send()
 
     def metrics(self) -> dict[str, float]:
-        """Completions that were given to the store, and those left out, since the last call."""
+        """Completions that the store took and left out since the last call."""
         counts = {"num_rows": self._num_rows, "num_unstored": self._num_unstored}
         self._num_rows = self._num_unstored = 0
         named = {f"completions_store/{name}": float(count) for name, count in counts.items()}
@@ -226,7 +227,7 @@ class RolloutLog:
         self._attempt = _Attempt("rollout-writer", [ref], self._timeout_s, lambda values: values[0])
 
     def _new_writer(self) -> Any:
-        # Only on the driver's node is the run directory sure to be the driver's own.
+        # The run directory is sure to be there only on the driver's node.
         node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         arguments = (str(self._directory), self._timeout_s, log_path(self._logs, "rollout-writer"))
         return spawn(RolloutWriterActor, *arguments, num_cpus=0, scheduling_strategy=node)

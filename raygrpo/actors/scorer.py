@@ -12,15 +12,16 @@ from raygrpo.actors.process import log_to
 from raygrpo.actors.reward_model import ModelDied, RemoteReward
 from raygrpo.algorithm.correctness import answers_of
 from raygrpo.config import RewardSection
+from raygrpo.rewards.contract import TrainerState
 from raygrpo.types import Group, GroupSummary, summarise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreReport:
-    """A scored group without its tokens, and the first traceback when a reward failed.
+    """A scorer's answer: a scored group without its tokens.
 
-    ``extras`` are the columns [G] that rewards gave to ``log_extra``; ``late`` names the rewards
-    whose model missed its deadline.
+    ``traceback`` is the first one of a reward that failed. ``extras`` are the columns [G] that
+    rewards gave to ``log_extra``. ``late`` names the rewards whose model missed its deadline.
     """
 
     summary: GroupSummary
@@ -31,7 +32,7 @@ class ScoreReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelLost:
-    """In place of a report: the model of ``reward`` died, so the group is to be scored again."""
+    """A scorer's answer where the model of ``reward`` died: the group is to be scored again."""
 
     reward: str
     error: str
@@ -56,11 +57,11 @@ class ScorerActor:
         return os.getpid()
 
     def score(
-        self, group: Group, trainer_state: Any, models: Mapping[str, Any]
+        self, group: Group, trainer_state: TrainerState, models: Mapping[str, Any]
     ) -> ScoreReport | ModelLost:
         """Scores a group; a failing reward is an errored score, never an exception.
 
-        ``models`` are the actors to ask, by the names of the rewards that are models.
+        ``models`` are the reward models' actors, by the names of their rewards.
         """
         started = time.monotonic()
         for name, actor in models.items():

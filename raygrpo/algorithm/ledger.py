@@ -10,13 +10,22 @@ from raygrpo.types import FinishedGroup, GroupSummary
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenLedger:
-    """Completion tokens of the training stream by fate, over the whole run.
+    """Completion tokens of the training stream by fate, over the whole run; a frozen value.
 
-    ``reported`` reached the driver. ``masked`` were taken into a step without loss: truncated under
-    the overlong filter, not written by the policy, or without a reward. ``rolled_back`` were
-    finished but not trained when a checkpoint was left and are generated again. ``lost_groups``
-    counts groups that died with a worker before they were reported (and were sent again),
-    ``dropped_groups`` those given up.
+    Example: TokenLedger(reported=900, trained=640, masked=60, no_signal=120) with 80 tokens that
+    wait in the window has 0 unexplained tokens.
+
+    ``reported`` tokens reached the driver. Their fates:
+
+    - ``trained``: a step computed their loss.
+    - ``masked``: a step took them without loss: truncated under the overlong filter, not written by
+      the policy, or without a reward.
+    - ``no_signal``, ``errored``: the group taught nothing and was dropped; its scores failed.
+    - ``aborted``: written, but nothing goes on with them.
+    - ``rolled_back``: finished but not trained when the run stopped; generated again.
+
+    ``lost_groups`` counts groups that died with a worker and were sent again, ``dropped_groups``
+    those that could not be served.
     """
 
     reported: int = 0
@@ -30,18 +39,18 @@ class TokenLedger:
     dropped_groups: int = 0
 
     def unexplained(self, buffered: int) -> int:
-        """Tokens without a fate, given those that still wait: 0, or there is a bug."""
+        """Tokens without a fate, where ``buffered`` tokens still wait: 0, or there is a bug."""
         fates = self.trained + self.masked + self.no_signal + self.aborted
         return self.reported - fates - self.errored - self.rolled_back - buffered
 
     def report(self, summary: GroupSummary, *, awaited: bool = True) -> TokenLedger:
-        """A group arrived; one that nobody awaits is ``aborted``."""
+        """After a group's arrival; a group that nobody awaits is ``aborted``."""
         tokens = sum(summary.lengths)
         aborted = 0 if awaited else tokens
         return replace(self, reported=self.reported + tokens, aborted=self.aborted + aborted)
 
     def decide(self, decided: Iterable[FinishedGroup]) -> TokenLedger:
-        """The window decided on groups; kept ones go on waiting."""
+        """After the window decided on groups; kept groups go on waiting."""
         ledger = self
         for group in decided:
             tokens = sum(group.summary.lengths)
@@ -52,7 +61,7 @@ class TokenLedger:
         return ledger
 
     def take(self, summary: GroupSummary, trained: Iterable[int]) -> TokenLedger:
-        """A step took a group; ``trained`` are the loss tokens of each completion."""
+        """After a step took a group; ``trained`` are the loss tokens of each completion."""
         ledger = self
         columns = zip(summary.lengths, trained, summary.scores, strict=True)
         for length, num_trained, score in columns:
@@ -66,25 +75,25 @@ class TokenLedger:
         return ledger
 
     def lose(self, groups: int) -> TokenLedger:
-        """Groups died with a worker before they were reported."""
+        """After groups died with a worker, before they were reported."""
         return replace(self, lost_groups=self.lost_groups + groups)
 
     def abort(self, num_tokens: int) -> TokenLedger:
-        """Tokens of groups that were broken off, which nothing goes on with."""
+        """After a generator wrote tokens that nothing goes on with."""
         return replace(self, reported=self.reported + num_tokens, aborted=self.aborted + num_tokens)
 
     def drop(self, groups: int) -> TokenLedger:
-        """Groups were given up before they were reported."""
+        """After groups were given up, before they were reported."""
         return replace(self, dropped_groups=self.dropped_groups + groups)
 
     def metrics(self, buffered: int) -> dict[str, float]:
-        """All of it as metrics; ``buffered`` tokens still wait."""
+        """All counts as metrics; ``buffered`` tokens still wait."""
         counts = {field.name: float(getattr(self, field.name)) for field in fields(self)}
         counts |= {"buffered": float(buffered), "unexplained": float(self.unexplained(buffered))}
         return {f"ledger/{name}": value for name, value in counts.items()}
 
     def roll_back(self, buffered: int) -> TokenLedger:
-        """A resume leaves what waited behind."""
+        """After a resume, which generates again the tokens that waited."""
         return replace(self, rolled_back=self.rolled_back + buffered)
 
 

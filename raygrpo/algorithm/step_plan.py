@@ -1,4 +1,4 @@
-"""From the summaries of a step's groups to its plan: advantages, weights, minibatches."""
+"""The plan of a step, made of its groups' summaries: advantages, loss weights, minibatches."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def loss_config(config: RunConfig) -> LossConfig:
 
 
 def num_trained_tokens(summary: GroupSummary, index: int, section: AdvantageSection) -> int:
-    """Loss tokens of a completion: none when it is truncated and the overlong filter is on."""
+    """Loss tokens of a completion: none where it is truncated and the overlong filter is on."""
     if section.mask_truncated and summary.finishes[index] == "length":
         return 0
     return summary.num_loss_tokens[index]
@@ -49,9 +49,9 @@ def num_trained_tokens(summary: GroupSummary, index: int, section: AdvantageSect
 def make_step_batch(step: int, groups: Sequence[FinishedGroup], config: RunConfig) -> StepBatch:
     """The plan of one step.
 
-    Completions without a score are in no baseline, denominator or minibatch. Overlong-filtered ones
-    count as sequences, not as tokens, and are not computed; they are in the baseline, unless
-    ``mask_truncated: exclude`` takes them out of it.
+    A completion without a score is in no baseline, no denominator and no minibatch. A completion
+    under the overlong filter is in no minibatch; the denominators count it as a sequence, not its
+    tokens. It is in the baseline, unless ``mask_truncated: exclude`` takes it out.
     """
     summaries = [group.summary for group in groups]
     advantages = _advantages(summaries, config)
@@ -72,10 +72,11 @@ def make_step_batch(step: int, groups: Sequence[FinishedGroup], config: RunConfi
 
 
 def signal_values(summary: GroupSummary, config: RunConfig) -> list[float | None]:
-    """What decides whether a group teaches anything: rewards, with the soft overlong penalty.
+    """The values [G] whose differences teach: rewards, with the soft overlong penalty.
 
-    None where there is no score, or ``mask_truncated: exclude`` leaves it out. With ``gdpo`` sums
-    of normalised parts, which may differ where the rewards' sum does not.
+    A value is None where there is no score, or where ``mask_truncated: exclude`` leaves the
+    completion out. With ``gdpo`` the values are sums of normalised parts: these may differ where
+    the sums of the rewards do not.
     """
     section, max_tokens = config.advantage, config.sampling.max_tokens
     if section.scale == "gdpo":
@@ -92,9 +93,9 @@ def signal_values(summary: GroupSummary, config: RunConfig) -> list[float | None
 
 
 def _scores(summary: GroupSummary, section: AdvantageSection) -> list[Score | None]:
-    """The scores that baseline and scale are made of; None for the other completions."""
+    """The scores [G] that make the baseline and the scale; None for the other completions."""
     excludes = section.mask_truncated == "exclude"
-    # An errored score keeps the parts that did not fail: they do not count.
+    # An errored score keeps the parts that did not fail, which do not count.
     return [
         None if score.value is None or (excludes and finish == "length") else score
         for score, finish in zip(summary.scores, summary.finishes, strict=True)
@@ -102,7 +103,7 @@ def _scores(summary: GroupSummary, section: AdvantageSection) -> list[Score | No
 
 
 def teaches(summary: GroupSummary, config: RunConfig) -> bool:
-    """Whether a group has signal in a completion that is trained."""
+    """Whether a completion that is trained has an advantage; asked once, when the scores come."""
     section = config.advantage
     trained = [num_trained_tokens(summary, i, section) > 0 for i in range(len(summary.scores))]
     return has_signal(signal_values(summary, config), trained, section.baseline)

@@ -1,12 +1,20 @@
-"""The window: which groups may start, which are kept, and what a step consists of.
+"""The window: which groups may start, which are kept, and which groups a step consists of.
 
-Pure bookkeeping: no clock, no IO, no processes. A group may start iff
-``admitted - dropped < min(step + 1 + max_staleness, steps) * groups_per_step``, steps take groups
-in order of admission, and a generator serves a request only with weights at least as new as its
-``min_version``; those that land while it writes, or before another generator goes on with it, are
-newer still. So no token of a trained group is older than ``max_staleness`` versions: the number of
-groups kept before it is at most ``admitted - dropped`` when it is admitted, hence the step that
-takes it is at most ``max_staleness`` after the one at which it was admitted.
+Pure bookkeeping: no clock, no IO, no processes. Three rules bound the age of the tokens:
+
+1. A group may start iff ``admitted - dropped < min(step + 1 + max_staleness, steps) *
+   groups_per_step``.
+2. Steps take groups in order of admission.
+3. A generator serves a request only with weights at least as new as the request's
+   ``min_version``, the version of the step at which the group was admitted.
+
+Then no token of a trained group is older than ``max_staleness`` versions. Proof: when a group is
+admitted at step s, at most ``admitted - dropped`` groups are kept before it. By rule 1 they fill
+fewer than s + 1 + max_staleness steps. By rule 2 the group is taken at step s + max_staleness at
+the latest. By rule 3 its tokens are of version s or newer.
+
+Example: with 4 groups a step and a ``max_staleness`` of 1, groups 0 to 7 may start at step 0. Group
+8 may start once step 0 is trained, or once one of the groups is dropped.
 """
 
 from __future__ import annotations
@@ -20,7 +28,11 @@ from raygrpo.types import Fate, FinishedGroup, GroupRequest, Prompt, Version
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WindowState:
-    """A window at a step's boundary. ``pending`` requests were admitted and not yet trained."""
+    """A window between two steps. ``pending`` requests were admitted and not yet trained.
+
+    Example: after two steps of 4 groups, one of them dropped: WindowState(admitted=13, dropped=1,
+    taken=8, refilled=0, pending=(request_9, request_10, request_11, request_12)).
+    """
 
     admitted: int
     dropped: int
@@ -49,11 +61,12 @@ def train_request(
 
 
 class Window:
-    """Admission, refill and first-in-first-out assembly of steps.
+    """Admits groups, decides their fates in order of admission, and hands out steps.
 
-    With ``dynamic_sampling`` a group without signal frees its place, at most
-    ``(max_refill_factor - 1) * groups_per_step`` times for one step; further ones keep theirs. A
-    group whose scores failed frees its place always.
+    A group waits here for the groups before it, then for the rest of its step. With
+    ``dynamic_sampling`` a group that teaches nothing frees its place, at most
+    ``(max_refill_factor - 1) * groups_per_step`` times for one step; further such groups keep their
+    places. A group whose scores failed always frees its place.
     """
 
     def __init__(
@@ -103,7 +116,7 @@ class Window:
         return self._admitted - self._dropped < reach * self._groups_per_step
 
     def admit(self, request: GroupRequest) -> GroupRequest:
-        """Takes the next request; its id must be ``admitted``."""
+        """Takes the next request, whose id must be ``admitted``."""
         if request.group_id != self._admitted:
             raise ValueError(f"group {request.group_id} admitted out of order")
         self._admitted += 1
@@ -112,9 +125,9 @@ class Window:
         return request
 
     def finish(self, group: FinishedGroup) -> list[FinishedGroup]:
-        """Takes a finished group; returns the groups whose fate this decides, in order, with it.
+        """Takes a finished group; returns the groups, with their fates, that this decides.
 
-        A duplicate (an id that is decided or finished already) decides nothing.
+        They are in order of admission. A duplicate (its id is finished already) decides nothing.
         """
         group_id = group.summary.group_id
         if group_id not in self._requests or group_id in self._finished:
@@ -125,7 +138,7 @@ class Window:
         return self._decide_heads()
 
     def fail(self, group_id: int) -> list[FinishedGroup]:
-        """Gives up a group that cannot be generated: it frees its place; returns as `finish`."""
+        """Gives up a group that cannot be generated, which frees its place; returns as `finish`."""
         if group_id not in self._undecided or group_id in self._finished:
             return []
         self._undecided.remove(group_id)
@@ -165,7 +178,7 @@ class Window:
         return groups
 
     def state(self) -> WindowState:
-        """What a resumed run needs: groups not yet trained are generated again under their ids."""
+        """The state that a resumed run needs: it generates the pending groups again."""
         return WindowState(
             admitted=self._admitted,
             dropped=self._dropped,
@@ -175,8 +188,8 @@ class Window:
         )
 
     def _refills_of_resumed_step(self) -> int:
-        # Kept groups that wait are decided anew after a resume, from the first open step on; only
-        # when none waits do the drops counted so far belong to that step.
+        # A resumed run decides kept groups that wait here again, from the first open step on. Only
+        # where none waits do the drops so far count for that step.
         return 0 if self._kept else self._refilled
 
     def _decide(self, group: FinishedGroup) -> Fate:

@@ -1,9 +1,10 @@
 """The rollout store's files: every finished group in Parquet, one row a completion.
 
-``completions/step-00000003.parquet`` holds the groups that were decided for the step whose metrics
-carry the same number: those it trained and those dropped on the way, in order of admission.
-``eval-*.parquet`` holds an evaluation's. A file is written to another name and renamed, so that one
-that is there is whole. docs/rollouts.md says what the columns mean.
+``completions/step-00000003.parquet`` holds the groups that were decided for step 3, whose metrics
+carry the same number: the groups that the step trained, and the groups that were dropped for it, in
+order of admission. ``eval-00000003.parquet`` holds the groups of an evaluation. A file is written
+under another name and then renamed, so a file under its own name is whole. `Row` is the one place
+that names the columns; docs/rollouts.md says what they mean.
 """
 
 from __future__ import annotations
@@ -117,10 +118,11 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileFacts:
-    """What a file says of itself. ``complete``: no finished group was left out of it.
+    """What a file says of itself. Example: FileFacts(step=3, complete=True, num_minibatches=1).
 
-    ``num_minibatches`` is 0 while the step is open: groups dropped for it lie here because a
-    checkpoint counts them as done, and the rest comes when the step is trained.
+    A ``complete`` file lacks no finished group. ``num_minibatches`` is 0 while the step is open:
+    then the file holds the dropped groups that a checkpoint counts as done, and gets the others
+    when the step is trained.
     """
 
     step: int
@@ -132,7 +134,7 @@ class FileFacts:
 
 
 def file_path(directory: Path, kind: Kind, step: int) -> Path:
-    """Where a step's file is, or would be."""
+    """The path of a step's file, whether the file is there or not."""
     return directory / f"{kind}-{step:08}.parquet"
 
 
@@ -148,7 +150,7 @@ def total_bytes(directory: Path) -> int:
 
 
 def is_drawn(stream: Stream, group_id: int, frac: float) -> bool:
-    """Whether a group is among the share that is stored: always the same answer."""
+    """Whether a group is among the stored share: the same answer in every run."""
     return xxhash.xxh3_64_intdigest(f"{stream}/{group_id}".encode()) < frac * 2**64
 
 
@@ -243,7 +245,7 @@ def _json(value: Any) -> str:
 def write_file(path: Path, table: pa.Table, facts: FileFacts) -> None:
     """Writes rows.
 
-    Groups that the file holds already stay in it, unless they come again: so a write may be
+    Groups that the file holds already stay in it, unless they come again. So a write may be
     repeated, and a step's file may be begun before the step is trained.
 
     Raises:
@@ -301,10 +303,10 @@ def read_file(path: Path, columns: list[str] | None = None) -> tuple[pa.Table, F
 
 
 def roll_back(directory: Path, step: int, is_decided: Callable[[int], bool]) -> None:
-    """Takes the store back to a checkpoint of ``step``, from which the run does it all again.
+    """Takes the store back to a checkpoint of ``step``, from which the run goes on.
 
-    Later files go, but for the groups in them that the checkpoint counts as done: nothing else
-    would bring these back. Leftovers of a write that was cut off go too.
+    Later files are removed, but not the groups in them that ``is_decided``: the checkpoint counts
+    these as done, so the run does not make them again. What an unfinished write left is removed.
 
     Raises:
         StorageError: a file cannot be removed, read or written.
@@ -333,7 +335,7 @@ def _keep(path: Path, is_decided: Callable[[int], bool]) -> bool:
 
 
 def sample_rows(table: pa.Table) -> list[dict[str, Any]]:
-    """A few rows from all over a step, as trackers show them: each reward in its own column."""
+    """A few rows from all parts of a step, for trackers: each reward has its own column."""
     count = min(_NUM_SAMPLED, len(table))
     spread = [index * len(table) // count for index in range(count)]
     columns = ["rewards", "step", "prompt", "completion", "reward", "advantage"]
@@ -344,9 +346,9 @@ def sample_rows(table: pa.Table) -> list[dict[str, Any]]:
 
 
 def read_step(path: Path) -> StepBatch:
-    """A step's plan as it was trained; its payloads are the groups themselves.
+    """A step's plan as it was trained; the payloads are the groups themselves.
 
-    Dataset columns, seeds and sampling settings are not stored: the groups' requests lack them.
+    Dataset columns, seeds and sampling settings are not stored, so the groups' requests lack them.
 
     Raises:
         StorageError: the file cannot be read.

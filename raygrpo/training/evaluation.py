@@ -1,4 +1,4 @@
-"""Evaluations: the same prompts with the same randomness each time, on one version."""
+"""An evaluation: the same prompts with the same random numbers each time, on one version."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Evaluation:
         settings = [replace(drawn, num_completions=1, temperature=0.0)]
         if config.eval.num_completions:
             settings.append(replace(drawn, num_completions=config.eval.num_completions))
-        # Ids are even for greedy groups, odd for sampled ones: each keeps its random numbers.
+        # Greedy groups have even ids, sampled ones odd ids: each keeps its random numbers.
         self.requests = [
             GroupRequest(
                 stream="eval",

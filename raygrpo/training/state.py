@@ -1,4 +1,4 @@
-"""What the driver remembers from one start of a run to the next."""
+"""What the driver remembers from one start of a run to the next: a checkpoint's small half."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ from raygrpo.storage.checkpoint import STATE
 class BestSoFar:
     """The best evaluation so far by ``metric``; a leading ``-`` means that lower is better.
 
-    ``step`` is -1 before the first; ``num_since`` evaluations came after it. ``ended_at`` is the
-    ``train.steps`` of a run that ended early for want of a better one, else 0.
+    Example: BestSoFar(metric="eval/reward", step=40, value=0.71, num_since=2).
+
+    ``step`` is -1 before the first evaluation. ``num_since`` counts the evaluations after the best.
+    ``ended_at`` is the ``train.steps`` of a run that ended early because no better evaluation came,
+    else 0.
     """
 
     metric: str
@@ -31,7 +34,7 @@ class BestSoFar:
     ended_at: int = 0
 
     def take(self, step: int, metrics: Mapping[str, float], config: RunConfig) -> BestSoFar:
-        """After another evaluation; one without the metric is no better one."""
+        """After another evaluation; an evaluation without the metric is not better."""
         if not self.metric:
             return self
         value = metrics.get(self.metric.removeprefix("-"), math.nan)
@@ -46,8 +49,8 @@ class BestSoFar:
         return self.ended_at > 0 and 0 < config.eval.best.patience <= self.num_since
 
     def resumed(self, config: RunConfig) -> BestSoFar:
-        """For a run that goes on: another metric starts anew, and so does the patience of a run
-        that ended early and is given more steps."""
+        """For a run that goes on. Another metric starts from nothing. The patience starts anew
+        where the run ended early and is given more steps."""
         if self.metric != (config.eval.best.metric or ""):
             return BestSoFar(metric=config.eval.best.metric or "")
         if 0 < self.ended_at < config.train.steps:
@@ -55,7 +58,7 @@ class BestSoFar:
         return self
 
     def fact(self) -> dict[str, Any] | None:
-        """What run.json says of it."""
+        """The best evaluation as run.json names it."""
         if self.step < 0:
             return None
         return {"step": self.step, "metric": self.metric, "value": self.value}
@@ -63,10 +66,14 @@ class BestSoFar:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunState:
-    """The driver's state at a step's boundary; the learner's lies beside it.
+    """The driver's state after a step; the learner's files lie beside it in the checkpoint.
 
-    ``record`` are the step's metrics where their evaluation is still due, None where logged.
-    ``normal_gap`` is the probe's of the run's first version, in nats.
+    Example: after step 40 of 8 groups each, RunState(step=40, window=WindowState(admitted=320,
+    ...), prompts={"index": 320, ...}, ledger=TokenLedger(...), num_tokens=90_000, ...).
+
+    ``buffered_tokens`` are of finished groups that waited in the window: a resumed run generates
+    them again. ``record`` are the step's metrics where its evaluation is still due, None where they
+    are logged. ``normal_gap`` is the probe's gap of the run's first version, in nats.
     """
 
     step: int
@@ -81,7 +88,11 @@ class RunState:
 
 
 def load_state(path: Path) -> RunState:
-    """The driver's state of a checkpoint of one's own (it is a pickle: never load a stranger's)."""
+    """The driver's state in a checkpoint. It is a pickle: load none but your own.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
     try:
         with (path / STATE).open("rb") as file:
             state = pickle.load(file)

@@ -1,4 +1,4 @@
-"""Which worker gets which group: the queues of groups, and who has what."""
+"""Which worker gets which group: the two queues, and the groups that each worker has."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import ray
 
 from raygrpo.actors.generator import GenerationReport
 from raygrpo.actors.pool.workers import Flight, GroupKey, Worker, choose_models, least_loaded
+from raygrpo.rewards.contract import TrainerState
 from raygrpo.types import GroupRequest, Stream
 
 
 class Dispatcher:
-    """Sends groups whole to the generator with the fewest tokens in flight, then to the scorer with
-    the fewest groups; what exceeds their capacity waits here (see `least_loaded`).
+    """Sends each group to the generator with the fewest tokens in flight, then to a free scorer.
 
-    Tokens are counted at most: prompt and ``max_tokens`` for each completion. Groups of one run are
-    asked for alike, so a guess at their lengths would change no choice between two generators.
+    A group that no worker has room for waits in a queue (see `least_loaded`). The tokens of a group
+    are counted at most: the prompt, and ``max_tokens`` for each completion. All groups of a run
+    have the same limits, so a better guess at the lengths would not change the choice.
 
     Attributes:
         flights: the groups under way, those in a queue included.
@@ -75,8 +75,8 @@ class Dispatcher:
         self._enqueue(key, again=True)
 
     def copied(self, timeout_s: float) -> bool:
-        """Copies what is written here, and says whether all of it is: a drained node goes as soon
-        as nobody works on it, and what only it holds goes with it."""
+        """Copies all written tokens to this node; returns whether all are here. A drained node ends
+        as soon as nobody works on it, and takes along the tokens that only it holds."""
         flights = self.flights.values()
         refs = [flight.payload for flight in flights if flight.report is not None]
         refs += [flight.partials for flight in flights if flight.kept_tokens]
@@ -91,16 +91,16 @@ class Dispatcher:
         return flight
 
     def answered(self, key: GroupKey) -> None:
-        """A group's call came to its end: its worker goes on with the next ones."""
+        """A group's call has ended: the worker goes on with its next groups."""
         flight = self.flights[key]
         worker = flight.worker
         assert worker is not None
         self._release(key, flight, worker)
-        for other in worker.groups:  # a deadline is one of progress: waiting in line is no fault
+        for other in worker.groups:  # a deadline is one of progress: a wait in line is no fault
             self.flights[other].deadline = self._deadline()
 
     def generate(self, generators: Sequence[Worker]) -> None:
-        """Hands out groups to generate, as far as generators are ready."""
+        """Hands out groups to generate, while a generator has room."""
         while self._queue:
             key = self._queue[0][-1]
             flight = self.flights[key]
@@ -113,8 +113,10 @@ class Dispatcher:
             )
             self._assign(key, flight, worker, flight.num_rows, flight.max_tokens)
 
-    def score(self, scorers: Sequence[Worker], models: Sequence[Worker], state: Any) -> None:
-        """Hands out groups to score; ``state`` is what rewards are told of the run."""
+    def score(
+        self, scorers: Sequence[Worker], models: Sequence[Worker], state: TrainerState
+    ) -> None:
+        """Hands out groups to score, while a scorer is free; rewards are told the ``state``."""
         while self._to_score and (worker := least_loaded(scorers, 1, 1, len(self._to_score))):
             chosen = choose_models(models, turn=self._to_score[0][1])
             if chosen is None:
@@ -127,7 +129,7 @@ class Dispatcher:
             self._assign(key, flight, worker, 1, 1)
 
     def late(self, now: float) -> list[tuple[Worker, str]]:
-        """Workers that had a group for longer than its deadline allows."""
+        """Workers that have made no progress with a group within its deadline, and the group."""
         return [
             (flight.worker, f"group {flight.request.group_id}")
             for flight in self.flights.values()

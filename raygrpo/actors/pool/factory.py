@@ -19,9 +19,9 @@ from raygrpo.rewards.loading import reward_models
 
 
 class WorkerFactory:
-    """Makes generators, scorers and reward models; each is starting when it is returned.
+    """Makes generators, scorers and reward models; a worker is starting when it is returned.
 
-    ``make_engine(config, threads=, version=)`` runs in the generator's process, in place of the
+    ``make_engine(config, threads=, version=)`` runs in the generator's process. It replaces the
     engine that the configuration names. The configuration is a resolved one.
     """
 
@@ -54,7 +54,7 @@ class WorkerFactory:
         return [self.make(role, index) for index in range(counts[role])]
 
     def make(self, role: Role, index: int) -> Worker:
-        """A worker of a role: the first, or one in place of another."""
+        """A worker of a role: number ``index``, the first one or its successor."""
         make = {
             "generator": self._generator,
             "scorer": self._scorer,

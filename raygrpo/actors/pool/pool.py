@@ -1,10 +1,19 @@
 """The rollout pool: generators and scorers behind one face, and the driver's one place to wait.
 
-A group goes generate -> score. The driver owns both halves of a generator's answer, so the death
-of a generator's or scorer's process costs only what was in flight: those groups are reported as
-lost, and a fresh worker is started, which loads the newest weights before it serves. Scoring
-leaves a copy of the payload on the scorer's node, which Ray falls back on when the generator's node
-is preempted. (Losing both is another matter: the update that needs it fails with AnswerLost.)
+The pool owns the workers, and every group from its submission to its scores:
+
+    submit -> queue -> a generator -> queue -> a scorer -> PoolEvents.groups
+
+    stage       waits for                                 unblocked by
+    generate    a generator that is ready and has rows    its start or load, a group that is done
+    score       a scorer without a group                  another group's scores
+    load        weights in the store                      `RolloutPool.load`, after each publish
+
+The driver owns the references to a generator's answer. So the death of a worker's process costs
+only the calls under way: the pool starts a new worker, which loads the newest weights before it
+serves, sends the groups again, and reports them as lost. Scoring leaves a copy of the tokens on the
+scorer's node: Ray falls back on the copy where the generator's node is preempted. Where both nodes
+are gone, the update that needs the tokens fails with AnswerLost.
 """
 
 from __future__ import annotations
@@ -22,10 +31,9 @@ from raygrpo.actors.generator import GenerationReport
 from raygrpo.actors.pool.dispatch import Dispatcher
 from raygrpo.actors.pool.factory import WorkerFactory
 from raygrpo.actors.pool.failures import MAX_GROUP_DEATHS, Action, History, decide
-from raygrpo.actors.pool.workers import Flight, GroupKey, PoolEvents, Worker
+from raygrpo.actors.pool.workers import Flight, GroupKey, Happened, PoolEvents, Worker
 from raygrpo.actors.scorer import ModelLost, ScoreReport
 from raygrpo.actors.weight_store import StoreHandle
-from raygrpo.actors.weight_sync import LoadReport
 from raygrpo.algorithm.step_plan import teaches
 from raygrpo.config import RunConfig
 from raygrpo.engines.base import Engine
@@ -41,12 +49,13 @@ from raygrpo.errors import (
 from raygrpo.rewards.contract import TrainerState
 from raygrpo.types import FinishedGroup, GroupRequest, Ref, Stream
 
-_ABORT_S = 15.0  # for a generator that leaves to answer with what it wrote, and to copy that
+# A generator that leaves has this long to hand over what it wrote, and as long to copy the tokens.
+_ABORT_S = 15.0
 _DRAIN_CHECK_S, _COPY_S = 2.0, 1.0
 
 
 class RolloutPool:
-    """Keeps the workers alive, and groups moving through them: see `Dispatcher`.
+    """Keeps the workers alive, and the groups moving through them: see `Dispatcher`.
 
     Attributes:
         generators: the generators as they are now, by number.
@@ -76,7 +85,7 @@ class RolloutPool:
         self._sleeping = False
         self._deaths_in_a_row = 0
         self._drains_checked = 0.0
-        self._clear()
+        self._happened = Happened()
         self.normal_gap: float | None = None
 
     @property
@@ -103,8 +112,8 @@ class RolloutPool:
             worker.starting = None
 
     def take_idle_frac(self) -> float | None:
-        """The generators' mean share of time with nothing to decode, since the last call; None
-        while none has reported twice."""
+        """The share of time, since the last call, in which generators had nothing to decode: their
+        mean. None until a generator has reported twice."""
         shares = [worker.idle.take() for worker in self.generators]
         known = [share for share in shares if share is not None]
         return sum(known) / len(known) if known else None
@@ -146,7 +155,7 @@ class RolloutPool:
                 self._start_loading(worker)
 
     def sleep(self) -> bool:
-        """Has idle generators give their devices to the learner until `load`; whether all have."""
+        """Has generators give the learner their devices until `load`; returns whether all have."""
         self._sleeping = True
         for worker in self.generators:
             if not worker.asleep and worker.starting is None and worker.loading is None:
@@ -178,28 +187,11 @@ class RolloutPool:
         self._replace_left()
         self._dispatcher.generate(self.generators)
         self._dispatcher.score(self._scorers, self._models, trainer_state)
-        events = PoolEvents(
-            groups=tuple(self._groups),
-            lost=tuple(self._lost),
-            dropped=tuple(self._dropped),
-            completed=completed,
-            loads=tuple(self._loads),
-            events=tuple(self._events),
-            weights_lost=self._weights_lost,
-            aborted_tokens=self._aborted_tokens,
-            waited_s=waited_s,
-        )
-        self._clear()
-        return events
+        happened, self._happened = self._happened, Happened()
+        return happened.events_with(completed=completed, waited_s=waited_s)
 
-    def _clear(self) -> None:
-        self._groups: list[FinishedGroup] = []
-        self._lost: list[GroupKey] = []
-        self._dropped: list[GroupKey] = []
-        self._loads: list[LoadReport] = []
-        self._events: list[tuple[str, Mapping[str, Any]]] = []
-        self._weights_lost = False
-        self._aborted_tokens = 0
+    def _note(self, kind: str, fields: Mapping[str, Any]) -> None:
+        self._happened.events.append((kind, fields))
 
     def _refs(self) -> list[Ref]:
         workers = [
@@ -236,7 +228,7 @@ class RolloutPool:
             raise
         except InfraError as error:
             if isinstance(error, ProbeFailed):
-                self._events.append(("probe_failed", {"worker": worker.name, **error.figures}))
+                self._note("probe_failed", {"worker": worker.name, **error.figures})
             elif isinstance(error, WeightsCorrupt):
                 self._forget_weights(worker, error)
             self._bury(worker, error)
@@ -249,24 +241,24 @@ class RolloutPool:
             if report is None:
                 worker.asleep = newest
             else:
-                self._loads.append(report)
+                self._happened.loads.append(report)
                 if self.normal_gap is None:
                     self.normal_gap = report.probe_gap
                 worker.idle.update(report.idle)
                 worker.joining = worker.joining and not newest
-        except WeightsLost as error:  # no fault of the generator, which keeps what it has
+        except WeightsLost as error:  # not the generator's fault: it keeps the weights that it has
             if newest:
-                self._weights_lost = True
-                self._events.append(("weights_lost", {"worker": worker.name, "error": str(error)}))
+                self._happened.weights_lost = True
+                self._note("weights_lost", {"worker": worker.name, "error": str(error)})
         if not newest:
             self._start_loading(worker)
 
     def _forget_weights(self, worker: Worker, error: WeightsCorrupt) -> None:
-        """Has the weights published anew, whole, unless newer ones have come meanwhile."""
+        """Has the learner publish all weights again, unless newer ones have come meanwhile."""
         if worker.loading_publish == self._num_publishes:
             self._factory.forget_weights()
-            self._weights_lost = True
-        self._events.append(("weights_corrupt", {"worker": worker.name, "error": str(error)}))
+            self._happened.weights_lost = True
+        self._note("weights_corrupt", {"worker": worker.name, "error": str(error)})
 
     def _collect_flight(self, key: GroupKey, flight: Flight) -> None:
         worker = flight.worker
@@ -306,7 +298,7 @@ class RolloutPool:
             extras=report.extras,
             traceback=report.traceback,
         )
-        self._groups.append(group)
+        self._happened.groups.append(group)
 
     def _fail_flight(self, key: GroupKey, flight: Flight, error: Exception) -> None:
         worker = flight.worker
@@ -321,7 +313,7 @@ class RolloutPool:
             self._drop(key, str(error))
         else:
             event = {"stream": key[0], "group_id": key[1], "error": str(error)}
-            self._events.append(("group_lost", event))
+            self._note("group_lost", event)
             self._send_again(key)
 
     def _bury(self, worker: Worker, error: Exception) -> None:
@@ -361,7 +353,7 @@ class RolloutPool:
         for key in lost:
             self._give_back(key)
         event = {"worker": worker.name, "groups": [list(k) for k in lost], "error": reason}
-        self._events.append(("worker_replaced", event))
+        self._note("worker_replaced", event)
         pool = next(p for p in (self.generators, self._scorers, self._models) if worker in p)
         index = pool.index(worker)
         pool[index] = self._factory.make(worker.role, index)
@@ -386,21 +378,21 @@ class RolloutPool:
     def _send_again(self, key: GroupKey) -> None:
         self._count_aborted(key, self._flights[key].kept_tokens)
         self._dispatcher.send_again(key)
-        self._lost.append(key)
+        self._happened.lost.append(key)
 
     def _drop(self, key: GroupKey, reason: str) -> None:
         self._count_aborted(key, self._dispatcher.drop(key).kept_tokens)
-        self._dropped.append(key)
+        self._happened.dropped.append(key)
         event = {"stream": key[0], "group_id": key[1], "error": reason}
-        self._events.append(("group_dropped", event))
+        self._note("group_dropped", event)
 
     def _count_aborted(self, key: GroupKey, num_tokens: int) -> None:
         if key[0] == "train":
-            self._aborted_tokens += num_tokens
+            self._happened.aborted_tokens += num_tokens
 
     def _take_aborted(self, key: GroupKey, worker: Worker, num_tokens: int) -> None:
-        """A generator that leaves gave a group back: another one goes on with it."""
-        if not worker.leaving:  # nobody here asked it to
+        """A generator that leaves gave a group back: another generator goes on with the group."""
+        if not worker.leaving:  # the pool did not ask the generator to leave
             self.retire(worker, "it was told to end (SIGTERM)")
         keep = not self._config.deterministic
         if not keep:
@@ -408,12 +400,12 @@ class RolloutPool:
         self._dispatcher.resume(key, num_tokens if keep else 0)
 
     def retire(self, worker: Worker, reason: str) -> None:
-        """Replaces a generator that still answers, once it has given back what it has."""
+        """Replaces a generator that still answers, once the generator has given its groups back."""
         worker.leaving = reason
         worker.deadline = time.monotonic() + _ABORT_S
         worker.actor.abort.remote()
         event = {"worker": worker.name, "groups": len(worker.groups), "reason": reason}
-        self._events.append(("worker_leaving", event))
+        self._note("worker_leaving", event)
 
     def _replace_left(self) -> None:
         left = [worker for worker in self.generators if worker.leaving and not worker.groups]
@@ -434,11 +426,11 @@ class RolloutPool:
         now = time.monotonic()
         late: dict[str, tuple[Worker, str]] = {}
         for worker in self._workers:
-            leaving = worker.leaving and worker.groups  # without groups, `_replace_left` has it
+            leaving = worker.leaving and worker.groups  # `_replace_left` handles one without groups
             busy = worker.starting is not None or worker.loading is not None or leaving
             if not busy or now <= worker.deadline:
                 continue
-            if worker.ready and worker.groups:  # a slow load, beside which it still decodes
+            if worker.ready and worker.groups:  # a slow load: the generator still decodes
                 slow = InfraError(f"{worker.name} missed the deadline of a load")
                 self._count_death(worker, slow)
                 self.retire(worker, str(slow))

@@ -1,4 +1,4 @@
-"""What the rollout pool keeps of its workers and of the groups that are under way."""
+"""The rollout pool's records: its workers, the groups under way, and what a wait brought."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from raygrpo.types import FinishedGroup, GroupRequest, Ref, Stream
 
 GroupKey = tuple[Stream, int]
 Role = Literal["generator", "scorer", "reward_model"]
+Handle = Any  # of a Ray actor, whose methods are called by ``.remote(...)``
 
 
 @dataclass(eq=False, slots=True)
@@ -31,7 +32,7 @@ class Worker:
 
     role: Role
     name: str
-    actor: Any
+    actor: Handle
     starting: Ref = None
     loading: Ref = None
     living: Ref = None
@@ -50,8 +51,8 @@ class Worker:
     @property
     def ready(self) -> bool:
         """Whether it may get groups."""
-        # A generator that loads newer weights still decodes; only one that joins late must wait,
-        # and the engine itself holds a request until it has the version that the request asks for.
+        # A generator that loads newer weights still decodes, so it may get groups. The engine holds
+        # a request back until the engine has the version that the request asks for.
         return self.starting is None and not self.joining and not self.leaving
 
     @property
@@ -119,13 +120,43 @@ class PoolEvents:
     waited_s: float = 0.0
 
 
-def least_loaded(workers: Sequence[Worker], rows: int, capacity: int, queue: int) -> Worker | None:
-    """The ready worker with the least to do that takes ``rows`` more; None while there is none.
+@dataclass(slots=True)
+class Happened:
+    """What has happened since the last wait ended; see `PoolEvents` for the fields."""
 
-    A worker takes what it can do at once (``capacity``, or one group of any size). It takes as much
-    again ahead, so as not to wait for the driver when places become free one by one, but only
-    while the ``queue`` has a group for each other worker: what waits in a busy worker is lost to
-    one that becomes idle.
+    groups: list[FinishedGroup] = field(default_factory=list)
+    lost: list[GroupKey] = field(default_factory=list)
+    dropped: list[GroupKey] = field(default_factory=list)
+    loads: list[LoadReport] = field(default_factory=list)
+    events: list[tuple[str, Mapping[str, Any]]] = field(default_factory=list)
+    weights_lost: bool = False
+    aborted_tokens: int = 0
+
+    def events_with(self, *, completed: tuple[Pending[Any], ...], waited_s: float) -> PoolEvents:
+        """All of it, for the driver."""
+        return PoolEvents(
+            groups=tuple(self.groups),
+            lost=tuple(self.lost),
+            dropped=tuple(self.dropped),
+            completed=completed,
+            loads=tuple(self.loads),
+            events=tuple(self.events),
+            weights_lost=self.weights_lost,
+            aborted_tokens=self.aborted_tokens,
+            waited_s=waited_s,
+        )
+
+
+def least_loaded(workers: Sequence[Worker], rows: int, capacity: int, queue: int) -> Worker | None:
+    """The ready worker with the least work that has room for ``rows`` more; None without one.
+
+    Example: with a ``capacity`` of 8 rows, a worker with 6 rows has room for 4 more only where the
+    ``queue`` is as long as the list of ready workers.
+
+    A worker has room for its ``capacity`` (or for one group of any size). It takes as many rows
+    again in advance, so that it need not wait for the driver when its rows become free one by one.
+    It does so only while the queue has a group for each other worker: a group that waits in a busy
+    worker is lost to a worker that becomes idle.
     """
     ready = [worker for worker in workers if worker.ready]
     limit = 2 * capacity if queue >= len(ready) else capacity
@@ -134,7 +165,7 @@ def least_loaded(workers: Sequence[Worker], rows: int, capacity: int, queue: int
 
 
 def choose_models(models: Sequence[Worker], turn: int) -> dict[str, Worker] | None:
-    """A started reward model for each reward, in turn; None while a reward has none."""
+    """One started reward model for each reward, chosen in turn; None where a reward has none."""
     chosen = {}
     for reward in {model.reward for model in models}:
         ready = [m for m in models if m.reward == reward and m.starting is None]
