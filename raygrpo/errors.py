@@ -145,10 +145,12 @@ def infra_errors(
     table: Table = FOREIGN,
     *,
     all_errors: bool = False,
+    fix: str = "",
 ) -> Iterator[None]:
     """Raises libraries' errors as InfraErrors; with ``all_errors`` every error but our own.
 
-    ``what`` names the process or the work, for example ``"a load"``.
+    ``what`` names the process or the work, for example ``"a load"``; ``fix`` is the next step for
+    errors outside the table.
     """
     try:
         yield
@@ -158,7 +160,7 @@ def infra_errors(
         known = infra_error(error, what, table)
         if all_errors and known is None:
             traceback.print_exc()
-            known = InfraError(f"{what} failed: {type(error).__name__}: {first_line(error)}")
+            known = InfraError(f"{what} failed: {type(error).__name__}: {first_line(error)}", fix)
         if known is None:
             raise
         raise known from error

@@ -330,6 +330,6 @@ def test_groups_beyond_max_rows_wait_their_turn(world: World) -> None:
     for item in items:
         world.engine.submit(item)
     world.engine.step()
-    assert len(world.engine._running) == 2  # 12 of 16 rows
+    assert len(world.engine.admission.running) == 2  # 12 of 16 rows
     done = {group.request.group_id for group in drain(world.engine)}
     assert done == {item.group_id for item in items}

@@ -22,11 +22,9 @@ from vllm.distributed.weight_transfer import nccl_common, packed_tensor
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from raygrpo.actors.native_transfer import ActorReceiver
 from raygrpo.config import ModelSection, Transport
 from raygrpo.engines.vllm import native as vllm_native
 from raygrpo.engines.vllm import worker as vllm_weights
-from raygrpo.engines.vllm.engine import VllmEngine
 from raygrpo.engines.vllm.native import IpcSender, NcclSender, VllmReceiver, gpu_buckets
 from raygrpo.engines.vllm.native_worker import IpcEngine, NcclEngine
 from raygrpo.engines.vllm.requests import engine_arguments
@@ -251,35 +249,6 @@ def test_the_transport_chooses_the_workers_engine() -> None:
         )
         backend = arguments.weight_transfer_config.backend
         assert WeightTransferEngineFactory._registry[backend]() is engine
-
-
-def test_the_engine_holds_no_version_while_one_is_on_its_way() -> None:
-    engine = VllmEngine.__new__(VllmEngine)
-    engine._client, engine._version = Client(NcclEngine), Version(0, 0)  # type: ignore[assignment]
-    held = []
-
-    class Actor:
-        def remote(self, call: str, argument: Any) -> Any:
-            future = engine.transfer(call, argument.version if call == "finish" else argument)
-            held.append((call, engine.version))
-            return SimpleNamespace(future=lambda: future)
-
-    end = ActorReceiver(SimpleNamespace(transfer=Actor()), 1)
-    transfer = NativeTransfer(NcclSender("127.0.0.1", None), TIMEOUT_S)
-    assert transfer.sync(Version(0, 1), buckets(Model(seed=1)), {"a": end}).loaded == ("a",)
-    assert [call for call, _ in held] == [
-        "join",
-        "begin",
-        "receive",
-        "receive",
-        "receive",
-        "finish",
-    ]
-    assert [version for _, version in held] == [Version(0, 0), *[None] * 5]
-    engine.hold(Version(0, 1))
-    assert engine.version == Version(0, 1)
-    assert same(engine._client.model, Model(seed=1))  # type: ignore[attr-defined]
-    transfer.close()
 
 
 def test_an_nccl_that_does_not_load_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

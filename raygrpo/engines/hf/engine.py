@@ -92,7 +92,7 @@ class TransformersEngine:
         self._stops = StopStrings(self._tokenizer)
         self._versions = [version] if version else []
         self._settings: list[Sampling] = []
-        self._admission: Admission[Decoding] = Admission(
+        self.admission: Admission[Decoding] = Admission(
             max_positions=getattr(self._text_config, "max_position_embeddings", None),
             vocab_size=self._is_stop.size,
         )
@@ -110,16 +110,16 @@ class TransformersEngine:
     @property
     def num_unfinished(self) -> int:
         """Groups submitted and not yet returned or aborted."""
-        return self._admission.num_unfinished
+        return self.admission.num_unfinished
 
     @property
     def can_step(self) -> bool:
         """Whether a step would make progress."""
-        return self._admission.can_step(self.version)
+        return self.admission.can_step(self.version)
 
     def submit(self, request: GroupRequest) -> None:
         """Queues a group; see `Admission.submit`."""
-        self._admission.submit(request)
+        self.admission.submit(request)
 
     @torch.inference_mode()
     def step(self) -> list[Group]:
@@ -133,16 +133,16 @@ class TransformersEngine:
         version = self.weights.version
         if version is None:
             raise InfraError("the engine holds no version", "load weights first")
-        self.weights.pack(PACKED_A_STEP if self._admission.running else 1.0)
-        if self._admission.running:
+        self.weights.pack(PACKED_A_STEP if self.admission.running else 1.0)
+        if self.admission.running:
             self._decode()
-        slices = [group.rows for group in self._admission.admit(version, self._fits, self._start)]
+        slices = [group.rows for group in self.admission.admit(version, self._fits, self._start)]
         if slices:
             self._append(slice(slices[0].start, slices[-1].stop), self._prefill(slices))
-        return self._admission.take_finished()
+        return self.admission.take_finished()
 
     def _fits(self, count: int) -> bool:
-        if not self._admission.running:
+        if not self.admission.running:
             return True
         return not self._deterministic and self.rows.num_rows + count <= self._max_rows
 
@@ -264,12 +264,12 @@ class TransformersEngine:
         for row in gone:
             self._end_row(row, "stop" if stopped[row - rows.start] else "length")
         self._remove_rows(gone)
-        for group in list(self._admission.running.values()):
+        for group in list(self.admission.running.values()):
             if len(group.ended) == group.request.sampling.num_completions:
-                self._admission.finish(group, _in_order(group))
+                self.admission.finish(group, _in_order(group))
 
     def _end_row(self, row: int, finish: Finish) -> None:
-        group = self._admission.running[int(self.rows.group[row])]
+        group = self.admission.running[int(self.rows.group[row])]
         index, partials = int(self.rows.completion[row]), group.request.partials
         before = partials[index].version_runs if partials else ()
         group.ended[index] = self.rows.make_completion(
@@ -289,7 +289,7 @@ class TransformersEngine:
     def _drop_broken(self, rows: npt.NDArray[np.int64]) -> list[Decoding]:
         """Drops the groups of rows whose logits were not finite; returns these groups."""
         serials = np.unique(self.rows.group[rows]).tolist()
-        groups = [self._admission.running[serial] for serial in serials]
+        groups = [self.admission.running[serial] for serial in serials]
         for group in groups:
             self._drop(group, clear=True)
         return groups
@@ -301,7 +301,7 @@ class TransformersEngine:
             self.cache.clear(rows)
             self.prompts.clear([slot for slot in table.slot[rows].tolist() if slot >= 0])
         self._remove_rows(rows)
-        del self._admission.running[group.serial]
+        del self.admission.running[group.serial]
 
     def stage_weights(self, manifest: WeightsManifest, buckets: Iterable[ByteArray]) -> None:
         """Makes a version ready, on any thread, while steps go on; see `ModelWeights.stage`."""
@@ -323,7 +323,7 @@ class TransformersEngine:
     @torch.inference_mode()
     def abort(self, stream: Stream, group_id: int) -> list[Completion]:
         """Drops a group; returns its completions so far, in order, none if it had not begun."""
-        group = self._admission.drop(stream, group_id)
+        group = self.admission.drop(stream, group_id)
         if group is None:
             return []
         for row in range(self.rows.num_rows):
@@ -351,7 +351,7 @@ class TransformersEngine:
 
     def close(self) -> None:
         """Drops all groups and frees model and cache; the engine cannot be used afterwards."""
-        self._admission.clear()
+        self.admission.clear()
         self._empty_rows()
         del self.model, self.forward, self.weights
 

@@ -139,7 +139,8 @@ class VllmClient:
             InfraError: vLLM died, or could not load it.
         """
         # The error of a worker comes as a bare Exception.
-        with infra_errors(f"loading version {staged.manifest.version}", all_errors=True):
+        what, fix = f"loading version {staged.manifest.version}", "the generator is replaced"
+        with infra_errors(what, all_errors=True, fix=fix):
             self.call(self._swap(staged))
 
     async def _swap(self, staged: SharedBuckets) -> None:

@@ -99,7 +99,7 @@ class VllmEngine:
                 transport=transport,
             )
         )
-        self._admission: Admission[Sent] = Admission(
+        self.admission: Admission[Sent] = Admission(
             max_positions=self._client.max_positions, vocab_size=self._vocab_size
         )
         if version is not None:
@@ -128,16 +128,16 @@ class VllmEngine:
     @property
     def num_unfinished(self) -> int:
         """Groups submitted and not yet returned or aborted."""
-        return self._admission.num_unfinished
+        return self.admission.num_unfinished
 
     @property
     def can_step(self) -> bool:
         """Whether a step would make progress."""
-        return self._admission.can_step(self._version)
+        return self.admission.can_step(self._version)
 
     def submit(self, request: GroupRequest) -> None:
         """Queues a group; see `Admission.submit`."""
-        self._admission.submit(request)
+        self.admission.submit(request)
 
     def step(self) -> list[Group]:
         """Hands over the groups that fit; waits a moment for one to finish.
@@ -146,7 +146,7 @@ class VllmEngine:
             NumericError: logprobs were not finite; the group is dropped, the others go on.
             InfraError: no version is loaded, or vLLM died.
         """
-        admission, version = self._admission, self._held()
+        admission, version = self.admission, self._held()
         for sent in admission.admit(version, self._fits, partial(self._start, version)):
             sent.future.add_done_callback(_Report(self._done, sent))
         wait_s = STEP_WAIT_S if admission.running and not admission.has_finished else 0.0
@@ -174,9 +174,9 @@ class VllmEngine:
             if not all(np.isfinite(completion.logprobs).all() for completion in completions):
                 raise not_finite([sent], self._version)
         except BaseException:
-            del self._admission.running[sent.serial]
+            del self.admission.running[sent.serial]
             raise
-        self._admission.finish(sent, completions)
+        self.admission.finish(sent, completions)
 
     async def _generate(self, sent: Sent) -> list[Completion]:
         """All completions of a group, those of its request that are done already included."""
@@ -266,10 +266,10 @@ class VllmEngine:
     def abort(self, stream: Stream, group_id: int) -> list[Completion]:
         """Drops a group; returns its completions so far, in order: all, or none if it had not
         begun."""
-        sent = self._admission.drop(stream, group_id)
+        sent = self.admission.drop(stream, group_id)
         if sent is None:
             return []
-        del self._admission.running[sent.serial]
+        del self.admission.running[sent.serial]
         completions = self._client.call(self._abort(sent))
         return completions if any(c.token_ids.size for c in completions) else []
 
@@ -298,7 +298,7 @@ class VllmEngine:
 
     def close(self) -> None:
         """Ends vLLM's processes; the engine cannot be used afterwards."""
-        self._admission.clear()
+        self.admission.clear()
         self._version = None
         self._drop_staged()
         self._client.close()
