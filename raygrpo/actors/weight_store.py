@@ -23,7 +23,7 @@ from raygrpo.errors import WeightsCorrupt
 from raygrpo.types import ByteArray, Version
 from raygrpo.weights.chain import StoredVersion, VersionChain
 from raygrpo.weights.replica import WeightLink
-from raygrpo.weights.shared import Address, HeldSegment, SegmentGone, read_segment
+from raygrpo.weights.shared import KeptBuffer, SharedAddress, SharedGone, read_shared
 from raygrpo.weights.types import WeightsManifest
 
 # How often buckets may be gone when they are read: newer publishes may overtake a reader.
@@ -42,14 +42,14 @@ class WeightStoreActor:
         self._chain.refuse_older(version)
         self._chain.put(version, index, ray.put(data), encoded=encoded)
 
-    def adopt(self, version: Version, index: int, address: Address) -> bool:
+    def adopt(self, version: Version, index: int, address: SharedAddress) -> bool:
         """Maps a whole bucket in this host's shared memory; False if it is on another host."""
         self._chain.refuse_older(version)
         try:
             held = _Held(address)
-        except SegmentGone:
+        except SharedGone:
             return False
-        self._held[address.mark] = held
+        self._held[address.edition] = held
         self._chain.put(version, index, held)
         return True
 
@@ -75,20 +75,20 @@ class WeightStoreActor:
             for manifest, refs in self._chain.plan(have)
         ]
 
-    def fetch(self, mark: bytes) -> list[Any]:
+    def fetch(self, edition: bytes) -> list[Any]:
         """A reference to a bucket in shared memory, for a reader on another host.
 
         Raises:
-            SegmentGone: the store has let go of the bucket.
+            SharedGone: the store has let go of the bucket.
         """
-        held = self._held.get(mark)
+        held = self._held.get(edition)
         if held is None:
-            raise SegmentGone("a bucket of the weights is gone")
+            raise SharedGone("a bucket of the weights is gone")
         held.ref = held.ref or ray.put(held.read())
         return [held.ref]
 
 
-class _Held(HeldSegment):
+class _Held(KeptBuffer):
     """A bucket in shared memory, and the object made of it for other hosts."""
 
     ref: Any = None
@@ -115,7 +115,7 @@ class StoreHandle:
         """Sends a bucket; returns a function that waits until the store has it."""
         return partial(self._answer, self.actor.put.remote(version, index, data, encoded))
 
-    def adopt(self, version: Version, index: int, address: Address) -> Callable[[], bool]:
+    def adopt(self, version: Version, index: int, address: SharedAddress) -> Callable[[], bool]:
         """Offers a bucket in shared memory; the answer of a store on another host is False."""
         return partial(self._answer, self.actor.adopt.remote(version, index, address))
 
@@ -145,16 +145,16 @@ class StoreHandle:
                     (manifest, await asyncio.gather(*map(self._read, parts)))
                     for manifest, parts in versions
                 ]
-            except (SegmentGone, ray.exceptions.ObjectLostError) as error:
+            except (SharedGone, ray.exceptions.ObjectLostError) as error:
                 last = error
         raise WeightsCorrupt(f"buckets of the weights were gone {_MAX_PULLS} times: {last}")
 
     async def _read(self, part: Any) -> ByteArray:
-        if isinstance(part, Address):
+        if isinstance(part, SharedAddress):
             try:
-                return read_segment(part)
-            except SegmentGone:
-                (part,) = await self.actor.fetch.remote(part.mark)
+                return read_shared(part)
+            except SharedGone:
+                (part,) = await self.actor.fetch.remote(part.edition)
         data: ByteArray = await part
         return data
 

@@ -29,7 +29,7 @@ from raygrpo.errors import InfraError
 from raygrpo.types import ByteArray, Version
 from raygrpo.weights import delta
 from raygrpo.weights.buckets import BUCKET_BYTES, make_buckets
-from raygrpo.weights.shared import Address, Segment, SegmentPool
+from raygrpo.weights.shared import SharedAddress, SharedBuffer, SharedPool
 from raygrpo.weights.types import BucketSpec, Probe, PublishReport, WeightsManifest, WholeKind
 
 LOCAL_FRAC = 0.03
@@ -51,7 +51,7 @@ class Store(Protocol):
     ) -> Callable[[], None]:
         """Sends bucket ``index`` of a version, as a delta (``encoded``) or whole."""
 
-    def adopt(self, version: Version, index: int, address: Address) -> Callable[[], bool]:
+    def adopt(self, version: Version, index: int, address: SharedAddress) -> Callable[[], bool]:
         """Offers a whole bucket in shared memory; the answer of a store elsewhere is False."""
 
     def commit(self, *manifests: WeightsManifest) -> None:
@@ -63,12 +63,8 @@ class _Compared:
     """A bucket of the version under way, and its delta on the version before, if it has one."""
 
     spec: BucketSpec
-    segment: Segment
+    buffer: SharedBuffer
     encoded: delta.Encoded | None
-
-    @property
-    def data(self) -> ByteArray:
-        return self.segment.data
 
 
 class Publisher:
@@ -82,10 +78,10 @@ class Publisher:
     def __init__(self, store: Store, *, local: bool, bucket_bytes: int = BUCKET_BYTES) -> None:
         self._store, self._bucket_bytes = store, bucket_bytes
         self._max_changed_frac = LOCAL_FRAC if local else delta.DENSE_FRAC
-        self._base: list[tuple[BucketSpec, Segment]] = []
+        self._base: list[tuple[BucketSpec, SharedBuffer]] = []
         self._base_version: Version | None = None
-        self._chain_bytes = 0
-        self._segments = SegmentPool()
+        self._delta_bytes = 0
+        self._pool = SharedPool()
         self._same_host = True  # until the store says otherwise
         self._puts: deque[Callable[[], object]] = deque()  # each waits for one bucket's arrival
 
@@ -110,7 +106,7 @@ class Publisher:
         if newest is None or newest != self._base_version or version.incarnation != newest[0]:
             self._give_back(base)
             base = []
-        whole = not base or self._chain_bytes > sum(spec.num_bytes for spec, _ in base)
+        whole = not base or self._delta_bytes > sum(spec.num_bytes for spec, _ in base)
         buckets: list[_Compared] = []
         for bucket in self._compare_all(tensors, base):
             self._send(version, len(buckets), bucket, whole=whole)
@@ -124,22 +120,22 @@ class Publisher:
             if self._store.newest() is not None:
                 raise
             # The store was lost during this publish. The kept bytes are this version's.
-            link = self._send_again(link, [bucket.segment for bucket in buckets], kind)
+            link = self._send_again(link, [bucket.buffer for bucket in buckets], kind)
             manifests = [link]
-        self._base = [(bucket.spec, bucket.segment) for bucket in buckets]
+        self._base = [(bucket.spec, bucket.buffer) for bucket in buckets]
         self._base_version = version
         is_whole = any(manifest.kind != "delta" for manifest in manifests)
-        self._chain_bytes = 0 if is_whole else self._chain_bytes + link.sent_bytes
+        self._delta_bytes = 0 if is_whole else self._delta_bytes + link.sent_bytes
         return _report(link, buckets)
 
     def _compare_all(
-        self, tensors: Iterable[tuple[str, Tensor]], base: list[tuple[BucketSpec, Segment]]
+        self, tensors: Iterable[tuple[str, Tensor]], base: list[tuple[BucketSpec, SharedBuffer]]
     ) -> Iterator[_Compared]:
         """Packs buckets into shared memory, and compares each with the base's."""
-        taken: deque[Segment] = deque()
+        taken: deque[SharedBuffer] = deque()
 
         def take(num_bytes: int) -> ByteArray:
-            taken.append(self._segments.take(num_bytes))
+            taken.append(self._pool.take(num_bytes))
             return taken[-1].data
 
         held = iter(base)
@@ -153,25 +149,25 @@ class Publisher:
             if before is not None:
                 yield before.result()
 
-    def _give_back(self, base: Iterable[tuple[BucketSpec, Segment]]) -> None:
-        for _, segment in base:
-            self._segments.give_back(segment)
+    def _give_back(self, base: Iterable[tuple[BucketSpec, SharedBuffer]]) -> None:
+        for _, buffer in base:
+            self._pool.give_back(buffer)
 
     def _compare(
-        self, spec: BucketSpec, segment: Segment, base: tuple[BucketSpec, Segment] | None
+        self, spec: BucketSpec, buffer: SharedBuffer, base: tuple[BucketSpec, SharedBuffer] | None
     ) -> _Compared:
         encoded = None
         if base is not None:
             old, held = base
             encoded = delta.compare(
                 held.data,
-                segment.data,
+                buffer.data,
                 old.checksum,
                 spec.checksum,
                 _itemsize(spec),
                 self._max_changed_frac,
             )
-        return _Compared(spec=spec, segment=segment, encoded=encoded)
+        return _Compared(spec=spec, buffer=buffer, encoded=encoded)
 
     def _send(self, version: Version, index: int, bucket: _Compared, *, whole: bool) -> None:
         coded = bucket.encoded.data if bucket.encoded else None
@@ -179,15 +175,15 @@ class Publisher:
             data = np.frombuffer(coded, np.uint8)
             self._puts.append(self._store.put(version, index, data, encoded=True))
         if coded is None or whole:
-            self._send_whole(version, index, bucket.segment)
+            self._send_whole(version, index, bucket.buffer)
         self._finish_puts(_PUTS_IN_FLIGHT)
 
-    def _send_whole(self, version: Version, index: int, segment: Segment) -> None:
-        put = partial(self._store.put, version, index, segment.data, encoded=False)
+    def _send_whole(self, version: Version, index: int, buffer: SharedBuffer) -> None:
+        put = partial(self._store.put, version, index, buffer.data, encoded=False)
         if not self._same_host:
             self._puts.append(put())
             return
-        adopted = self._store.adopt(version, index, segment.show())
+        adopted = self._store.adopt(version, index, buffer.show())
 
         def finish() -> None:
             if not adopted():
@@ -197,13 +193,13 @@ class Publisher:
         self._puts.append(finish)
 
     def _send_again(
-        self, link: WeightsManifest, segments: Sequence[Segment], kind: WholeKind
+        self, link: WeightsManifest, buffers: Sequence[SharedBuffer], kind: WholeKind
     ) -> WeightsManifest:
         """Gives an empty store the whole version; returns its manifest."""
         specs = tuple(replace(spec, encoded_bytes=None) for spec in link.buckets)
         whole = replace(link, kind=kind, base_version=None, buckets=specs)
-        for index, segment in enumerate(segments):
-            self._send_whole(link.version, index, segment)
+        for index, buffer in enumerate(buffers):
+            self._send_whole(link.version, index, buffer)
             self._finish_puts(_PUTS_IN_FLIGHT)
         self._finish_puts(0)
         self._store.commit(whole)

@@ -1,11 +1,13 @@
 """Whole buckets in memory that the processes of one host share: written once, read in place.
 
-A segment is a memory file without a name (memfd), which others open through ``/proc``. The kernel
-frees it when the last process that has it open or mapped lets go, however that process ends: a
-dead writer takes nothing along, and nothing is left behind. Fresh memory costs several times what
-a copy into it does, so segments are written again: a reader holds a shared lock (flock) as long as
-its array lives, a writer needs the exclusive one. A mark at the front, new at each writing, tells a
-reader that comes too late.
+A `SharedBuffer` is a memory file without a name (memfd). Other processes open it through ``/proc``.
+The kernel frees the memory when the last process that has it open or mapped lets go, however that
+process ends. So a dead writer takes nothing along, and nothing is left behind.
+
+Fresh memory costs several times as much as a copy into it, so buffers are written again. A reader
+holds a shared lock (flock) as long as its array lives; a writer needs the exclusive lock. Each
+writing puts a new edition at the front of the buffer, by which a late reader sees that its bytes
+are gone.
 """
 
 from __future__ import annotations
@@ -21,26 +23,29 @@ import numpy as np
 from raygrpo.errors import InfraError
 from raygrpo.types import ByteArray
 
-_MARK_BYTES = 16
+_EDITION_BYTES = 16
 _HEADER_BYTES = 64  # what engines align tensors to
 
 
-class SegmentGone(InfraError):
-    """What was asked for is not there: written anew since, or on another host."""
+class SharedGone(InfraError):
+    """The bytes at an address are gone, written again since, or on another host."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Address:
-    """Where a segment is open: a process of this host and its file descriptor."""
+class SharedAddress:
+    """Where a buffer is open: a process of this host and its file descriptor.
+
+    Example: process 4711, descriptor 17, ``raygrpo-3f...``, 16 bytes of edition, 67108864 bytes.
+    """
 
     pid: int
     descriptor: int
     name: str
-    mark: bytes
+    edition: bytes
     num_bytes: int
 
 
-class Segment:
+class SharedBuffer:
     """Memory to write a bucket into."""
 
     def __init__(self, capacity: int) -> None:
@@ -62,67 +67,67 @@ class Segment:
             os.close(self._file)
 
     def begin(self, num_bytes: int) -> bool:
-        """Makes ``data`` an array of this size to write, unless somebody reads what was here."""
+        """Makes ``data`` a new array of this size; False while somebody reads the old bytes."""
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
-        self._mapped[:_MARK_BYTES] = uuid.uuid4().bytes
+        self._mapped[:_EDITION_BYTES] = uuid.uuid4().bytes
         self.data = np.frombuffer(self._mapped, np.uint8, num_bytes, _HEADER_BYTES)
         return True
 
-    def show(self) -> Address:
-        """Lets others read what has been written; not to be written until `end`."""
+    def show(self) -> SharedAddress:
+        """Lets others read the buffer, which must not be written until `end`."""
         fcntl.flock(self._file, fcntl.LOCK_SH)
-        return Address(
+        return SharedAddress(
             pid=os.getpid(),
             descriptor=self._file,
             name=self._name,
-            mark=self._mapped[:_MARK_BYTES],
+            edition=self._mapped[:_EDITION_BYTES],
             num_bytes=self.data.nbytes,
         )
 
     def end(self) -> None:
-        """This process does not need the bytes any more; others may."""
+        """Allows the next writing, as far as this process is concerned."""
         fcntl.flock(self._file, fcntl.LOCK_UN)
 
 
-class SegmentPool:
-    """Segments to write buckets into; what is given back serves again once nobody reads it."""
+class SharedPool:
+    """Buffers to write buckets into. A returned buffer serves again once nobody reads it."""
 
     def __init__(self) -> None:
-        self._returned: list[Segment] = []
+        self._returned: list[SharedBuffer] = []
 
-    def take(self, num_bytes: int) -> Segment:
-        """A segment whose ``data`` has this size."""
-        capacity = 1 << max(num_bytes - 1, 0).bit_length()  # only what is written takes memory
-        for place, segment in enumerate(self._returned):
-            if segment.capacity == capacity and segment.begin(num_bytes):
+    def take(self, num_bytes: int) -> SharedBuffer:
+        """A buffer whose ``data`` has this size."""
+        capacity = 1 << max(num_bytes - 1, 0).bit_length()  # untouched pages take no memory
+        for place, buffer in enumerate(self._returned):
+            if buffer.capacity == capacity and buffer.begin(num_bytes):
                 return self._returned.pop(place)
-        segment = Segment(capacity)
-        segment.begin(num_bytes)
-        return segment
+        buffer = SharedBuffer(capacity)
+        buffer.begin(num_bytes)
+        return buffer
 
-    def give_back(self, segment: Segment) -> None:
-        """Takes a segment back that this process does not read any more."""
-        segment.end()
-        self._returned.append(segment)
+    def give_back(self, buffer: SharedBuffer) -> None:
+        """Takes back a buffer that this process has finished reading."""
+        buffer.end()
+        self._returned.append(buffer)
 
 
-class HeldSegment:
-    """A segment that this process keeps for others to read.
+class KeptBuffer:
+    """A buffer that this process keeps for others to read.
 
     Raises:
-        SegmentGone: it is not at this address any more.
+        SharedGone: another edition, or nothing, is at this address.
     """
 
-    def __init__(self, address: Address) -> None:
+    def __init__(self, address: SharedAddress) -> None:
         self._file = _open(address)
-        self.address = Address(
+        self.address = SharedAddress(
             pid=os.getpid(),
             descriptor=self._file,
             name=address.name,
-            mark=address.mark,
+            edition=address.edition,
             num_bytes=address.num_bytes,
         )
 
@@ -131,43 +136,43 @@ class HeldSegment:
             os.close(self._file)
 
     def read(self) -> ByteArray:
-        """The bytes in place, read-only; they stay as they are while the array lives."""
+        """The bytes in place, read-only and unchanged while the array lives."""
         return _map(self._file, self.address)
 
 
-def read_segment(address: Address) -> ByteArray:
-    """`HeldSegment.read` of the segment at this address.
+def read_shared(address: SharedAddress) -> ByteArray:
+    """The bytes at an address in place, read-only and unchanged while the array lives.
 
     Raises:
-        SegmentGone: it is not there any more.
+        SharedGone: another edition, or nothing, is at this address.
     """
     file = _open(address)
     try:
-        return _map(file, address)  # which has the file open, and so locked, by itself
+        return _map(file, address)  # the mapping keeps the file open, and so locked
     finally:
         os.close(file)
 
 
-def _open(address: Address) -> int:
+def _open(address: SharedAddress) -> int:
     path = f"/proc/{address.pid}/fd/{address.descriptor}"
     try:
         # The name tells it from a file of another host's process of the same number.
         if os.readlink(path) != f"/memfd:{address.name} (deleted)":
-            raise SegmentGone("a segment of the weights is not there any more")
+            raise SharedGone("a shared buffer of the weights is gone")
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
-        raise SegmentGone(f"a segment of the weights cannot be opened: {error}") from None
+        raise SharedGone(f"a shared buffer of the weights cannot be opened: {error}") from None
     try:
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        if os.pread(file, _MARK_BYTES, 0) != address.mark:
-            raise SegmentGone("a segment of the weights was written anew")
-    except (BlockingIOError, SegmentGone) as error:
+        if os.pread(file, _EDITION_BYTES, 0) != address.edition:
+            raise SharedGone("a shared buffer of the weights was written again")
+    except (BlockingIOError, SharedGone) as error:
         os.close(file)
-        raise SegmentGone("a segment of the weights was written anew") from error
+        raise SharedGone("a shared buffer of the weights was written again") from error
     return file
 
 
-def _map(file: int, address: Address) -> ByteArray:
+def _map(file: int, address: SharedAddress) -> ByteArray:
     size = _HEADER_BYTES + address.num_bytes
     flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
     mapped = mmap.mmap(file, size, flags=flags, prot=mmap.PROT_READ)

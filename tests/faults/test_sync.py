@@ -37,7 +37,7 @@ from raygrpo.types import ByteArray, FloatArray, GroupRequest, Prompt, Sampling,
 from raygrpo.weights.buckets import make_buckets, unpack
 from raygrpo.weights.probe import probe_tokens
 from raygrpo.weights.publisher import Publisher, Store
-from raygrpo.weights.shared import Address
+from raygrpo.weights.shared import SharedAddress
 from raygrpo.weights.types import Probe, WeightsManifest
 from tests import runs
 
@@ -487,7 +487,7 @@ class SpoiledStore:
             data[data.size // 2] ^= 1
         return self.cluster.store.put(version, index, data, encoded=encoded)
 
-    def adopt(self, version: Version, index: int, address: Address) -> Callable[[], bool]:
+    def adopt(self, version: Version, index: int, address: SharedAddress) -> Callable[[], bool]:
         if self.corrupt:
             return lambda: False
         if index == self.dies_at:

@@ -1,4 +1,4 @@
-"""Segments in memory that processes share: real processes write, read late, and are killed."""
+"""Buffers in memory that processes share: real processes write, read late, and are killed."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from raygrpo.weights.shared import Address, HeldSegment, SegmentGone, SegmentPool, read_segment
+from raygrpo.weights.shared import KeptBuffer, SharedAddress, SharedGone, SharedPool, read_shared
 
 SIZE = 100_000
-# Shows a segment of ones, then waits to be killed.
+# Shows a buffer of ones, then waits to be killed.
 WRITER = f"""
 import sys
-from raygrpo.weights.shared import SegmentPool
-segment = SegmentPool().take({SIZE})
-segment.data[:] = 1
-address = segment.show()
-print(address.pid, address.descriptor, address.name, address.mark.hex(), flush=True)
+from raygrpo.weights.shared import SharedPool
+buffer = SharedPool().take({SIZE})
+buffer.data[:] = 1
+address = buffer.show()
+print(address.pid, address.descriptor, address.name, address.edition.hex(), flush=True)
 sys.stdin.read()
 """
 # Holds the array at an address until told to end.
 READER = """
 import sys
-from raygrpo.weights.shared import Address, read_segment
-pid, descriptor, name, mark, size = sys.argv[1:]
-array = read_segment(Address(pid=int(pid), descriptor=int(descriptor), name=name,
-                             mark=bytes.fromhex(mark), num_bytes=int(size)))
+from raygrpo.weights.shared import SharedAddress, read_shared
+pid, descriptor, name, edition, size = sys.argv[1:]
+array = read_shared(SharedAddress(pid=int(pid), descriptor=int(descriptor), name=name,
+                             edition=bytes.fromhex(edition), num_bytes=int(size)))
 print(int(array.astype("int64").sum()), flush=True)
 sys.stdin.read()
 """
@@ -60,16 +60,16 @@ def start(children: list[subprocess.Popen[str]], code: str, *arguments: str) -> 
     return child.stdout.readline()
 
 
-def start_reader(children: list[subprocess.Popen[str]], at: Address) -> int:
-    """Has another process hold a segment; the sum of its bytes."""
-    where = (str(at.pid), str(at.descriptor), at.name, at.mark.hex(), str(at.num_bytes))
+def start_reader(children: list[subprocess.Popen[str]], at: SharedAddress) -> int:
+    """Has another process hold a buffer; the sum of its bytes."""
+    where = (str(at.pid), str(at.descriptor), at.name, at.edition.hex(), str(at.num_bytes))
     return int(start(children, READER, *where))
 
 
 def test_what_another_process_reads_is_not_written_until_it_ends(
     children: list[subprocess.Popen[str]],
 ) -> None:
-    pool = SegmentPool()
+    pool = SharedPool()
     first = pool.take(SIZE)
     first.data[:] = 3
     assert start_reader(children, first.show()) == 3 * SIZE
@@ -82,57 +82,57 @@ def test_what_another_process_reads_is_not_written_until_it_ends(
 
 
 def test_a_reader_that_comes_after_the_next_writing_is_told() -> None:
-    pool = SegmentPool()
-    segment = pool.take(SIZE)
-    segment.data[:] = 1
-    old = segment.show()
-    pool.give_back(segment)
+    pool = SharedPool()
+    buffer = pool.take(SIZE)
+    buffer.data[:] = 1
+    old = buffer.show()
+    pool.give_back(buffer)
     again = pool.take(SIZE)
-    assert again is segment
-    with pytest.raises(SegmentGone, match="written anew"):  # while it is being written
-        read_segment(old)
+    assert again is buffer
+    with pytest.raises(SharedGone, match="written again"):  # while it is being written
+        read_shared(old)
     again.data[:] = 2
     new = again.show()
-    with pytest.raises(SegmentGone, match="written anew"):
-        read_segment(old)
-    assert (read_segment(new) == 2).all()
+    with pytest.raises(SharedGone, match="written again"):
+        read_shared(old)
+    assert (read_shared(new) == 2).all()
 
 
-def test_a_segment_outlives_its_writer_where_it_is_held(
+def test_a_buffer_outlives_its_writer_where_it_is_held(
     children: list[subprocess.Popen[str]],
 ) -> None:
-    pid, descriptor, name, mark = start(children, WRITER).split()
-    address = Address(
+    pid, descriptor, name, edition = start(children, WRITER).split()
+    address = SharedAddress(
         pid=int(pid),
         descriptor=int(descriptor),
         name=name,
-        mark=bytes.fromhex(mark),
+        edition=bytes.fromhex(edition),
         num_bytes=SIZE,
     )
-    held = HeldSegment(address)
+    held = KeptBuffer(address)
     os.kill(int(pid), signal.SIGKILL)
     children[0].wait(30)
-    with pytest.raises(SegmentGone, match="cannot be opened"):
-        read_segment(address)
+    with pytest.raises(SharedGone, match="cannot be opened"):
+        read_shared(address)
     assert (held.read() == 1).all()
     assert start_reader(children, held.address) == SIZE  # a third process, from who holds it
 
 
-def test_another_file_under_the_same_number_is_not_taken_for_the_segment() -> None:
-    pool = SegmentPool()
-    segment = pool.take(SIZE)
-    address = segment.show()
+def test_another_file_under_the_same_number_is_not_taken_for_the_buffer() -> None:
+    pool = SharedPool()
+    buffer = pool.take(SIZE)
+    address = buffer.show()
     for wrong in (replace(address, name="raygrpo-other"), replace(address, descriptor=0)):
-        with pytest.raises(SegmentGone):
-            read_segment(wrong)
+        with pytest.raises(SharedGone):
+            read_shared(wrong)
 
 
 def test_readers_cannot_write_and_kernels_find_aligned_memory() -> None:
-    pool = SegmentPool()
-    segment = pool.take(SIZE)
-    segment.data[:] = 5
-    array = read_segment(segment.show())
+    pool = SharedPool()
+    buffer = pool.take(SIZE)
+    buffer.data[:] = 5
+    array = read_shared(buffer.show())
     assert array.ctypes.data % 64 == 0
     with pytest.raises(ValueError, match="read-only"):
         array[0] = 1
-    assert np.array_equal(array, segment.data)
+    assert np.array_equal(array, buffer.data)

@@ -21,7 +21,7 @@ from raygrpo.weights.buckets import make_buckets, tensor_bytes
 from raygrpo.weights.chain import VersionChain
 from raygrpo.weights.publisher import Publisher
 from raygrpo.weights.replica import ALIGNMENT, Replica, WeightLink
-from raygrpo.weights.shared import Address, read_segment
+from raygrpo.weights.shared import SharedAddress, read_shared
 from raygrpo.weights.types import PublishReport, WeightsManifest
 
 BUCKET_BYTES = 20_000
@@ -41,9 +41,9 @@ class Store:
     ) -> Callable[[], None]:
         return partial(self.chain.put, version, index, data.copy(), encoded=encoded)
 
-    def adopt(self, version: Version, index: int, address: Address) -> Callable[[], bool]:
+    def adopt(self, version: Version, index: int, address: SharedAddress) -> Callable[[], bool]:
         if self.same_host:
-            self.chain.put(version, index, read_segment(address))
+            self.chain.put(version, index, read_shared(address))
         return lambda: self.same_host
 
     def commit(self, *manifests: WeightsManifest) -> None:
