@@ -110,6 +110,10 @@ class Window:
         """Finished groups that wait for their step, or for an earlier group's end."""
         return (*self._kept, *self._finished.values())
 
+    def awaits(self, group_id: int) -> bool:
+        """Whether a group was admitted and is not yet trained or dropped."""
+        return group_id in self._requests
+
     def has_room(self, step: int) -> bool:
         """Whether another group may start when ``step`` StepBatches are trained."""
         reach = min(step + 1 + self._max_staleness, self._steps)

@@ -254,7 +254,7 @@ def write_file(path: Path, table: pa.Table, facts: FileFacts) -> None:
     if path.is_file():
         older, known = read_file(path)
         others = older.filter(pc.invert(pc.is_in(older["group_id"], table["group_id"])))
-        order = [("group_id", "ascending"), ("completion_index", "ascending")]
+        order = [(name, "ascending") for name in ("group_id", "completion_index", "part")]
         table = pa.concat_tables([others, table]).sort_by(order)
         facts = replace(facts, complete=facts.complete and known.complete)
     _replace_file(path, table, facts)

@@ -249,7 +249,7 @@ class Trainer:
             self._rollouts.take([replace(group, fate="eval")])
             return
         self._interval.budget.take(summary.scores, self.first_traceback)
-        awaited = summary.group_id in {request.group_id for request in self._window.pending}
+        awaited = self._window.awaits(summary.group_id)
         self._ledger = self._ledger.report(summary, awaited=awaited)
         self._num_tokens += summary.prompt_length * len(summary.lengths) + sum(summary.lengths)
         self._interval.finished.append(summary)

@@ -12,7 +12,6 @@ import pytest
 from raygrpo.actors.futures import Pending
 from raygrpo.actors.pool.workers import PoolEvents
 from raygrpo.config import RunConfig
-from raygrpo.config.file import load_config
 from raygrpo.rewards.contract import TrainerState
 from raygrpo.storage.checkpoint import Checkpoints
 from raygrpo.storage.rollouts import Kind
@@ -50,7 +49,7 @@ Wait = Callable[[Sequence[Pending[Any]]], PoolEvents]
 class Parts:
     """Pool, learner, store and tracker of a run in one; ``script`` is what each wait brings.
 
-    Without a script a wait brings all that was asked for: groups, an update, a publish, a save.
+    Without a script a wait brings all that was asked for.
     """
 
     script: list[Wait] = field(default_factory=list)
@@ -89,8 +88,10 @@ class Parts:
     def wait(
         self, pendings: Sequence[Pending[Any]], timeout_s: float, trainer_state: TrainerState
     ) -> PoolEvents:
-        if self.script:
-            return self.script.pop(0)(pendings)
+        return self.script.pop(0)(pendings) if self.script else self.come(pendings)
+
+    def come(self, pendings: Sequence[Pending[Any]]) -> PoolEvents:
+        """All that was asked for: groups, and calls that are not held open."""
         sent, self.sent = self.sent, []
         done = tuple(pending for pending in pendings if not pending.open_refs)
         return PoolEvents(groups=tuple(map(finished, sent)), completed=done)
@@ -188,8 +189,6 @@ def run_dir(tmp_path: Path) -> Iterator[RunDir]:
 
 def config(**sections: Any) -> RunConfig:
     base: dict[str, Any] = {
-        "model": {"path": "m"},
-        "data": {"source": "d"},
         "sampling": {"num_completions": 2, "max_tokens": 8},
         "train": {"steps": STEPS, "groups_per_step": 1},
         "checkpoint": {"save_steps": 0},
@@ -197,7 +196,7 @@ def config(**sections: Any) -> RunConfig:
     }
     for name, section in sections.items():
         base[name] = {**base[name], **section} if isinstance(base.get(name), dict) else section
-    return load_config(base)
+    return builders.config(**base)
 
 
 def trainer(parts: Parts, run_dir: RunDir, restored: Any = None, **sections: Any) -> Trainer:
@@ -239,10 +238,6 @@ def everything(pendings: Sequence[Pending[Any]]) -> PoolEvents:
     return PoolEvents(completed=tuple(pendings))
 
 
-def nothing(pendings: Sequence[Pending[Any]]) -> PoolEvents:
-    return PoolEvents()
-
-
 @pytest.mark.parametrize(
     ("script", "publishes"),
     [
@@ -278,13 +273,9 @@ def test_lost_weights_wait_for_a_save_under_way_and_are_not_forgotten(run_dir: R
 
     made = trainer(parts, run_dir)
     made.stop()  # the first step's boundary is saved at once
-    parts.script = [everything_but_saves, lose_weights, end_the_save]
+    parts.script = [parts.come, lose_weights, end_the_save]
     assert not made.run()
     assert parts.calls.count("publish 0") == 2
-
-
-def everything_but_saves(pendings: Sequence[Pending[Any]]) -> PoolEvents:
-    return PoolEvents(completed=tuple(p for p in pendings if not p.open_refs))
 
 
 @pytest.mark.parametrize("placement", ["disaggregate", "colocate"])
@@ -292,17 +283,12 @@ def test_an_update_waits_until_colocated_generators_sleep(run_dir: RunDir, place
     parts = Parts(asleep=False)
     made = trainer(parts, run_dir, generators={"placement": placement})
 
-    def wake_up_late(pendings: Sequence[Pending[Any]]) -> PoolEvents:
+    def fall_asleep(pendings: Sequence[Pending[Any]]) -> PoolEvents:
         assert ("update 0" in parts.calls) == (placement == "disaggregate")
         parts.asleep = True
-        return everything(pendings)
+        return parts.come(pendings)
 
-    def bring_the_groups(pendings: Sequence[Pending[Any]]) -> PoolEvents:
-        groups = tuple(map(finished, parts.sent))
-        parts.sent.clear()
-        return PoolEvents(groups=groups, completed=tuple(pendings))
-
-    parts.script = [bring_the_groups, wake_up_late]
+    parts.script = [parts.come, fall_asleep]
     assert made.run()
     assert ("sleep" in parts.calls) == (placement == "colocate")
 
@@ -315,12 +301,10 @@ def test_a_save_may_end_after_the_next_step(run_dir: RunDir) -> None:
 
     def go_on(pendings: Sequence[Pending[Any]]) -> PoolEvents:
         steps.append(made.step)
-        groups = tuple(map(finished, parts.sent))
-        parts.sent.clear()
         if len(steps) > 20:
             for pending in pendings:
                 pending.refs.clear()
-        return replace(everything_but_saves(pendings), groups=groups)
+        return parts.come(pendings)
 
     parts.script = [go_on] * 60
     made.run()
@@ -335,10 +319,8 @@ def test_a_stop_leaves_the_evaluation_to_the_run_that_resumes(run_dir: RunDir) -
     def stop_at_step_2(pendings: Sequence[Pending[Any]]) -> PoolEvents:
         if made.step == 2:
             made.stop()
-            return everything_but_saves(pendings)
-        groups = tuple(map(finished, parts.sent))
-        parts.sent.clear()
-        return replace(everything_but_saves(pendings), groups=groups)
+            parts.sent.clear()
+        return parts.come(pendings)
 
     parts.script = [stop_at_step_2] * 30
     assert not made.run()
