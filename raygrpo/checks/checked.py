@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
+
+import datasets
 
 from raygrpo.actors.cluster.placement import check_run_dir, check_transfer
 from raygrpo.checks.revisions import pin
 from raygrpo.config import RunConfig
 from raygrpo.data.loading import make_prompts
 from raygrpo.data.prompts import PromptStream
-from raygrpo.data.sources import eval_section
+from raygrpo.data.sources import anchored_source, eval_section
 from raygrpo.engines.select import check_engine
 from raygrpo.errors import ConfigError
 from raygrpo.learner.deepspeed_config import check_learner
@@ -25,6 +27,8 @@ from raygrpo.storage.run_dir import RunDir
 from raygrpo.tracking.tensorboard import check_tensorboard
 from raygrpo.training.evaluation import check_best_metric
 from raygrpo.types import Prompt
+
+Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,8 +67,8 @@ class Checked:
 def check(
     given: RunConfig,
     functions: Mapping[str, bytes] | None = None,
-    dataset: Any = None,
-    eval_dataset: Any = None,
+    dataset: Rows = None,
+    eval_dataset: Rows = None,
 ) -> Checked:
     """Checks a configuration and loads the tokenizer and the prompts.
 
@@ -114,11 +118,17 @@ def check(
 
 
 def anchored(config: RunConfig) -> RunConfig:
-    """The configuration with absolute paths of model and rewards, for processes elsewhere.
+    """The configuration with absolute paths of model, rewards and data, for processes elsewhere.
 
     Raises:
         ConfigError: the model's path holds no model.
     """
     check_model_path(config.model)
-    rewards = [anchor_reward(reward) for reward in config.rewards]
-    return config.model_copy(update={"model": anchored_model(config.model), "rewards": rewards})
+    own_data = {"data": anchored_source(config.eval.data)}
+    sections = {
+        "model": anchored_model(config.model),
+        "data": anchored_source(config.data),
+        "rewards": [anchor_reward(reward) for reward in config.rewards],
+        "eval": config.eval.model_copy(update=own_data),
+    }
+    return config.model_copy(update=sections)

@@ -128,7 +128,7 @@ def _data_facts(checked: Checked, prompts: Sequence[Prompt], lengths: Any) -> Li
     shown = checked.tokenizer.decode(prompts[0].token_ids.tolist())
     cut = "..." if len(shown) > _SHOWN_CHARACTERS else ""
     return {
-        "source": section.source,
+        "source": checked.given.data.source,
         "prompts": f"{number or 'streamed'} ({source.num_dropped} dropped, "
         f"{source.num_truncated} truncated)",
         f"prompt tokens of {len(prompts)}": f"mean {lengths.mean():.1f}, "

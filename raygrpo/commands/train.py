@@ -2,12 +2,13 @@
 
 Each stage is a function, and its value goes into the next one:
 
-    check -> Checked -> claim -> restore -> Begin -> join -> Cluster -> start -> Wiring -> Trainer
+    check -> Checked -> claim, prepare -> Prepared -> join -> Cluster -> start -> Wiring -> Trainer
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from raygrpo.actors.pool.pool import RolloutPool
 from raygrpo.actors.profiling import ProfileRequest, order_profile
 from raygrpo.actors.rollout_writer import RolloutLog
 from raygrpo.actors.weight_store import StoreHandle, start_store
-from raygrpo.checks.checked import Checked, check
+from raygrpo.checks.checked import Checked, Rows, check
 from raygrpo.checks.resolved import resolve, this_machine
 from raygrpo.checks.warnings import start_events
 from raygrpo.commands.export import export_checkpoint
@@ -60,8 +61,8 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Begin:
-    """Where a start of a run begins: at its newest checkpoint, or at step 0.
+class Prepared:
+    """A run that may start: at its newest checkpoint, or at step 0.
 
     Attributes:
         run_dir: the run's directory, which this process holds.
@@ -69,24 +70,29 @@ class Begin:
         checkpoint: the checkpoint's directory; None for a run from step 0.
         refused: why checkpoints were passed over.
         incarnation: how many starts the learner has had, this one included.
+        profile: the step to trace.
     """
 
+    checked: Checked
     run_dir: RunDir
     checkpoints: Checkpoints
     state: RunState | None
     checkpoint: Path | None
     refused: Sequence[str]
     incarnation: int
+    profile: ProfileRequest | None
 
     @property
     def step(self) -> int:
         """Steps that are trained."""
         return self.state.step if self.state else 0
 
-    def is_complete(self, config: RunConfig) -> bool:
+    @property
+    def is_complete(self) -> bool:
         """Whether all steps are trained: then only the export is left to write."""
         if self.state is None or self.state.record is not None:
             return False
+        config = self.checked.config
         return self.step >= config.train.steps or self.state.best.has_ended(config)
 
 
@@ -94,8 +100,8 @@ def train(
     config: RunConfig | Mapping[str, Any] | Path | str,
     *,
     reward_funcs: Sequence[RewardCallable] | RewardCallable = (),
-    dataset: Any = None,
-    eval_dataset: Any = None,
+    dataset: Rows = None,
+    eval_dataset: Rows = None,
     overrides: Sequence[str] = (),
 ) -> Outcome:
     """Trains a model as ``config`` says, or resumes the run in its directory.
@@ -116,15 +122,14 @@ def train(
             config = {**config, "data": {"source": "python", **config.get("data", {})}}
         config = load_config(config, overrides)
     funcs = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
+    names = [getattr(func, "__name__", type(func).__name__) for func in funcs]
+    if len(set(names)) != len(names):
+        raise ConfigError(f"reward functions need distinct names, not {names}")
     if funcs:
-        names = [getattr(func, "__name__", type(func).__name__) for func in funcs]
-        if len(set(names)) != len(names):
-            raise ConfigError(f"reward functions need distinct names, not {names}")
         sections = [RewardSection(func=name, name=name) for name in names]
         config = config.model_copy(update={"rewards": sections})
-        functions = {name: pack_function(func) for name, func in zip(names, funcs, strict=True)}
-        return run(config, functions, dataset, eval_dataset)
-    return run(config, {}, dataset, eval_dataset)
+    functions = {name: pack_function(func) for name, func in zip(names, funcs, strict=True)}
+    return run(config, functions, dataset, eval_dataset)
 
 
 def make_workers(
@@ -137,8 +142,8 @@ def make_workers(
 def run(
     config: RunConfig,
     functions: Mapping[str, bytes] | None = None,
-    dataset: Any = None,
-    eval_dataset: Any = None,
+    dataset: Rows = None,
+    eval_dataset: Rows = None,
     *,
     profile_step: int | None = None,
     make_workers: MakeWorkers = make_workers,
@@ -161,33 +166,23 @@ def run(
     born = time.time()
     with open_scope() as scope:
         checked = check(config, functions, dataset, eval_dataset)
-        begin = restore(checked, claim(checked, scope))
-        profile = None
-        if profile_step is not None:
-            profile = order_profile(
-                begin.run_dir.root, profile_step, done=begin.step, steps=config.train.steps
-            )
-        if begin.is_complete(checked.config):
+        prepared = prepare(checked, claim(checked, scope), profile_step)
+        if prepared.is_complete:
             whole = resolve(checked.config, this_machine(checked.config)).config
-            tracker = start_tracking(whole, checked, begin, profile, scope)
-            return end(
-                begin.run_dir,
-                tracker,
-                scope.signals,
-                lambda: export(whole, checked, begin, begin.step),
-            )
-        cluster = scope.join(checked.config, recorded=begin.run_dir.engine)
-        begin.run_dir.write_config(cluster.config)
-        begin.run_dir.note(engine=cluster.config.generators.engine)
-        wiring, tracker = start(checked, begin, cluster, scope, profile, make_workers, born)
-        trainer = Trainer(wiring, begin.state)
+            tracker = start_tracking(whole, prepared, scope)
+            finish = functools.partial(export, whole, prepared, prepared.step)
+            return end(prepared.run_dir, tracker, scope.signals, finish)
+        cluster = scope.join(checked.config, recorded=prepared.run_dir.engine)
+        prepared.run_dir.write_config(cluster.config)
+        prepared.run_dir.note(engine=cluster.config.generators.engine)
+        wiring, tracker = start(prepared, cluster, scope, make_workers, born)
         on_start()
         return drive(
-            trainer,
-            begin.run_dir,
+            Trainer(wiring, prepared.state),
+            prepared.run_dir,
             tracker,
             scope.signals,
-            lambda step: export(cluster.config, checked, begin, step),
+            functools.partial(export, cluster.config, prepared),
             born,
         )
 
@@ -200,10 +195,11 @@ def claim(checked: Checked, scope: Scope) -> RunDir:
     return run_dir
 
 
-def restore(checked: Checked, run_dir: RunDir) -> Begin:
+def prepare(checked: Checked, run_dir: RunDir, profile_step: int | None) -> Prepared:
     """Finds the newest checkpoint that verifies, and moves the prompts to its place.
 
     Raises:
+        ConfigError: the step to trace is none of those that are left.
         StorageError: there are checkpoints, and none verifies.
     """
     config = checked.config
@@ -221,13 +217,19 @@ def restore(checked: Checked, run_dir: RunDir) -> Begin:
     if state:
         state = replace(state, best=best)
         checked.prompts.restore(state.prompts)
-    return Begin(
+    profile = None
+    if profile_step is not None:
+        done, steps = state.step if state else 0, config.train.steps
+        profile = order_profile(run_dir.root, profile_step, done=done, steps=steps)
+    return Prepared(
+        checked=checked,
         run_dir=run_dir,
         checkpoints=checkpoints,
         state=state,
         checkpoint=path,
         refused=[*refused, *missing],
         incarnation=run_dir.next_incarnation(),
+        profile=profile,
     )
 
 
@@ -246,49 +248,41 @@ def _find_best(
     return best, []
 
 
-def start_tracking(
-    config: RunConfig,
-    checked: Checked,
-    begin: Begin,
-    profile: ProfileRequest | None,
-    scope: Scope,
-) -> Tracker:
+def start_tracking(config: RunConfig, prepared: Prepared, scope: Scope) -> Tracker:
     """Opens the records, which cuts off the metrics after the checkpoint; tells of the start."""
-    resume_step = begin.step if begin.state else None
-    if begin.state and begin.state.record is not None:
-        resume_step = begin.step - 1  # its row is logged again, and may have been before
-    root = begin.run_dir.root
-    tracker = Tracker(root, config, resume_step=resume_step, profile=profile)
+    resume_step = prepared.step if prepared.state else None
+    if prepared.state and prepared.state.record is not None:
+        resume_step = prepared.step - 1  # its row is logged again, and may have been before
+    root = prepared.run_dir.root
+    tracker = Tracker(root, config, resume_step=resume_step, profile=prepared.profile)
     scope.closers.callback(tracker.close)
     for kind, fields in start_events(
         config,
-        refused=begin.refused,
-        changed=begin.run_dir.changed,
-        revisions=checked.revision_changes,
-        sources=checked.sources,
+        refused=prepared.refused,
+        changed=prepared.run_dir.changed,
+        revisions=prepared.checked.revision_changes,
+        sources=prepared.checked.sources,
     ):
-        tracker.event(kind, step=begin.step, **fields)
-    if begin.state:
-        tracker.event("resumed", step=begin.step, incarnation=begin.incarnation)
+        tracker.event(kind, step=prepared.step, **fields)
+    if prepared.state:
+        tracker.event("resumed", step=prepared.step, incarnation=prepared.incarnation)
     return tracker
 
 
 def start(
-    checked: Checked,
-    begin: Begin,
+    prepared: Prepared,
     cluster: Cluster,
     scope: Scope,
-    profile: ProfileRequest | None,
     make_workers: MakeWorkers,
     born: float,
 ) -> tuple[Wiring, Tracker]:
     """Starts all actors and records of a run; the learner holds the checkpoint's state."""
-    config, closers = cluster.config, scope.closers
+    config, checked, closers = cluster.config, prepared.checked, scope.closers
     site = Site(
         local=cluster.local,
         # Elsewhere the run directory may not exist: there, output stays in Ray's own logs.
-        logs=begin.run_dir.logs if cluster.local else None,
-        profile=profile,
+        logs=prepared.run_dir.logs if cluster.local else None,
+        profile=prepared.profile,
         places=Colocation(config, local=cluster.local),
     )
     store = start_store(labels_of(config, "learner"), timeout_s=config.ray.timeouts_s.sync)
@@ -300,17 +294,17 @@ def start(
     closers.callback(pool.close)
     with placing(cluster.connection):
         starting = learner.start()
-        tracker = start_tracking(config, checked, begin, profile, scope)  # while actors start
+        tracker = start_tracking(config, prepared, scope)  # while actors start
         if checked.given.generators.engine == "auto":
             choice = cluster.resolved.facts.engine
             tracker.event("engine", name=choice.engine, reason=choice.reason)
-        rollouts = _open_rollouts(config, begin, tracker, site.logs)
+        rollouts = _open_rollouts(config, prepared, tracker, site.logs)
         closers.callback(rollouts.close)
         pool.start()
         pids = {f"learner-{rank}": pid for rank, pid in enumerate(starting.wait())}
     tracker.event("started", step=0, pids=pids | pool.pids, seconds=time.time() - born)
-    if begin.checkpoint is not None:
-        learner.load(begin.checkpoint).wait()
+    if prepared.checkpoint is not None:
+        learner.load(prepared.checkpoint).wait()
     wiring = Wiring(
         config=config,
         pool=pool,
@@ -319,20 +313,20 @@ def start(
         eval_prompts=checked.eval_prompts,
         tracker=tracker,
         rollouts=rollouts,
-        run_dir=begin.run_dir,
-        checkpoints=begin.checkpoints,
-        incarnation=begin.incarnation,
+        run_dir=prepared.run_dir,
+        checkpoints=prepared.checkpoints,
+        incarnation=prepared.incarnation,
     )
     return wiring, tracker
 
 
 def _open_rollouts(
-    config: RunConfig, begin: Begin, tracker: Tracker, logs: Path | None
+    config: RunConfig, prepared: Prepared, tracker: Tracker, logs: Path | None
 ) -> RolloutLog:
     """The rollout store, without the groups that the run generates again."""
-    state = begin.state
+    state = prepared.state
     step, window = (state.step, state.window) if state else (-1, None)
-    directory = begin.run_dir.completions
+    directory = prepared.run_dir.completions
     roll_back(directory, step, lambda i: window is not None and window.has_decided(i))
     return RolloutLog(
         config,
@@ -369,9 +363,8 @@ def drive(
             driver_ms_per_group=driver_ms,
             first_group_s=first_group_s,
         )
-        outcome = end(
-            run_dir, tracker, signals, (lambda: export(trainer.step)) if finished else None
-        )
+        finish = functools.partial(export, trainer.step) if finished else None
+        outcome = end(run_dir, tracker, signals, finish)
         return replace(outcome, driver_ms_per_group=driver_ms, first_group_s=first_group_s)
 
 
@@ -391,11 +384,12 @@ def end(
     )
 
 
-def export(config: RunConfig, checked: Checked, begin: Begin, step: int) -> Path:
+def export(config: RunConfig, prepared: Prepared, step: int) -> Path:
     """Exports the best checkpoint where evaluations chose one, else that of ``step``."""
-    best = begin.run_dir.best_step
-    path = begin.checkpoints.path(step if best is None else best)
-    return export_checkpoint(begin.run_dir, path, config, checked.tokenizer, _example(checked))
+    run_dir, best = prepared.run_dir, prepared.run_dir.best_step
+    path = prepared.checkpoints.path(step if best is None else best)
+    tokenizer = prepared.checked.tokenizer
+    return export_checkpoint(run_dir, path, config, tokenizer, _example(prepared.checked))
 
 
 def _example(checked: Checked) -> str | list[dict[str, Any]]:

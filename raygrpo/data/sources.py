@@ -8,11 +8,12 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 
-from raygrpo.config import DataSection, EvalSection
+from raygrpo.config import DataSection, EvalDataSection, EvalSection
+from raygrpo.config.sections import DataKeys
 from raygrpo.errors import ConfigError, DataError, nearest
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -21,6 +22,7 @@ GYM_SIZE = 1000
 # Row i of a reasoning-gym task is drawn from seed + i: seeds closer together share rows.
 _EVAL_SEED_OFFSET = 1_000_000_007
 _TUPLE = "__tuple__"
+K = TypeVar("K", bound=DataKeys)
 
 
 def load_rows(
@@ -92,6 +94,17 @@ def is_on_hub(source: str) -> bool:
     elsewhere = source.startswith(GYM) or Path(source).suffix in BUILDERS or Path(source).exists()
     named = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source)
     return named is not None and not elsewhere and source not in ("python", *BUILDERS.values())
+
+
+def anchored_source(keys: K) -> K:
+    """The same keys with the paths of files made absolute, those of a mixture's parts too."""
+    changes: dict[str, Any] = {}
+    path = Path(keys.source).expanduser()
+    if _is_file(keys.source) and path.is_file():
+        changes["source"] = str(path.absolute())
+    if isinstance(keys, DataSection | EvalDataSection) and keys.mixture:
+        changes["mixture"] = [anchored_source(part) for part in keys.mixture]
+    return keys.model_copy(update=changes) if changes else keys
 
 
 def eval_seed(seed: int) -> int:

@@ -35,9 +35,9 @@ def config(**sections: Any) -> RunConfig:
     tree = {
         "run_dir": "run",
         "model": {"path": "tiny"},
-        "data": {"source": "rows.jsonl"},
+        "data": {"source": "rows.jsonl", "mixture": [{"source": "rows.jsonl", "name": "more"}]},
         "rewards": [{"func": "reward.py:good"}],
-        "eval": {"eval_steps": 2, "num_prompts": 3},
+        "eval": {"eval_steps": 2, "num_prompts": 3, "data": {"source": "rows.jsonl"}},
     }
     return load_config({**tree, **sections})
 
@@ -47,7 +47,10 @@ def test_a_checked_configuration_holds_anywhere(given: RunConfig, tmp_path: Path
     assert checked.given == given
     assert checked.config.model.path == str(tmp_path / "tiny")
     assert checked.config.rewards[0].func == f"{tmp_path / 'reward.py'}:good"
-    assert [prompt.text for prompt in checked.prompts.take(2)] == ["0+1=", "1+1="]
+    assert checked.config.data.source == str(tmp_path / "rows.jsonl")
+    assert checked.config.data.mixture[0].source == checked.config.data.source
+    assert checked.config.eval.data.source == checked.config.data.source
+    assert checked.prompts.take(1)[0].text == "0+1="
     assert len(checked.eval_prompts) == 3
     assert set(checked.sources) == {"train", "eval"}
     assert checked.revisions["model"].startswith("tiny:")
