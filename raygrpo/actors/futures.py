@@ -12,6 +12,7 @@ import ray.exceptions
 from raygrpo.errors import FOREIGN_INSIDE, InfraError, RayGrpoError, infra_error
 
 T = TypeVar("T")
+Handle = Any  # of a Ray actor, whose methods are called by ``.remote(...)``
 
 
 def resolve(ref: Any, what: str, timeout_s: float = 60.0) -> Any:

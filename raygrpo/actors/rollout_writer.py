@@ -17,7 +17,7 @@ import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raygrpo.actors.futures import Pending
+from raygrpo.actors.futures import Handle, Pending
 from raygrpo.actors.process import log_path, log_to, spawn
 from raygrpo.config import RunConfig
 from raygrpo.errors import InfraError, StorageError
@@ -83,7 +83,7 @@ class _Attempt(Pending[WriteReport]):
 
     error: InfraError | None = None
 
-    def collect(self, ready: set[Any]) -> bool:
+    def collect(self, ready: set[Ref]) -> bool:
         """As `Pending.collect`, but a dead or late writer ends the try too."""
         try:
             return super().collect(ready)
@@ -128,7 +128,7 @@ class RolloutLog:
         self._held: dict[Stream, dict[int, FinishedGroup]] = {"train": {}, "eval": {}}
         self._waiting: deque[_Write] = deque()
         self._attempt: _Attempt | None = None
-        self._actor: Any = None
+        self._actor: Handle | None = None
         self._num_rows = self._num_unstored = 0
 
     @property
@@ -162,7 +162,7 @@ class RolloutLog:
         """Has groups written that no step trains; a step's own groups may join them in the file."""
         self._write(kind, step, StepBatch(step=step, minibatches=(), payloads={}, versions={}))
 
-    def confirm(self, pending: Any) -> None:
+    def confirm(self, pending: Pending[Any]) -> None:
         """Takes the outcome of a write, if ``pending`` is one.
 
         Raises:
@@ -226,7 +226,7 @@ class RolloutLog:
         ref = self._actor.write.remote(write.order)
         self._attempt = _Attempt("rollout-writer", [ref], self._timeout_s, lambda values: values[0])
 
-    def _new_writer(self) -> Any:
+    def _new_writer(self) -> Handle:
         # The run directory is sure to be there only on the driver's node.
         node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         arguments = (str(self._directory), self._timeout_s, log_path(self._logs, "rollout-writer"))
@@ -245,6 +245,6 @@ class RolloutLog:
         self._on_event("worker_replaced", step=step, **event)
 
 
-def put_groups(groups: Mapping[int, Group]) -> dict[int, Any]:
+def put_groups(groups: Mapping[int, Group]) -> dict[int, Ref]:
     """References to groups, as a step's payloads are."""
     return {group_id: ray.put(group) for group_id, group in groups.items()}

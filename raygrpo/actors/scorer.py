@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from raygrpo.actors.futures import Handle
 from raygrpo.actors.process import log_to
 from raygrpo.actors.reward_model import ModelDied, RemoteReward
 from raygrpo.algorithm.correctness import answers_of
@@ -57,7 +58,7 @@ class ScorerActor:
         return os.getpid()
 
     def score(
-        self, group: Group, trainer_state: TrainerState, models: Mapping[str, Any]
+        self, group: Group, trainer_state: TrainerState, models: Mapping[str, Handle]
     ) -> ScoreReport | ModelLost:
         """Scores a group; a failing reward is an errored score, never an exception.
 

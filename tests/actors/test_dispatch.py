@@ -12,14 +12,19 @@ import pytest
 import ray
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ray.exceptions import RayActorError
 
 from raygrpo.actors.cluster.site import Site
 from raygrpo.actors.generator import GenerationReport
 from raygrpo.actors.idle import IdleClock, IdleReading, IdleShare
 from raygrpo.actors.pool.dispatch import Dispatcher
+from raygrpo.actors.pool.failures import MAX_DEATHS_IN_A_ROW
 from raygrpo.actors.pool.pool import RolloutPool
 from raygrpo.actors.pool.workers import Role, Worker, least_loaded
+from raygrpo.actors.scorer import ScoreReport
+from raygrpo.errors import InfraError
 from raygrpo.rewards.contract import TrainerState
+from raygrpo.types import FinishedGroup
 from tests import builders
 from tests.builders import request
 
@@ -140,8 +145,13 @@ class FakeRay:
         self.answers: dict[str, Any] = {}
         self.killed: list[Any] = []
         monkeypatch.setattr(ray, "wait", self._wait)
-        monkeypatch.setattr(ray, "get", lambda ref, timeout: self.answers[ref])
+        monkeypatch.setattr(ray, "get", self._get)
         monkeypatch.setattr(ray, "kill", self.killed.append)
+
+    def _get(self, ref: str, timeout: float) -> Any:
+        if isinstance(answer := self.answers[ref], Exception):
+            raise answer
+        return answer
 
     def _wait(self, refs: list[str], **_: object) -> tuple[list[str], list[str]]:
         return (
@@ -151,7 +161,7 @@ class FakeRay:
 
 
 class Factory:
-    """Makes workers whose calls are references by name: ``report`` and ``payload`` of a group."""
+    """Makes workers whose calls are references by name: ``report``, ``payload``, ``scores``."""
 
     def __init__(self, *_: object, **__: object) -> None:
         """Knows no configuration."""
@@ -162,6 +172,7 @@ class Factory:
     def make(self, role: Role, index: int) -> Worker:
         actor = MagicMock()
         actor.generate.options.return_value.remote.return_value = ("report", "payload")
+        actor.score.remote.return_value = "scores"
         return Worker(role, f"{role}-{index}", actor)
 
 
@@ -226,3 +237,52 @@ def test_a_stream_that_is_forgotten_is_served_no_more() -> None:
     dispatcher.generate([generator])
     assert generator.groups == {("train", 2)}
     assert list(dispatcher.flights) == [("train", 2)]
+
+
+def finish(fake: FakeRay, made: RolloutPool) -> tuple[FinishedGroup, ...]:
+    """The groups of the waits in which a group is generated, then scored."""
+    scores = ScoreReport(
+        summary=builders.summary(7, [1.0, 0.0]), traceback="raised", extras={"note": ("a", "b")}
+    )
+    fake.answers = {"report": GenerationReport(group_id=7)}
+    assert made.wait([], 0, STATE).groups == ()
+    fake.answers = {"scores": scores}
+    return made.wait([], 0, STATE).groups
+
+
+def test_a_group_is_generated_then_scored(fake: FakeRay) -> None:
+    made = pool()
+    made.submit(request(7))
+    (group,) = finish(fake, made)
+    assert (group.payload, group.teaches, group.fate) == ("payload", True, None)
+    assert (group.traceback, group.extras) == ("raised", {"note": ("a", "b")})
+
+
+def test_a_dead_generators_group_is_sent_again_and_reported(fake: FakeRay) -> None:
+    made = pool()
+    made.submit(request(7))
+    fake.answers = {"report": RayActorError()}
+    events = made.wait([], 0, STATE)
+    assert events.lost == (("train", 7),)
+    assert [kind for kind, _ in events.events] == ["worker_replaced"]
+    order, partials = made.generators[0].actor.generate.options().remote.call_args[0]
+    assert (order.group_id, order.attempt, partials) == (7, 1, ())
+    assert len(finish(fake, made)) == 1
+
+
+def test_deaths_stop_the_run_only_while_no_group_finishes(fake: FakeRay) -> None:
+    made = pool()
+
+    def die(times: int) -> None:
+        for group_id in range(times):
+            made.submit(request(100 + group_id))
+            fake.answers = {"report": RayActorError()}
+            made.wait([], 0, STATE)
+            made.forget("train")
+
+    die(MAX_DEATHS_IN_A_ROW)
+    made.submit(request(7))
+    assert len(finish(fake, made)) == 1
+    die(MAX_DEATHS_IN_A_ROW)
+    with pytest.raises(InfraError, match=f"{MAX_DEATHS_IN_A_ROW} workers died in a row"):
+        die(1)

@@ -26,7 +26,7 @@ import ray
 
 from raygrpo.actors.cluster.nodes import on_draining_nodes
 from raygrpo.actors.cluster.site import Site
-from raygrpo.actors.futures import Pending, resolve
+from raygrpo.actors.futures import Handle, Pending, resolve
 from raygrpo.actors.generator import GenerationReport
 from raygrpo.actors.pool.dispatch import Dispatcher
 from raygrpo.actors.pool.factory import WorkerFactory
@@ -132,7 +132,7 @@ class RolloutPool:
         """Drops every group of a stream; nothing more is heard of them."""
         self._dispatcher.forget(stream)
 
-    def receivers(self) -> dict[str, Any]:
+    def receivers(self) -> dict[str, Handle]:
         """The generators that can take a version directly now, by the names of their processes."""
         return {worker.process: worker.actor for worker in self.generators if worker.can_receive}
 

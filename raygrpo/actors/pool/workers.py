@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from raygrpo.actors.futures import Pending
+from raygrpo.actors.futures import Handle, Pending
 from raygrpo.actors.generator import GenerationReport
 from raygrpo.actors.idle import IdleShare
 from raygrpo.actors.weight_sync import LoadReport
@@ -14,7 +14,6 @@ from raygrpo.types import FinishedGroup, GroupRequest, Ref, Stream
 
 GroupKey = tuple[Stream, int]
 Role = Literal["generator", "scorer", "reward_model"]
-Handle = Any  # of a Ray actor, whose methods are called by ``.remote(...)``
 
 
 @dataclass(eq=False, slots=True)
