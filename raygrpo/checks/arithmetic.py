@@ -17,7 +17,7 @@ from raygrpo.config import RunConfig
 from raygrpo.learner.schedule import learning_rate
 from raygrpo.types import PlannedSample, StepBatch, Version
 
-_START = Version(0, 0)
+START = Version(0, 0)
 
 
 Lines = dict[str, str]  # a value to print by its name
@@ -54,28 +54,8 @@ def fullest_step(
     config: RunConfig, longest_prompt: int, *, hidden_size: int, layout: RowLayout
 ) -> FullUpdate:
     """One update of a rank, at full lengths. Ranks that share tokens share no ``packed`` rows."""
-    train, length = config.train, config.sampling.max_tokens
-    groups = train.groups_per_step // train.num_minibatches
-    samples = tuple(
-        PlannedSample(
-            group_id=group,
-            completion_index=index,
-            prompt_length=longest_prompt,
-            completion_length=length,
-            num_loss_tokens=length,
-            advantage=1.0,
-            loss_weight=1.0,
-        )
-        for group in range(groups)
-        for index in range(config.sampling.num_completions)
-    )
-    everything = dict.fromkeys(range(groups))
-    batch = StepBatch(
-        step=0,
-        minibatches=(samples,),
-        payloads=everything,
-        versions=dict.fromkeys(everything, (_START, _START)),
-    )
+    train = config.train
+    batch = full_step(config, longest_prompt)
     used = unpacked(layout) if config.learner.sequence_parallel > 1 else layout
     plan = place(
         batch,
@@ -85,6 +65,34 @@ def fullest_step(
         hidden_size=hidden_size,
     )[0][0]
     return _full_update(plan, used, train.tokens_per_microbatch)
+
+
+def full_step(config: RunConfig, longest_prompt: int) -> StepBatch:
+    """A minibatch whose prompts have ``longest_prompt`` tokens and whose completions are full.
+
+    All completions teach, so that none is left out.
+    """
+    length = config.sampling.max_tokens
+    groups = range(config.train.groups_per_step // config.train.num_minibatches)
+    samples = tuple(
+        PlannedSample(
+            group_id=group,
+            completion_index=index,
+            prompt_length=longest_prompt,
+            completion_length=length,
+            num_loss_tokens=length,
+            advantage=1.0,
+            loss_weight=1 / (len(groups) * config.sampling.num_completions * length),
+        )
+        for group in groups
+        for index in range(config.sampling.num_completions)
+    )
+    return StepBatch(
+        step=0,
+        minibatches=(samples,),
+        payloads=dict.fromkeys(groups),
+        versions=dict.fromkeys(groups, (START, START)),
+    )
 
 
 def _full_update(

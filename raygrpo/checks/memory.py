@@ -1,8 +1,11 @@
-"""What actors will need of memory, in bytes, from a model's configuration alone: no weights read.
+"""The tensors that each actor will hold, in bytes, from a model's configuration alone.
 
-The model is built on torch's meta device, where tensors have shapes and no memory; activations are
-what a forward pass there saves for the backward pass. What DeepSpeed, AdamW and the engine hold is
-counted by their code. ``tests/parity/test_memory.py`` measures real processes against it.
+No weights are read: the model is built on torch's meta device, where tensors have shapes and no
+memory. The activations are what a forward pass there saves for the backward pass. The tensors of
+DeepSpeed, AdamW and the engine are counted by their code.
+
+Only tensors are counted. Python, libraries, a CUDA context and the gaps of an allocator come on
+top. ``tests/parity/test_memory.py`` holds the sums to 20 % of the tensors of real processes.
 """
 
 from __future__ import annotations
@@ -23,26 +26,9 @@ from raygrpo.learner.loading import expected_layout
 from raygrpo.models import DTYPES
 
 _ATTENTION = "raygrpo_meta"
-# Of a generator's memory and of a GPU's, what the allocator holds between tensors.
-ALLOCATOR_FRAC = 0.2
-# What vLLM takes where its options say nothing: for its cache on a CPU, of the device on a GPU.
+# vLLM's defaults: bytes of its cache on a CPU, its share of a GPU.
 VLLM_CACHE_BYTES = 2 * 2**30
 VLLM_GPU_SHARE = 0.9
-# A CUDA context with its kernels.
-_CONTEXT_BYTES = 2**29
-# Measured on CPUs, with a heap that is kept: what malloc holds between the tensors of a training
-# step, as a share of what a forward pass saves without recomputation; in an update of one
-# microbatch, of more. An adapter's layers make and free more on the way.
-_HOLES = (0.8, 1.0)
-_ADAPTER_HOLES = (1.1, 1.9)
-# Resident memory of a process of each role with its libraries, before it loads anything.
-BASES = {
-    "learner rank": 430 * 2**20,
-    "generator": 430 * 2**20,
-    "weight store": 150 * 2**20,
-    "scorer": 400 * 2**20,
-    "driver and Ray": 1200 * 2**20,
-}
 Parts = dict[str, int]
 # Tokens of the forward pass that activations are counted on; they grow in proportion.
 _COUNTED_TOKENS = 64
@@ -50,9 +36,10 @@ _COUNTED_TOKENS = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """What one process needs by part, in bytes; without a GPU all of it is the host's.
+    """The tensors of one process by part, in bytes, such as ``{"weights": 4_000_000}``.
 
-    ``gpu_share`` is of a device, taken whatever the parts there add up to (vLLM's utilisation).
+    Without a GPU all parts are the host's. ``gpu_share`` is the share of a device that vLLM takes,
+    whatever the parts add up to; 0 if the parts are all.
     """
 
     host: Parts
@@ -62,10 +49,10 @@ class Memory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FullUpdate:
-    """A rank's update when prompts and completions have all their tokens.
+    """A rank's update when prompts and completions have full length.
 
-    ``tokens`` are of its fullest microbatch and ``longest`` of its longest row. ``copied`` are the
-    prompt tokens that attention by segment copies in a microbatch, once a completion; ``mask`` the
+    ``tokens`` counts the fullest microbatch, ``longest`` the longest row. Attention by segment
+    copies ``copied`` prompt tokens in a microbatch, each once a completion. ``mask`` counts the
     elements of masks over whole rows.
     """
 
@@ -78,12 +65,12 @@ class FullUpdate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSize:
-    """What is counted of a model.
+    """The sizes of a model that an estimate needs.
 
-    ``activations`` are bytes a token that one forward pass keeps, ``hidden`` those of one layer's
-    input, ``cached`` those of a token's keys and values in all layers, and ``expanded`` the same
-    with as many heads as queries have. ``linear`` are the bytes of linear layers, ``largest`` the
-    elements of the largest parameter. ``layout`` is what the learner's rows may hold.
+    Counts of parameters: ``parameters``, ``trained`` and ``largest`` (of one tensor). Bytes a
+    token: ``activations`` (what a forward pass saves), ``hidden`` (one layer's input), ``cached``
+    (keys and values of all layers), ``expanded`` (the same, with a key head for each query head).
+    ``linear``: bytes of all linear layers. ``layout``: how the learner may fill rows.
     """
 
     parameters: int
@@ -102,7 +89,7 @@ class ModelSize:
 
 
 def model_size(section: ModelSection, *, lora: Mapping[str, Any] | None = None) -> ModelSize:
-    """Counts a model of this configuration; ``lora`` are peft's arguments, or empty.
+    """The sizes of a model; ``lora`` holds peft's arguments, or nothing.
 
     Raises:
         OSError: there is no configuration at the model's path.
@@ -154,7 +141,7 @@ def model_size(section: ModelSection, *, lora: Mapping[str, Any] | None = None) 
 
 
 def _activations(model: Any) -> int:
-    """Bytes that a forward pass of one row saves, each storage once, parameters left out."""
+    """Bytes that a forward pass of one row saves; each storage counts once, parameters do not."""
     weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     saved: dict[int, int] = {}
     kept: list[Any] = []
@@ -175,16 +162,16 @@ def _activations(model: Any) -> int:
 def _counted_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **_: Any
 ) -> tuple[Tensor, None]:
-    """Attention that saves what fused kernels do: inputs, output and a number a row and head."""
+    """Attention that saves the tensors that fused kernels save: inputs, output, log-sum-exps."""
     output = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)[0]
     return output.transpose(1, 2).contiguous(), None
 
 
 def learner_memory(config: RunConfig, size: ModelSize, update: FullUpdate) -> Memory:
-    """What one rank holds at its peak, the process itself left out.
+    """The tensors of one rank at their peak.
 
-    ``loading`` is what the start takes beyond training, always on the host: each rank loads the
-    whole model, and probes bfloat16 by a copy in float32.
+    The part ``loading`` is the start's need beyond that of training, always on the host: each rank
+    loads the whole model, and probes bfloat16 by a copy in float32.
     """
     parts = _training_parts(config, size, update)
     held = size.parameters * size.dtype_bytes
@@ -194,7 +181,6 @@ def learner_memory(config: RunConfig, size: ModelSize, update: FullUpdate) -> Me
     away = _offloaded(config)
     gpu = {name: value for name, value in parts.items() if name not in away}
     host = {name: value for name, value in parts.items() if name in away}
-    gpu = _with_allocator(gpu | {"context": _CONTEXT_BYTES})
     return Memory(
         host=_completed(host, config, size, loading=loading), gpu=_completed(gpu, config, size)
     )
@@ -210,8 +196,7 @@ def _training_parts(config: RunConfig, size: ModelSize, update: FullUpdate) -> P
     gradients = _gradients(stage, size, shard)
     alone = update.microbatches == 1 and num_ranks == 1
     if alone and stage in (1, 2) and "gradients" not in away:
-        # Those of the only microbatch grow as its activations go; among ranks they are summed in
-        # flat copies, which the holes that activations leave are too small for.
+        # The gradients of an only microbatch grow while its activations are freed.
         gradients = max(0, gradients - activations)
     # A reference that moves is averaged in float32.
     average = 4 * size.parameters if section.reference.sync_steps and size.dtype_bytes < 4 else 0
@@ -227,10 +212,6 @@ def _training_parts(config: RunConfig, size: ModelSize, update: FullUpdate) -> P
         "language head": _head_bytes(config, size, tokens),
         "reference": held + average if config.loss.beta and not section.lora else 0,
     }
-    if not config.ray.gpus.learner:
-        holes = _ADAPTER_HOLES if section.lora else _HOLES
-        share = holes[update.microbatches > 1]
-        parts["allocator"] = round(share * _saved_bytes(config, size, tokens, update))
     if "optimizer" in away:
         # Beside float32 gradients, stages 1 and 2 keep the weights' next values and what earlier
         # microbatches gave, in the model's dtype; stage 3 keeps a sum of its own.
@@ -241,15 +222,14 @@ def _training_parts(config: RunConfig, size: ModelSize, update: FullUpdate) -> P
 
 
 def _completed(parts: Parts, config: RunConfig, size: ModelSize, *, loading: int = 0) -> Parts:
-    """Parts of one memory with what other moments take beyond them.
+    """``parts``, with the need of other moments than the backward pass beyond them.
 
-    AdamW's temporaries, of a rank's flat shard, come when activations are gone; what is that large
-    is taken from the system and given back at once.
+    AdamW's temporaries are as large as a rank's shard, and live when the activations are gone.
     """
     if "optimizer" in parts:
         shard = _shard(config, size)
         kept = ("parameters", "gathered", "master weights", "optimizer", "reference")
-        step = sum(parts.get(name, 0) for name in (*kept, "offload buffers", "context"))
+        step = sum(parts.get(name, 0) for name in (*kept, "offload buffers"))
         step += min(shard, parts["gradients"])
         step += 2 * (shard if config.learner.zero_stage else 4 * size.largest)
         parts["optimizer step"] = max(0, step - sum(parts.values()))
@@ -262,8 +242,11 @@ def _shard(config: RunConfig, size: ModelSize) -> int:
 
 
 def _gradients(stage: int, size: ModelSize, shard: int) -> int:
-    """Stage 0 has a gradient a weight, and in bfloat16 a float32 one for the masters; stage 1 sums
-    them whole in float32; the others keep their shard."""
+    """Bytes of gradients.
+
+    Stage 0 has one gradient a weight, and in bfloat16 a float32 one for each master weight. Stage 1
+    sums all gradients in float32. Stages 2 and 3 keep a shard.
+    """
     if stage == 0:
         return size.trained * (4 if size.dtype_bytes == 4 else 2 + 4)
     return 4 * size.trained if stage == 1 else shard
@@ -291,10 +274,10 @@ def _offloaded(config: RunConfig) -> frozenset[str]:
 
 
 def _bucket_bytes(config: RunConfig, size: ModelSize) -> int:
-    """What is on its way between ranks, in float32 but for weights.
+    """Bytes of the buckets between ranks, in float32 but for weights.
 
-    Among ranks, a bucket of gradients is copied to be summed; stage 3 gets its share beside it, and
-    gathers weights in one tensor before it cuts them apart.
+    Several ranks sum a copy of a bucket of gradients. Stage 3 adds a rank's share of the sum, and
+    gathers weights in one tensor. A CPU touches no more of a bucket than the model's size.
     """
     stage, ranks, zero = config.learner.zero_stage, config.learner.num_ranks, _zero(config)
     if not stage:
@@ -315,7 +298,7 @@ def _gathered(config: RunConfig, size: ModelSize) -> int:
 
 
 def _saved_bytes(config: RunConfig, size: ModelSize, tokens: int, update: FullUpdate) -> int:
-    """What a forward pass keeps without recomputation; on a GPU keys and values for each head."""
+    """What a forward pass saves without recomputation; a GPU repeats keys for each query head."""
     if not config.ray.gpus.learner:
         return tokens * size.activations + update.copied * size.cached
     repeated = size.expanded - size.cached
@@ -330,8 +313,10 @@ def _activation_bytes(config: RunConfig, size: ModelSize, tokens: int, update: F
 
 
 def _head_bytes(config: RunConfig, size: ModelSize, tokens: int) -> int:
-    """A chunk's logits; of a head that is trained its gradient's sum, and a second one: the sum
-    rounded, or the embedding's before the two are added up."""
+    """A chunk's logits and, if the head is trained, two sums of its gradient.
+
+    The second sum is the rounded first one, or the embedding's before both are added.
+    """
     width = 4 if config.model.fp32_head else size.dtype_bytes
     chunk = min(tokens, chunk_tokens_for(size.vocabulary)) * size.vocabulary
     # A GPU takes a chunk's softmax at once, in float32; a CPU in blocks of a few megabytes.
@@ -341,18 +326,18 @@ def _head_bytes(config: RunConfig, size: ModelSize, tokens: int) -> int:
 
 
 def generator_memory(config: RunConfig, size: ModelSize) -> Memory:
-    """What one generator holds at its peak, which is while it takes up a version.
+    """The peak of one generator, which is while it takes up a new version beside the one in use.
 
-    The host has the weights twice, the version in use and the next; a CPU's tensors are views of
-    them, a GPU has as much again. The linear layers are there twice in the layout of CPU kernels,
-    and with LoRA its base comes on top.
+    The host has both versions; a CPU's tensors are views of them, a GPU has as much again. CPU
+    kernels have the linear layers in a layout of their own. With LoRA the base weights come on top.
     """
     if planned_engine(config).engine == "vllm":
         return _vllm_memory(config, size)
     weights = size.parameters * size.dtype_bytes
     length = config.data.max_prompt_length + config.sampling.max_tokens
     rows = max(config.generators.max_rows, config.sampling.num_completions)
-    versions = {"weights": 2 * weights, "adapter's base": weights if config.learner.lora else 0}
+    base = weights if config.learner.lora else 0
+    versions = {"weights": weights, "next version": weights, "adapter's base": base}
     decoding = {
         "KV cache": rows * length * size.cached,
         "logits": 4 * rows * size.vocabulary * 4,
@@ -360,36 +345,32 @@ def generator_memory(config: RunConfig, size: ModelSize) -> Memory:
     if config.model.fp32_head and size.dtype_bytes < 4:
         decoding["float32 head"] = 4 * size.vocabulary * size.hidden_size
     if config.ray.gpus.generator:
-        gpu = {"weights": 2 * weights, **decoding, "context": _CONTEXT_BYTES}
-        return Memory(host=_with_allocator(versions), gpu=_with_allocator(gpu))
-    packed = {"packed weights": 2 * size.linear}
-    return Memory(host=_with_allocator(versions | decoding | packed))
+        gpu = {"weights": weights, "next version": weights, **decoding}
+        return Memory(host=versions, gpu=gpu)
+    versions["next version"] += size.linear
+    return Memory(host={**versions, "packed weights": size.linear, **decoding})
 
 
 def _vllm_memory(config: RunConfig, size: ModelSize) -> Memory:
-    """Beside the two versions, vLLM's own weights and the next ones in shared memory.
+    """The two versions, vLLM's own weights, and the next weights in shared memory.
 
-    On a GPU it takes its share of the device, the cache what the weights leave of it; the cache
-    then counts as one row. Tensor parallelism divides what a device has.
+    On a GPU vLLM takes a share of the device, and its cache takes what the weights leave: the
+    cache then counts as one row. Tensor parallelism divides the tensors of a device.
     """
     options, weights = config.generators.options, size.parameters * size.dtype_bytes
     given = options.get("kv_cache_memory_bytes")
     versions = {"weights": 3 * weights, "adapter's base": weights if config.learner.lora else 0}
     if not config.ray.gpus.generator:
         own = {"engine's weights": weights, "KV cache": int(given or VLLM_CACHE_BYTES)}
-        return Memory(host=_with_allocator(versions | own))
+        return Memory(host=versions | own)
     devices = int(options.get("tensor_parallel_size", 1))
     row = (config.data.max_prompt_length + config.sampling.max_tokens) * size.cached
     share = 0.0 if given else float(options.get("gpu_memory_utilization", VLLM_GPU_SHARE))
     gpu = {"weights": weights // devices, "KV cache": int(given or row // devices)}
-    return Memory(host=_with_allocator(versions), gpu=gpu, gpu_share=share)
-
-
-def _with_allocator(parts: Parts) -> Parts:
-    return parts | {"allocator": round(ALLOCATOR_FRAC * sum(parts.values()))}
+    return Memory(host=versions, gpu=gpu, gpu_share=share)
 
 
 def store_memory(config: RunConfig, size: ModelSize) -> Memory:
-    """What published versions take: at most two whole ones and as much again in deltas."""
+    """The published versions: at most two whole ones, and deltas of one more's size."""
     counted = size.trained if config.learner.lora else size.parameters
     return Memory(host={"published versions": 3 * counted * size.dtype_bytes})

@@ -29,23 +29,22 @@ def export_checkpoint(
     Raises:
         StorageError: the checkpoint does not verify, or the export cannot be written.
     """
-    from raygrpo.commands.model_card import card_facts, write_model_card
+    from raygrpo.commands.model_card import write_model_card
 
     manifest = verify(path)
     temporary = run_dir.root / ".tmp-export"
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.copytree(path / "model", temporary)
-        step = int(manifest["step"])
-        facts = card_facts(
+        write_model_card(
+            temporary,
             config,
-            run_dir.root,
-            step=step,
+            run_dir,
+            step=int(manifest["step"]),
             tokenizer=tokenizer,
             example=example,
             hub_id=hub_id,
         )
-        write_model_card(temporary, facts)
         if run_dir.export.exists():
             shutil.rmtree(run_dir.export)
         temporary.rename(run_dir.export)

@@ -13,7 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from raygrpo.commands.export import export_run
 from raygrpo.config.file import load_config
-from raygrpo.errors import ConfigError, InfraError, RayGrpoError, StorageError
+from raygrpo.errors import ConfigError, InfraError, RayGrpoError
 from raygrpo.storage.checkpoint import find_checkpoint, open_run
 from raygrpo.storage.run_dir import RunDir
 from raygrpo.tracking.files import read_metrics
@@ -21,8 +21,6 @@ from raygrpo.tracking.files import read_metrics
 # What a model consists of. Pickles (.bin, .pt, .pkl) are left out on purpose.
 PUBLISHED = (".safetensors", ".json", ".jinja", ".txt", ".model", ".tiktoken", ".md", ".py")
 _WEIGHTS = (".safetensors", ".safetensors.index.json")
-# Every machine has these: they tell nothing of this one.
-_COMMON = {"bin", "dev", "etc", "lib", "lib64", "proc", "sbin", "sys", "usr"}
 # The HTTP client's own error, whose library differs between versions of huggingface_hub.
 _HTTP_ERROR: Any = HfHubHTTPError.__bases__[0]
 _RETRY_LATER = (408, 425, 429)
@@ -39,8 +37,7 @@ def publish_run(
     """Exports a checkpoint of a run and uploads it to ``hub_id``; returns its address.
 
     Raises:
-        ConfigError: no such run or checkpoint, no right to write there, or a card that must not
-            leave the machine.
+        ConfigError: no such run or checkpoint, no right to write there.
         InfraError: the hub cannot be reached or fails.
         StorageError: the checkpoint does not verify.
     """
@@ -54,7 +51,6 @@ def publish_run(
     run_dir = open_run(root)
     step = int(find_checkpoint(run_dir, step).name.removeprefix("step-"))
     export = export_run(root, step, hub_id)
-    refuse_machine_paths(export / "README.md")
     return push(export, hub_id, commit_message(run_dir, step), public=public, branch=branch)
 
 
@@ -124,35 +120,6 @@ def commit_message(run_dir: RunDir, step: int) -> str:
         if isinstance(row.get(name), int | float):
             return f"Step {step}: {name} {row[name]:.4g}"
     return f"Step {step}"
-
-
-def refuse_machine_paths(card: Path) -> None:
-    """Refuses a card that names places of this machine.
-
-    Raises:
-        ConfigError: it does.
-        StorageError: there is no card that can be read.
-    """
-    try:
-        text = card.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise StorageError(f"cannot read {card}: {error}") from error
-    if found := list(machine_paths(text)):
-        raise ConfigError(
-            f"the card holds a path of this machine: {found[0]}",
-            "name data, rewards and models by hub ids or relative paths, then export again",
-        )
-
-
-def machine_paths(text: str) -> Iterator[str]:
-    """Absolute paths in a text whose first two parts exist here, and anything below home."""
-    for match in re.finditer(r"(?<![\w.:/~<])/[\w.+-]+(?:/[\w.+-]+)+", text):
-        parts = match[0].split("/")[1:]
-        # The end of a sentence may have become part of the name.
-        second = {parts[1], parts[1].rstrip(".")}
-        exists = any(Path("/", parts[0], name).exists() for name in second)
-        if match[0].startswith(f"{Path.home()}/") or (parts[0] not in _COMMON and exists):
-            yield match[0]
 
 
 def _explained(error: Any, hub_id: str) -> RayGrpoError:

@@ -1,4 +1,8 @@
-"""The exported model's card: what it is, how to use it, how it came about."""
+"""The exported model's card: what the model is, how to use it, how it was trained.
+
+The text is `model_card.md`, a template; this module collects the template's values. Models, data
+and rewards appear by name: absolute paths of the machine are cut to their last part.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +10,13 @@ import json
 import platform
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 
-from raygrpo.commands.model_card_papers import papers_of
 from raygrpo.config import RunConfig
 from raygrpo.data.sources import BUILDERS, GYM, eval_section, is_on_hub, split_of
 from raygrpo.errors import StorageError
@@ -25,6 +27,7 @@ from raygrpo.tracking.wandb_logger import redacted
 
 Example = str | Sequence[Mapping[str, Any]]
 
+TEMPLATE = Path(__file__).with_name("model_card.md")
 _FRAMEWORKS = {
     "raygrpo": "raygrpo",
     "Ray": "ray",
@@ -34,96 +37,157 @@ _FRAMEWORKS = {
     "Datasets": "datasets",
     "Tokenizers": "tokenizers",
 }
-_BADGE = "https://raw.githubusercontent.com/wandb/assets/main/wandb-github-badge-28.svg"
-# Where and how fast a run ran says nothing about the model, and may name machines.
+# The metrics that describe the model. Times and places of the run do not, and may name machines.
 _RESULT = re.compile(r"eval/(greedy/)?(reward|accuracy|rewards/.+/mean)|eval/(avg|pass|maj)@\d+")
-_NOT_SHOWN = ("run_dir", "ray", "tracking", "generators", "scorers", "checkpoint")
+_METADATA: Mapping[str, Any] = {
+    "library_name": "transformers",
+    "pipeline_tag": "text-generation",
+    "tags": ["generated_from_trainer", "raygrpo", "grpo", "reinforcement-learning"],
+}
+_NOT_SHOWN = {"run_dir", "ray", "tracking", "generators", "scorers", "checkpoint"}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CardFacts:
-    """What a card says. No path of the machine belongs in any of it.
+class Paper(NamedTuple):
+    """A method's paper; ``key`` is the BibTeX key."""
 
-    ``base_model``: hub id, or the directory's name. ``datasets``: names, and whether the hub has
-    them. ``results``: (what, before, after) of the evaluation's metrics; ``evaluated``: those of
-    the exported step, by name. ``best_metric``: what that step was chosen by, if it was the best.
-    ``example``: a prompt for the quick start, text or messages.
-    ``hub_id``: where the model is published. ``revisions``: what was trained on what, exactly.
-    """
+    name: str
+    arxiv: str
+    key: str
+    author: str
+    title: str
 
-    base_model: str
-    model_name: str
-    datasets: Mapping[str, bool]
-    random_init: bool
-    licence: str | None
-    wandb_url: str | None
-    recipe: str
-    config_yaml: str
-    steps: int
-    best_metric: str | None
-    max_new_tokens: int
-    stop: tuple[str, ...]
-    example: Example
-    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    hub_id: str | None = None
-    revisions: Mapping[str, str] = field(default_factory=dict)
-    results: tuple[tuple[str, float, float], ...] = ()
-    evaluated: tuple[EvalResult, ...] = ()
-    versions: Mapping[str, str] = field(default_factory=dict)
+    @property
+    def year(self) -> int:
+        return 2000 + int(self.arxiv[:2])
+
+    @property
+    def link(self) -> str:
+        """The title as a Markdown link."""
+        return f"[{self.title}](https://arxiv.org/abs/{self.arxiv})"
 
 
-def card_facts(
+# fmt: off
+_GRPO = Paper("GRPO", "2402.03300", "shao2024deepseekmath", "Zhihong Shao",
+              "DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models")
+_DAPO = Paper("DAPO", "2503.14476", "yu2025dapo", "Qiying Yu",
+              "DAPO: An Open-Source LLM Reinforcement Learning System at Scale")
+_DR_GRPO = Paper("Dr. GRPO", "2503.20783", "liu2025understanding", "Zichen Liu",
+                 "Understanding R1-Zero-Like Training: A Critical Perspective")
+_GSPO = Paper("GSPO", "2507.18071", "zheng2025gspo", "Chujie Zheng",
+              "Group Sequence Policy Optimization")
+_CISPO = Paper("CISPO", "2506.13585", "minimax2025m1", "MiniMax",
+               "MiniMax-M1: Scaling Test-Time Compute Efficiently with Lightning Attention")
+_SCALE_RL = Paper("ScaleRL", "2510.13786", "khatri2025scalerl", "Devvrit Khatri",
+                  "The Art of Scaling Reinforcement Learning Compute for LLMs")
+_DPPO = Paper("DPPO", "2602.04879", "qi2026stablerl", "Penghui Qi",
+              "Rethinking the Trust Region in LLM Reinforcement Learning")
+_RLOO = Paper("RLOO", "2402.14740", "ahmadian2024rloo", "Arash Ahmadian",
+              "Back to Basics: Revisiting REINFORCE Style Optimization for Learning from Human "
+              "Feedback in LLMs")
+# fmt: on
+_MORE_PAPERS = {
+    "default": (_DAPO, _DR_GRPO),
+    "dapo": (_DAPO,),
+    "dr_grpo": (_DR_GRPO,),
+    "gspo": (_GSPO,),
+    "scalerl": (_SCALE_RL, _CISPO),
+    "dppo": (_DPPO,),
+    "rloo": (_RLOO,),
+}
+
+
+def papers_of(recipe: str) -> tuple[Paper, ...]:
+    """The papers that a recipe comes from; GRPO's own is always the first."""
+    return (_GRPO, *_MORE_PAPERS.get(recipe, ()))
+
+
+def write_model_card(
+    export_dir: Path,
     config: RunConfig,
-    root: Path,
+    run_dir: RunDir,
     *,
     step: int,
     tokenizer: Any,
     example: Example | None = None,
     hub_id: str | None = None,
-) -> CardFacts:
-    """The facts of the run in ``root`` after ``step`` steps; ``example`` is a prompt to show.
+) -> Path:
+    """Writes ``README.md`` beside the exported model of ``step``; returns its path.
 
-    ``hub_id`` is where the model is published; None for an export that stays on disk.
+    Args:
+        example: the prompt of the quick start, text or messages; None: a made-up one.
+        hub_id: where the model will be published, such as ``me/out``; None: nowhere.
 
     Raises:
-        StorageError: run.json or metrics.jsonl cannot be read.
+        StorageError: run.json or metrics.jsonl cannot be read, or the card cannot be written.
     """
-    run_dir = RunDir(root)
     facts = run_dir.facts
     best = facts.get("best")
-    if example is None:
-        example = _made_up_example(config, tokenizer)
-    pinned = str((facts.get("revisions") or {}).get("model", ""))
-    # A relative path is no path from another directory: run.json knows what it was.
-    local = _is_local(config.model.path) or (":" in pinned and "@" not in pinned)
-    about_base = _read_front_matter(config.model.path)
-    lineage = about_base.get("base_model")
-    licence = about_base.get("license")
-    return CardFacts(
-        base_model=lineage
-        if isinstance(lineage, str) and local
-        else PurePath(config.model.path).name
-        if local
-        else _name_of(config.model.path),
-        model_name=hub_id.split("/")[1] if hub_id else root.name,
-        datasets=_datasets(config),
+    base, licence = _base_model(config, facts)
+    datasets = _datasets(config)
+    example = _made_up_example(config, tokenizer) if example is None else example
+    name = hub_id.split("/")[1] if hub_id else run_dir.root.name
+    data = ModelCardData(
+        base_model=base,
+        model_name=name,
+        license=licence,
+        datasets=[source for source, on_hub in datasets.items() if on_hub] or None,
+        eval_results=_evaluated(run_dir, config, step) or None,
+        **_METADATA,
+    )
+    card = ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        name=name,
+        base=f"[{base}](https://huggingface.co/{base})" if base.count("/") == 1 else f"`{base}`",
         random_init=config.model.random_init,
-        licence=licence if isinstance(licence, str) else None,
+        on_datasets=", ".join(_linked(name, on_hub) for name, on_hub in datasets.items()),
+        hub_id=hub_id,
+        variable="prompt" if isinstance(example, str) else "messages",
+        value=repr(example if isinstance(example, str) else [dict(m) for m in example]),
+        arguments=_arguments(config, example),
+        results=_results(run_dir.metrics_path, step),
         wandb_url=facts.get("wandb_url"),
+        papers=papers_of(config.recipe),
         recipe=config.recipe,
-        config_yaml=_shown_config(config),
         steps=step,
         best_metric=best["metric"] if best and best["step"] == step else None,
-        max_new_tokens=config.sampling.max_tokens,
-        stop=tuple(config.sampling.stop),
-        example=example,
-        chat_template_kwargs={} if isinstance(example, str) else config.data.chat_params,
-        hub_id=hub_id,
         revisions=facts.get("revisions") or {},
-        results=_results(run_dir.metrics_path, step),
-        evaluated=_evaluated(run_dir, config, step),
+        config_yaml=_shown_config(config).strip(),
         versions=framework_versions(),
     )
+    path = export_dir / "README.md"
+    try:
+        card.save(path)
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error}") from error
+    return path
+
+
+def _linked(name: str, on_hub: bool) -> str:
+    return f"[{name}](https://huggingface.co/datasets/{name})" if on_hub else name
+
+
+def _arguments(config: RunConfig, example: Example) -> str:
+    """The arguments of the quick start's call, beside the prompt."""
+    text = f"max_new_tokens={config.sampling.max_tokens}, return_full_text=False"
+    if config.sampling.stop:
+        text += f", stop_sequence={list(config.sampling.stop)!r}"
+    chat = {} if isinstance(example, str) else dict(config.data.chat_params)
+    return f"{text}, tokenizer_encode_kwargs={chat!r}" if chat else text
+
+
+def _base_model(config: RunConfig, facts: Mapping[str, Any]) -> tuple[str, str | None]:
+    """The base model's name and licence, as far as they are known.
+
+    The name is the hub id; of a local model, the id that its own card names, else its directory.
+    """
+    path, about = config.model.path, _read_front_matter(config.model.path)
+    lineage, licence = about.get("base_model"), about.get("license")
+    pinned = str((facts.get("revisions") or {}).get("model", ""))
+    # A relative path is no path from another directory: run.json records the path's form.
+    local = _is_local(path) or (":" in pinned and "@" not in pinned)
+    base = lineage if isinstance(lineage, str) else PurePath(path).name
+    return base if local else _name_of(path), licence if isinstance(licence, str) else None
 
 
 def framework_versions() -> dict[str, str]:
@@ -137,31 +201,6 @@ def framework_versions() -> dict[str, str]:
     return versions | {"Python": platform.python_version()}
 
 
-def write_model_card(export_dir: Path, facts: CardFacts) -> Path:
-    """Writes ``README.md`` beside an exported model; returns its path.
-
-    Raises:
-        StorageError: it cannot be written.
-    """
-    data = ModelCardData(
-        base_model=facts.base_model,
-        library_name="transformers",
-        model_name=facts.model_name,
-        license=facts.licence,
-        datasets=[name for name, is_on_hub in facts.datasets.items() if is_on_hub] or None,
-        pipeline_tag="text-generation",
-        tags=["generated_from_trainer", "raygrpo", "grpo", "reinforcement-learning"],
-        eval_results=list(facts.evaluated) or None,
-    )
-    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(facts)}")
-    path = export_dir / "README.md"
-    try:
-        card.save(path)
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error}") from error
-    return path
-
-
 def quick_start_snippet(card_text: str) -> str:
     """The Python code of a card's quick start.
 
@@ -172,114 +211,6 @@ def quick_start_snippet(card_text: str) -> str:
     if found is None:
         raise ValueError("the card has no quick start")
     return found[1]
-
-
-def _body(facts: CardFacts) -> str:
-    sections = (
-        _introduction(facts),
-        _quick_start(facts),
-        _evaluation(facts),
-        _procedure(facts),
-        _versions(facts),
-        _citations(facts),
-    )
-    return "\n\n".join(section for section in sections if section) + "\n"
-
-
-def _introduction(facts: CardFacts) -> str:
-    base = facts.base_model
-    named = f"[{base}](https://huggingface.co/{base})" if base.count("/") == 1 else f"`{base}`"
-    origin = (
-        f"has the architecture of {named} and was trained from random weights"
-        if facts.random_init
-        else f"is a fine-tuned version of {named}"
-    )
-    data = ", ".join(
-        f"[{name}](https://huggingface.co/datasets/{name})" if is_on_hub else name
-        for name, is_on_hub in facts.datasets.items()
-    )
-    return (
-        f"# Model Card for {facts.model_name}\n\nThis model {origin}. It was trained by "
-        f"reinforcement learning on {data}, with raygrpo {facts.versions.get('raygrpo', '')}."
-    )
-
-
-def _quick_start(facts: CardFacts) -> str:
-    if isinstance(facts.example, str):
-        name, value = "prompt", repr(facts.example)
-    else:
-        name, value = "messages", repr([dict(message) for message in facts.example])
-    arguments = f"max_new_tokens={facts.max_new_tokens}, return_full_text=False"
-    if facts.stop:
-        arguments += f", stop_sequence={list(facts.stop)!r}"
-    if facts.chat_template_kwargs:
-        arguments += f", tokenizer_encode_kwargs={dict(facts.chat_template_kwargs)!r}"
-    where = '# "." is the directory of this card; elsewhere, give its path or the hub id.\n'
-    where = "" if facts.hub_id else where
-    return f"""## Quick start
-
-```python
-from transformers import pipeline
-
-{where}generator = pipeline("text-generation", model={json.dumps(facts.hub_id or ".")})
-{name} = {value}
-output = generator({name}, {arguments})
-print(output[0]["generated_text"])
-```"""
-
-
-def _procedure(facts: CardFacts) -> str:
-    papers = papers_of(facts.recipe)
-    method = (
-        "Group relative policy optimisation (GRPO) samples several completions of a prompt, "
-        "rates them, and moves the policy towards those that did better than their group's mean. "
-        f"It was introduced in {papers[0].link}."
-    )
-    if papers[1:]:
-        more = "; ".join(f"{paper.name}, {paper.link}" for paper in papers[1:])
-        method += f" This run also uses ideas of {more}."
-    badge = f"[![Weights & Biases]({_BADGE})]({facts.wandb_url})\n\n" if facts.wandb_url else ""
-    best = f", the best checkpoint by `{facts.best_metric}`" if facts.best_metric else ""
-    return f"""## Training procedure
-
-{badge}{method}
-
-The recipe was `{facts.recipe}`, for {facts.steps} steps{best}.{_revisions(facts)}
-What decided the result:
-
-<details><summary>configuration</summary>
-
-```yaml
-{facts.config_yaml.strip()}
-```
-
-</details>"""
-
-
-def _evaluation(facts: CardFacts) -> str:
-    if not facts.results:
-        return ""
-    lines = ["## Evaluation", "", "| metric | before | after |", "| --- | --- | --- |"]
-    lines += [f"| {name} | {before:.3f} | {after:.3f} |" for name, before, after in facts.results]
-    return "\n".join(lines)
-
-
-def _versions(facts: CardFacts) -> str:
-    lines = [f"- {name}: {number}" for name, number in facts.versions.items()]
-    return "\n".join(["### Framework versions", "", *lines])
-
-
-def _revisions(facts: CardFacts) -> str:
-    named = [f"{role} `{what}`" for role, what in facts.revisions.items()]
-    return f" Revisions: {', '.join(named)}." if named else ""
-
-
-def _citations(facts: CardFacts) -> str:
-    entries = "\n\n".join(
-        f"Cite {paper.name} as:\n\n```bibtex\n{paper.bibtex}\n```"
-        for paper in papers_of(facts.recipe)
-    )
-    return f"## Citations\n\n{entries}"
 
 
 def _made_up_example(config: RunConfig, tokenizer: Any) -> Example:
@@ -298,7 +229,7 @@ def _datasets(config: RunConfig) -> dict[str, bool]:
     return {_name_of(source): is_on_hub(source) for source in map(str, parts) if source}
 
 
-def _evaluated(run_dir: RunDir, config: RunConfig, step: int) -> tuple[EvalResult, ...]:
+def _evaluated(run_dir: RunDir, config: RunConfig, step: int) -> list[EvalResult]:
     """What was measured of the exported step itself, for the hub's own table."""
     rows = read_metrics(run_dir.metrics_path) if run_dir.metrics_path.is_file() else []
     values = {
@@ -309,10 +240,10 @@ def _evaluated(run_dir: RunDir, config: RunConfig, step: int) -> tuple[EvalResul
         if _RESULT.fullmatch(name)
     }
     if not values:
-        return ()
+        return []
     section = eval_section(config.data, config.eval, seed=config.seed)
     pinned = (run_dir.facts.get("revisions") or {}).get("eval", "").partition("@")
-    return tuple(
+    return [
         EvalResult(
             task_type="text-generation",
             dataset_type=_name_of(section.source),
@@ -325,7 +256,7 @@ def _evaluated(run_dir: RunDir, config: RunConfig, step: int) -> tuple[EvalResul
             metric_value=round(float(value), 6),
         )
         for name, value in values.items()
-    )
+    ]
 
 
 def _is_local(path: str) -> bool:
@@ -373,7 +304,7 @@ def _results(metrics_path: Path, step: int) -> tuple[tuple[str, float, float], .
 
 
 def _shown_config(config: RunConfig) -> str:
-    tree = redacted(config.model_dump(mode="json", exclude_defaults=True, exclude=set(_NOT_SHOWN)))
+    tree = redacted(config.model_dump(mode="json", exclude_defaults=True, exclude=_NOT_SHOWN))
     for reward in tree.get("rewards", ()):  # where a service runs may name machines
         params = reward.get("params", {})
         params |= {name: "<address>" for name in ("url", "base_url") if name in params}

@@ -1,11 +1,10 @@
-"""What a run will take, before it is started: batch arithmetic, placement, memory of each actor."""
+"""`raygrpo plan`: a run's batch arithmetic, its processes, and the tensors that each will hold."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -13,8 +12,8 @@ from rich.table import Table
 
 from raygrpo.checks.arithmetic import batch_facts, fullest_step
 from raygrpo.checks.memory import (
-    BASES,
     Memory,
+    ModelSize,
     Parts,
     generator_memory,
     learner_memory,
@@ -30,23 +29,22 @@ _GIB = 2**30
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Actor:
-    """Processes of one role: ``memory`` is what each needs beside ``base`` bytes on the host."""
+    """The processes of one role, such as 2 of "learner rank"; ``memory`` are each one's tensors."""
 
     role: str
     count: int
     threads: int
     gpus: float
-    base: int
     memory: Memory
 
     @property
     def host_bytes(self) -> int:
-        """Of one process, in the host's memory."""
-        return self.base + sum(self.memory.host.values())
+        """The tensors of one process in the host's memory."""
+        return sum(self.memory.host.values())
 
     @property
     def gpu_bytes(self) -> int:
-        """Of one process, in the memory of each of its GPUs."""
+        """The tensors of one process in the memory of each of its GPUs."""
         return sum(self.memory.gpu.values())
 
 
@@ -59,12 +57,12 @@ class Plan:
 
     @property
     def host_bytes(self) -> int:
-        """All actors at once: each at its peak."""
+        """The tensors of all processes, each at its peak."""
         return sum(actor.count * actor.host_bytes for actor in self.actors)
 
 
 def make_plan(config: RunConfig) -> Plan:
-    """Estimates a run from its configuration and the model's, at full lengths; loads no weights.
+    """Plans a run from its configuration and the model's, at full lengths; loads no weights.
 
     Raises:
         ConfigError: there is no model configuration at ``model.path``, or ``learner.lora`` or
@@ -90,13 +88,13 @@ def make_plan(config: RunConfig) -> Plan:
         ("driver and Ray", 1, 1, 0.0, Memory(host={})),
     ]  # fmt: skip
     actors = tuple(
-        Actor(role=role, count=count, threads=threads, gpus=g, base=BASES[role], memory=memory)
+        Actor(role=role, count=count, threads=threads, gpus=g, memory=memory)
         for role, count, threads, g, memory in roles
     )
     return Plan(batch=batch, actors=actors)
 
 
-def _model_size(config: RunConfig) -> Any:
+def _model_size(config: RunConfig) -> ModelSize:
     try:
         return model_size(config.model, lora=config.learner.lora)
     except (OSError, ValueError, KeyError) as error:
@@ -104,18 +102,17 @@ def _model_size(config: RunConfig) -> Any:
 
 
 def check_fits(plan: Plan, *, host_bytes: int, gpu_bytes: int | None) -> None:
-    """Compares a plan with one machine's memory, and each GPU's (None: it has none).
+    """Compares the plan with the memory of one machine and of each GPU (None: there is no GPU).
 
     Raises:
-        ConfigError: it does not fit; names what takes most, and what lowers it.
+        ConfigError: the tensors alone do not fit; names the largest role and what makes it smaller.
     """
     if plan.host_bytes > host_bytes:
-        with_model = [actor for actor in plan.actors if actor.memory.host]
-        largest = max(with_model, key=lambda actor: actor.count * actor.host_bytes)
+        largest = max(plan.actors, key=lambda actor: actor.count * actor.host_bytes)
         raise ConfigError(
-            f"the run needs about {_size(plan.host_bytes)} of memory, {largest.count} x "
-            f"{_size(largest.host_bytes)} of it for the {largest.role}; this machine has "
-            f"{_size(host_bytes)}",
+            f"the run's tensors alone need about {_size(plan.host_bytes)} of memory, "
+            f"{largest.count} x {_size(largest.host_bytes)} of it for the {largest.role}; this "
+            f"machine has {_size(host_bytes)}",
             _remedy(largest, largest.memory.host),
         )
     for actor in plan.actors:
@@ -138,8 +135,8 @@ def _check_gpu(actor: Actor, gpu_bytes: int | None) -> None:
     has = int(gpu_bytes * (share or room))
     if actor.gpu_bytes > has:
         raise ConfigError(
-            f"a {actor.role} needs about {_size(actor.gpu_bytes)} of GPU memory and would "
-            f"have {_size(has)}",
+            f"the tensors of a {actor.role} need about {_size(actor.gpu_bytes)} of GPU memory; it "
+            f"would have {_size(has)}",
             _remedy(actor, actor.memory.gpu),
         )
 
@@ -159,10 +156,10 @@ def _remedy(actor: Actor, parts: Parts) -> str:
 
 
 def print_plan(config: RunConfig) -> None:
-    """Prints the plan; then compares it with this machine where the run would be on it alone.
+    """Prints the plan, and compares it with this machine if the run would use no other.
 
     Raises:
-        ConfigError: as `make_plan` and `check_fits` do.
+        ConfigError: `make_plan` or `check_fits` refuses the run.
     """
     from raygrpo.actors.cluster.placement import address_of
 
@@ -170,17 +167,19 @@ def print_plan(config: RunConfig) -> None:
     console = Console()
     console = console if console.is_terminal else Console(width=140)
     console.print(_batch_table(plan), _actor_table(plan))
+    total = f"tensors of all actors at their peaks: {_size(plan.host_bytes)}"
     address = address_of(config)
     if address != "local":
-        console.print(f"all actors at their peaks: {_size(plan.host_bytes)}, on {address}")
+        console.print(f"{total}, on {address}")
         return
     memory = machine_memory()
-    console.print(f"all actors at their peaks: {_size(plan.host_bytes)} of {_size(memory)} here")
+    console.print(f"{total}, of {_size(memory)} here")
+    console.print("tensors alone are counted: leave room for Python, libraries and allocators")
     check_fits(plan, host_bytes=memory, gpu_bytes=gpu_memory())
 
 
 def machine_memory() -> int:
-    """Bytes that this machine, or the container around this process, has."""
+    """The bytes of memory of this machine, or of the container around this process."""
     import psutil
 
     limit = _CGROUP_LIMIT.read_text().strip() if _CGROUP_LIMIT.is_file() else "max"
@@ -189,7 +188,7 @@ def machine_memory() -> int:
 
 
 def gpu_memory() -> int | None:
-    """Bytes of the first GPU; None without one."""
+    """The bytes of memory of the first GPU; None without a GPU."""
     import torch
 
     return int(torch.cuda.mem_get_info(0)[1]) if torch.cuda.is_available() else None
@@ -203,9 +202,9 @@ def _batch_table(plan: Plan) -> Table:
 
 
 def _actor_table(plan: Plan) -> Table:
-    table = Table("actor", "processes", "threads", "GPUs", "memory of each", "of what", box=None)
+    table = Table("actor", "processes", "threads", "GPUs", "tensors of each", "of what", box=None)
     for actor in plan.actors:
-        on_host = [f"{_size(actor.host_bytes)} (host)", _named(actor.memory.host, actor.base)]
+        on_host = [f"{_size(actor.host_bytes)} (host)", _named(actor.memory.host)]
         counts = [actor.role, str(actor.count), str(actor.threads), f"{actor.gpus:g}"]
         if actor.memory.gpu:
             share = actor.memory.gpu_share
@@ -216,10 +215,9 @@ def _actor_table(plan: Plan) -> Table:
     return table
 
 
-def _named(parts: Parts, base: int = 0) -> str:
+def _named(parts: Parts) -> str:
     largest = sorted(parts.items(), key=lambda part: -part[1])
-    named = [f"{name} {_size(value)}" for name, value in largest if value >= 2**20]
-    return ", ".join([*named, f"process {_size(base)}"] if base else named)
+    return ", ".join(f"{name} {_size(value)}" for name, value in largest if value >= 2**20)
 
 
 def _size(num_bytes: int) -> str:

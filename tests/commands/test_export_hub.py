@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
 from raygrpo.cli import app
-from raygrpo.commands.hub import commit_message, machine_paths, publish_run, push
+from raygrpo.commands.hub import commit_message, publish_run, push
 from raygrpo.config.file import load_config
 from raygrpo.errors import ConfigError, InfraError, RayGrpoError
 from raygrpo.storage.run_dir import RunDir
@@ -207,32 +207,6 @@ def test_no_network(trained: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
     error = refusal(trained)
     assert isinstance(error, InfraError)
     assert "cannot be reached" in error.message
-
-
-def test_a_card_that_names_the_machine_stays_here(
-    trained: Path, hub: FakeHub, tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(trained, run)
-    secret = tmp_path / "customers" / "rows.jsonl"
-    secret.parent.mkdir()
-    facts = json.loads((run / "run.json").read_text())
-    (run / "run.json").write_text(json.dumps({**facts, "example": f"read {secret} first"}))
-    with pytest.raises(ConfigError, match="path of this machine") as caught:
-        publish_run(run, "me/out")
-    assert str(secret) in str(caught.value)
-    assert not hub.repos, "nothing was made before the refusal"
-
-
-def test_machine_paths(tmp_path: Path) -> None:
-    home = f"{Path.home()}/x"
-    told = f"see {tmp_path}/a.txt. or ({home}) `{tmp_path}`"
-    assert list(machine_paths(told)) == [f"{tmp_path}/a.txt.", home, str(tmp_path)]
-    innocent = (
-        "https://huggingface.co/a/b and/or 1/2/3 <think>x</think> #!/usr/bin/python /dev/null "
-        "./tmp/x ~/tmp/x a/tmp/x /answer/of/nothing"
-    )
-    assert not list(machine_paths(innocent))
 
 
 def test_the_message_names_the_metric_that_decides(tmp_path: Path) -> None:

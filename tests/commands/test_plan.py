@@ -209,7 +209,8 @@ def test_offload_moves_parameters_to_the_host_at_stage_3_alone(models: dict[str,
 def test_what_fits_by_offload_alone_is_not_refused(models: dict[str, Path]) -> None:
     def plan(**zero: Any) -> Any:
         learner = {"zero_stage": 2, "deepspeed": {"zero_optimization": zero}}
-        return make_plan(make(models["llama"], ray={"gpus": {"learner": 1}}, learner=learner))
+        sections = {"train": {"tokens_per_microbatch": 32}, "ray": {"gpus": {"learner": 1}}}
+        return make_plan(make(models["llama"], **sections, learner=learner))
 
     room = plan(offload_optimizer=CPU).actors[0].gpu_bytes
     check_fits(plan(offload_optimizer=CPU), host_bytes=2**40, gpu_bytes=room)
@@ -227,7 +228,8 @@ def test_the_cache_grows_with_rows_and_length(models: dict[str, Path]) -> None:
     memory = generator_memory(config, size)
     assert memory.gpu["KV cache"] == cache and "KV cache" not in memory.host
     # Two versions in each memory.
-    assert memory.host["weights"] == memory.gpu["weights"] == 8 * size.parameters
+    for versions in (memory.host, memory.gpu):
+        assert versions["weights"] == versions["next version"] == 4 * size.parameters
 
 
 @pytest.mark.parametrize(
@@ -270,7 +272,7 @@ def test_what_does_not_fit_is_refused_with_a_remedy(models: dict[str, Path]) -> 
     assert "learner rank" in raised.value.message and "train." in raised.value.fix
     placed = make_plan(make(models["llama"], ray={"gpus": {"learner": 0.5}}))
     rank = placed.actors[0]
-    assert rank.gpu_bytes > 0 and rank.host_bytes > rank.base
+    assert rank.gpu_bytes > 0 and rank.host_bytes > 0
     check_fits(placed, host_bytes=2**40, gpu_bytes=2 * rank.gpu_bytes)
     with pytest.raises(ConfigError, match="GPU memory"):
         check_fits(placed, host_bytes=2**40, gpu_bytes=2 * rank.gpu_bytes - 2)
@@ -284,10 +286,10 @@ def test_the_command(models: dict[str, Path], tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(data))
     shown = CliRunner().invoke(app, ["plan", str(path)])
     assert shown.exit_code == 0, shown.output
-    for word in ("learner rank", "generator", "process", "completions a step", "peaks"):
+    for word in ("learner rank", "generator", "completions a step", "tensors alone are counted"):
         assert word in shown.output
-    ranks = 2 * machine_memory() // 2**28
-    bad = CliRunner().invoke(app, ["plan", str(path), f"--learner.num_ranks={ranks}"])
-    assert bad.exit_code == 2 and "ConfigError: the run needs about" in bad.output
+    rows = machine_memory() // 2**10
+    bad = CliRunner().invoke(app, ["plan", str(path), f"--generators.max_rows={rows}"])
+    assert bad.exit_code == 2 and "ConfigError: the run's tensors alone need about" in bad.output
     missing = CliRunner().invoke(app, ["plan", str(path), f"--model.path={tmp_path}/none"])
     assert missing.exit_code == 2 and "cannot be planned" in missing.output

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from raygrpo.algorithm.step_plan import loss_config
 from raygrpo.cli import app
-from raygrpo.commands.model_card_papers import papers_of
+from raygrpo.commands.model_card import papers_of
 from raygrpo.config.file import merged_sections
 from raygrpo.config.recipes import RECIPES
 from raygrpo.errors import ConfigError
