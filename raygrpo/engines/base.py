@@ -1,4 +1,4 @@
-"""What an inference engine is: one machine's generation, without Ray."""
+"""The face of an inference engine: generation on one machine, without Ray."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from raygrpo.weights.types import WeightsManifest
 
 
 class Engine(Protocol):
-    """Takes group requests, yields finished groups; weights may change between two steps.
+    """Takes group requests, returns finished groups; weights may change between two steps.
 
-    One thread owns an engine, `stage_weights` and `score` excepted. A request waits inside the
-    engine until the engine holds ``request.min_version`` or a newer version.
+    One thread owns an engine; only `stage_weights` and `score` may run on others. A request waits
+    in the engine until the engine holds ``request.min_version`` or a newer version.
     """
 
     @property
@@ -29,10 +29,10 @@ class Engine(Protocol):
         """Whether a step would make progress (False while all requests wait for newer weights)."""
 
     def submit(self, request: GroupRequest) -> None:
-        """Queues a group. Raises DataError when it can never fit (prompt plus completion).
+        """Queues a group. Raises DataError if prompt and completion can never fit.
 
-        Its ``partials`` keep their tokens, logprobs and versions; those that were aborted go on
-        with the random numbers of their next positions. The finished group's request has none.
+        The request's ``partials`` keep their tokens, logprobs and versions. Aborted ones go on with
+        the random numbers of their next positions. The finished group's request has no partials.
         """
 
     def step(self) -> list[Group]:
@@ -41,11 +41,11 @@ class Engine(Protocol):
     def stage_weights(self, manifest: WeightsManifest, buckets: Iterable[ByteArray]) -> None:
         """Verifies a whole version and makes it ready beside the one in use.
 
-        The one method that may run on another thread while steps go on: nothing that decoding reads
-        changes. The engine may keep the arrays in use until a later version is committed.
+        It may run on another thread while steps go on: it changes nothing that decoding reads. The
+        engine may keep the arrays until a later version is committed.
 
         Raises:
-            InfraError: a version that does not fit, is older, or is corrupt; nothing is staged.
+            InfraError: the version does not fit, is older, or is corrupt; nothing is staged.
         """
 
     def commit_weights(self) -> None:
@@ -55,8 +55,11 @@ class Engine(Protocol):
         """Stages and commits a version; between two steps."""
 
     def abort(self, stream: Stream, group_id: int) -> list[Completion]:
-        """Drops a group; returns its completions so far, in order, for another engine to go on with
-        (`GroupRequest.partials`): all of them, or none if it had not begun or is gone."""
+        """Drops a group; returns its completions so far, in order.
+
+        Another engine can go on with them (`GroupRequest.partials`). The list is empty if the group
+        had not begun or is gone.
+        """
 
     def score(self, token_ids: Sequence[int], temperature: float = 1.0) -> FloatArray:
         """Logprobs [T] of each token given those before it, in nats; index 0 is 0.
@@ -65,13 +68,13 @@ class Engine(Protocol):
         """
 
     def sleep(self) -> None:
-        """Frees what memory it can for another process, until `wake`; only with nothing unfinished.
+        """Frees memory for another process until `wake`; no group may be unfinished.
 
-        An engine whose weights do not survive it holds no version until one is loaded after `wake`.
+        An engine that gives its weights up holds no version until a load after `wake`.
         """
 
     def wake(self) -> None:
-        """Takes the memory back; nothing happens to an engine that is awake."""
+        """Takes the memory back; an engine that is awake stays as it is."""
 
     def close(self) -> None:
-        """Frees what the engine holds."""
+        """Frees the engine's memory and processes."""

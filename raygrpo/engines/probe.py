@@ -1,9 +1,9 @@
 """The proof after each sync: the engine must compute what the learner computes.
 
-Checksums prove that the right bytes arrived, not that the engine uses them. So the learner scores a
-fixed sequence at each publish, the manifest carries the logprobs, and an engine scores the same
-sequence after each commit. The gap is the mean absolute difference per token: an engine that missed
-one layer differs on all tokens, while the largest difference of a few bfloat16 logits says little.
+Checksums prove that the right bytes arrived. A probe proves that the engine uses them: the learner
+scores a fixed sequence at each publish, the manifest carries the logprobs, and the engine scores
+the same sequence after each commit. The gap is the mean absolute difference per token. An engine
+that missed one layer differs on all tokens; a few bfloat16 logits alone may differ by rounding.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from raygrpo.weights.types import Probe
 FACTOR = 3.0
 # Rounding of two ways to compute the same thing, in nats a token.
 FLOORS = {"float32": 1e-3, "bfloat16": 5e-2}
-# What a run's first gap may be at most, in floors: kernels differ by less, wrong weights by nats.
+# The largest first gap of a run, in floors: kernels differ by less, wrong weights by nats.
 FIRST_LIMIT = 10.0
 
 
 class ProbeCheck:
-    """One generator's checks; the first one of a run sets what gap is normal for its engine.
+    """One generator's checks; the run's first check sets the gap that is normal for the engine.
 
     Attributes:
-        normal_gap: the gap of the run's first version; None while that has not been checked.
-        last_gap: the gap of the last one; None before.
+        normal_gap: the gap of the run's first version, say 2e-5; None before its check.
+        last_gap: the gap of the last check; None before.
     """
 
     def __init__(self, dtype: str, temperature: float) -> None:
@@ -38,7 +38,7 @@ class ProbeCheck:
 
     @property
     def tolerance(self) -> float:
-        """The gap that is allowed: three times the first one, and no less than rounding's."""
+        """The largest allowed gap: three times the first one, and no less than rounding's."""
         if self.normal_gap is None:
             return FIRST_LIMIT * self._floor
         return max(FACTOR * self.normal_gap, self._floor)

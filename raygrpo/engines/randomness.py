@@ -1,7 +1,7 @@
-"""Uniform numbers as a pure function of what they are for: a counter-based generator.
+"""Uniform random numbers as a pure function of their purpose: a counter-based generator.
 
 The number behind a token depends on (seed, stream, group id, completion index, token position)
-and on nothing else: not on the batch it is decoded in, the engine, the attempt or the history.
+alone. The batch, the engine, the attempt and the history play no part.
 The mixing function is the finaliser of SplitMix64 (Steele, Lea, Flood: "Fast Splittable
 Pseudorandom Number Generators", OOPSLA 2014).
 """

@@ -1,4 +1,4 @@
-"""Which engine a run's generators have, and the making of one. Nothing here imports vLLM."""
+"""Chooses the engine of a run's generators, and makes it. Importing this module imports no vLLM."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ EngineName = Literal["transformers", "vllm"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineChoice:
-    """The engine of a run, and why it is that one."""
+    """The engine of a run, and the reason for it, such as ``vLLM is not installed``."""
 
     engine: EngineName
     reason: str
 
 
 def check_engine(config: RunConfig) -> None:
-    """Refuses what can be seen to be wrong without a generator.
+    """Refuses an engine or options that cannot work, without a generator.
 
     Raises:
-        ConfigError: an engine that cannot keep the promise of ``deterministic``, or options that it
-            would not take.
+        ConfigError: the engine cannot keep the promise of ``deterministic``, or takes no such
+            option.
     """
     section = config.generators
     if config.deterministic and section.engine == "vllm":
@@ -59,11 +59,11 @@ def check_engine(config: RunConfig) -> None:
 def choose_engine(
     config: RunConfig, recorded: str | None, why_not_vllm: Callable[[], str | None]
 ) -> EngineChoice:
-    """The engine of a run: as the configuration says, or as it began, or vLLM where that works.
+    """The engine of a run: the configured one, else the one it began with, else vLLM if that works.
 
     Args:
-        recorded: the engine that the run's steps so far were made with; None for a new run.
-        why_not_vllm: asked last, where generators run; None where vLLM works.
+        recorded: the engine of the run's steps so far; None for a new run.
+        why_not_vllm: asked last, on a node of the generators; None if vLLM works there.
 
     Raises:
         ConfigError: the configuration names another engine than the run began with.
@@ -99,7 +99,7 @@ def planned_engine(config: RunConfig) -> EngineChoice:
 
 
 def engine_device(config: RunConfig) -> str:
-    """Where a generator computes."""
+    """The device of a generator: ``cuda`` or ``cpu``."""
     return "cuda" if config.ray.gpus.generator else "cpu"
 
 
@@ -107,7 +107,7 @@ def make_engine(config: RunConfig, *, threads: int, version: Version | None) -> 
     """The engine of a generator in this process; ``version`` as in the engines.
 
     Raises:
-        ConfigError: it cannot be used here, or its model or options are wrong.
+        ConfigError: the engine cannot be used here, or its model or options are wrong.
     """
     section, device = config.generators, engine_device(config)
     choice = choose_engine(config, None, lambda: vllm_problem(device))

@@ -16,7 +16,7 @@ SLACK = 4
 
 
 class StopStrings:
-    """Whether a completion's text holds a stop string that its newest token may have ended."""
+    """Finds stop strings that end in a completion's newest token."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -25,7 +25,7 @@ class StopStrings:
     def ended(
         self, table: RowTable, rows: slice, settings: Sequence[Sampling]
     ) -> npt.NDArray[np.bool_]:
-        """Which of the rows [R] ended with their newest token; none does before min_tokens."""
+        """The rows [R] that ended with their newest token; no row ends before min_tokens."""
         ended = np.zeros(rows.stop - rows.start, np.bool_)
         stopping = [number for number, setting in enumerate(settings) if setting.stop]
         for index in np.flatnonzero(np.isin(table.setting[rows], stopping)):
@@ -38,10 +38,11 @@ class StopStrings:
         return ended
 
     def found(self, token_ids: TokenIds, stops: Sequence[str], *, whole: bool = False) -> bool:
-        """Looks in the newest of ``token_ids`` [C], or in all of them where ``whole``.
+        """Looks in the newest of ``token_ids`` [C], or in all of them if ``whole``.
 
-        A token that shows in the text adds a byte or more, so a stop string spans at most as many
-        tokens as it has bytes; `SLACK` keeps it away from the cut, where decoders strip a space.
+        Each token that shows in the text adds a byte or more, so a stop string spans at most as
+        many tokens as it has bytes. `SLACK` keeps it away from the cut, where decoders strip a
+        space.
         """
         if not whole:
             needed = max(len(stop.encode()) for stop in stops) + SLACK

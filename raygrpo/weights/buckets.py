@@ -18,14 +18,14 @@ BUCKET_BYTES = 64 * 2**20
 
 
 def tensor_bytes(tensor: Tensor) -> ByteArray:
-    """A tensor's bytes as a flat numpy view (a copy only where it is not contiguous on CPU)."""
+    """A tensor's bytes as a flat numpy view; a copy unless the tensor is contiguous on the CPU."""
     flat = tensor.detach().cpu().contiguous().view(-1)
     view: ByteArray = flat.view(torch.uint8).numpy()
     return view
 
 
 def new_bytes(num_bytes: int) -> ByteArray:
-    """An array of its own."""
+    """A new array."""
     return np.empty(num_bytes, np.uint8)
 
 
@@ -34,10 +34,10 @@ def make_buckets(
     bucket_bytes: int = BUCKET_BYTES,
     take: Callable[[int], ByteArray] = new_bytes,
 ) -> Iterator[tuple[BucketSpec, ByteArray]]:
-    """Packs named tensors in order into buckets of at most ``bucket_bytes`` (or one tensor).
+    """Packs named tensors in order into buckets of at most ``bucket_bytes``, or of one tensor.
 
-    Lazy: a bucket is yielded as soon as it is full, so that a sharded model is never gathered
-    whole. ``take`` gives the memory of a bucket: fresh memory costs as much as the copy into it.
+    Each bucket is yielded when it is full, so that a sharded model is never gathered whole.
+    ``take`` gives a bucket's memory: fresh memory costs as much as the copy into it.
     """
     pending: list[tuple[str, Tensor]] = []
     size = 0
@@ -78,7 +78,7 @@ def unpack(spec: BucketSpec, data: ByteArray) -> Iterator[tuple[str, Tensor]]:
     """Yields a bucket's tensors as views into ``data``, after verifying size and checksum.
 
     Raises:
-        WeightsCorrupt: the bytes are not those that were packed.
+        WeightsCorrupt: other bytes were packed.
     """
     if data.nbytes != spec.num_bytes or checksum(data) != spec.checksum:
         raise WeightsCorrupt(
@@ -86,7 +86,7 @@ def unpack(spec: BucketSpec, data: ByteArray) -> Iterator[tuple[str, Tensor]]:
         )
     for tensor in spec.tensors:
         part = data[tensor.offset_bytes : tensor.offset_bytes + tensor.num_bytes]
-        # from_numpy warns about read-only arrays (shared memory is); nothing writes to these views.
+        # torch warns about read-only arrays such as shared memory; nothing writes to these views.
         flat = (
             torch.frombuffer(part, dtype=torch.uint8) if part.flags.writeable else _readonly(part)
         )
@@ -102,7 +102,7 @@ def _readonly(part: ByteArray) -> Tensor:
 
 
 def weight_targets(model: Any) -> dict[str, Tensor]:
-    """The tensors that a full version consists of: parameters (tied ones once), saved buffers."""
+    """The tensors of a full version: parameters (tied ones once) and saved buffers."""
     saved = model.state_dict(keep_vars=True)
     targets: dict[str, Tensor] = dict(model.named_parameters())
     targets.update((name, buffer) for name, buffer in model.named_buffers() if name in saved)

@@ -1,4 +1,4 @@
-"""What is kept of the published versions: the newest whole one, and the deltas around it."""
+"""The published versions that the store keeps: the newest whole one, and the deltas around it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ StoredVersion = tuple[WeightsManifest, tuple[Any, ...]]
 
 
 class VersionChain:
-    """Versions in order: older incarnations, and steps backwards, are refused.
+    """Versions in rising order of (incarnation, step); an older version is refused.
 
-    Holds the newest whole version, every delta since, and deltas before it as long as those are
-    fewer bytes than it: whoever lags further is better off with the whole version. That is at most
-    the size of two whole versions and the deltas since the newest, which a publisher bounds.
+    The chain keeps the newest whole version, every delta since, and as many deltas before as are
+    fewer bytes than the whole version. A reader that lags further takes the whole version. So the
+    chain keeps at most the bytes of two whole versions and of the deltas since the newest one,
+    which the publisher bounds.
     """
 
     def __init__(self) -> None:
@@ -37,7 +38,7 @@ class VersionChain:
         """Takes bucket ``index`` of a version under way, as a delta (``encoded``) or whole.
 
         Raises:
-            InfraError: the version is not newer than all that is here.
+            InfraError: the chain has this version or a newer one.
         """
         self.refuse_older(version)
         if version != self._incoming_version:
@@ -48,8 +49,8 @@ class VersionChain:
         """Makes a version readable: as a whole one, a delta on the newest, or both.
 
         Raises:
-            InfraError: a bucket is missing, the base is not the newest version, or this is not
-                newer. What was readable before stays so.
+            InfraError: a bucket is missing, the base is not the newest version, or the version is
+                not newer. The readable versions stay readable.
         """
         (version,) = {manifest.version for manifest in manifests}
         self.refuse_older(version)
@@ -66,17 +67,17 @@ class VersionChain:
         self._trim()
 
     def forget(self) -> None:
-        """Drops all versions, but for what has come of one under way."""
+        """Drops all readable versions; the buckets of a version under way stay."""
         self._whole, self._deltas = None, []
 
     def plan(self, have: Version | None) -> list[StoredVersion]:
-        """What to apply, oldest first, to get from ``have`` to the newest with the fewest bytes.
+        """The versions to apply on ``have``, oldest first, to reach the newest with few bytes.
 
-        Empty where that is the newest; deltas alone where they begin at ``have``: a chain that was
-        longer than the newest whole version is not kept.
+        None if ``have`` is the newest. Deltas alone if the chain has all deltas since ``have``:
+        deltas that outweigh the newest whole version are not kept.
 
         Raises:
-            WeightsLost: nothing has been published, or all of it was lost with the store's process.
+            WeightsLost: nothing has been published, or the store lost its process.
         """
         if self._whole is None:
             raise WeightsLost("the weight store is empty: nothing has been published")
@@ -88,7 +89,7 @@ class VersionChain:
         return [self._whole, *(d for d in self._deltas if d[0].version > self._whole[0].version)]
 
     def refuse_older(self, version: Version) -> None:
-        """Raises InfraError unless the version is newer than all that is here."""
+        """Raises InfraError unless the version is newer than all versions here."""
         newest = self.version
         if newest is not None and version <= newest:
             raise InfraError(

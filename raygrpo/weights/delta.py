@@ -1,15 +1,15 @@
 """Lossless sparse deltas between two versions of the same bytes.
 
-At RL learning rates 95 to 99 % of a bf16 model's weights have the same bits from one step to the
-next. A delta says where elements differ and by how much, in integers: floating point is never
-looked at, so NaN payloads, signed zeros and every dtype come out bit for bit.
+At RL learning rates 95 to 99 % of a bf16 model's weights keep their bits from one step to the next.
+A delta says where elements differ and by how much, in integers. So NaN payloads, signed zeros and
+every dtype come out bit for bit.
 
-A delta is a header, then sections. Positions are gaps between changed elements, in 16 bits (65535
-means: skip as many, nothing changed there); values are wrapping differences of the elements as
-integers, zigzag coded, so that a step by one unit in the last place is 1 or 2 in either direction.
-Both are split into byte planes, each compressed by zstd level 1 where that is smaller. The last
-``size % 8`` bytes travel as they are. Where the bytes themselves would be smaller, they are sent.
-The header holds the sizes, checksums of base and result, and one of all that follows it.
+A delta is a header and two sections. *Positions* are gaps between changed elements, in 16 bits; the
+gap 65535 skips 65535 unchanged elements. *Values* are the elements' wrapping differences as
+integers, zigzag coded: a step by one unit in the last place is 1 or 2. Both sections are split into
+byte planes, and zstd level 1 compresses each plane that gets smaller. The last ``size % 8`` bytes
+travel as they are. If the plain bytes are smaller than the delta, they are sent instead. The header
+holds the sizes, the checksums of base and result, and a checksum of all that follows the header.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from raygrpo.types import ByteArray
 Bytes = ByteArray | bytes | bytearray | memoryview
 
 MAGIC = b"rgD1"
-# Past this share of changed elements the bytes themselves are sent: from about there on, a link of
-# 1 Gbit/s takes them as soon as they are coded, sent and decoded (benchmarks/delta_bytes.py).
+# Above this share of changed elements the plain bytes are sent: over a link of 1 Gbit/s they arrive
+# as soon as a delta is coded, sent and decoded (benchmarks/delta_bytes.py).
 DENSE_FRAC = 0.25
 WORD = 8
 CHUNK_BYTES = 16 * 2**20
@@ -46,9 +46,9 @@ _CODEC = pyarrow.Codec("zstd", compression_level=1)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Header:
-    """What a delta says of itself: ``base`` and ``result`` are xxh3_64 of the whole bytes.
+    """A delta's header: ``base`` and ``result`` are xxh3_64 of all bytes before and after.
 
-    ``itemsize`` is 0 where the bytes themselves are sent.
+    ``itemsize`` is 0 if the plain bytes are sent.
     """
 
     itemsize: int
@@ -61,7 +61,7 @@ class Header:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Encoded:
-    """What comparing brought: ``data`` is None where sending the bytes themselves is better."""
+    """The outcome of a comparison: ``data`` is None if the plain bytes are the better choice."""
 
     data: bytes | None
     num_changed: int
@@ -74,10 +74,10 @@ def checksum(data: ByteArray) -> int:
 
 
 def encode(old: Bytes, new: Bytes, itemsize: int = 2) -> bytes:
-    """The delta that takes ``old`` to ``new``, two byte strings of one size.
+    """The delta from ``old`` to ``new``, two byte strings of one size.
 
-    ``itemsize`` (1, 2, 4 or 8) is the width in which elements are compared: the one that most of
-    the bytes have. Any width is right for any bytes; another than theirs costs size alone.
+    ``itemsize`` (1, 2, 4 or 8) is the width in which elements are compared. Every width gives the
+    right bytes; the width of most elements gives the smallest delta.
     """
     before, after = _flat(old), _flat(new)
     base, result = checksum(before), checksum(after)
@@ -88,11 +88,11 @@ def encode(old: Bytes, new: Bytes, itemsize: int = 2) -> bytes:
 
 
 def apply(old: Bytes, data: Bytes) -> ByteArray:
-    """The bytes that `encode` was given as ``new``, in an array of its own.
+    """The bytes that `encode` took as ``new``, in an array of its own.
 
     Raises:
         InfraError: ``old`` is not the base.
-        WeightsCorrupt: ``data`` is not as it was made.
+        WeightsCorrupt: ``data`` is not a delta that `encode` made.
     """
     before = _flat(old)
     header = read_header(data)
@@ -113,13 +113,13 @@ def compare(
     itemsize: int = 2,
     max_frac: float = DENSE_FRAC,
 ) -> Encoded:
-    """`encode` for callers who know the checksums and can send the bytes themselves.
+    """`encode` for a caller that knows the checksums and can send the plain bytes.
 
-    Past ``max_frac`` of changed elements no more than that is found out, and ``num_changed`` is an
-    estimate by samples.
+    Above ``max_frac`` of changed elements the comparison stops, and ``num_changed`` is an estimate
+    from samples.
 
     Raises:
-        ValueError: sizes that differ, or a width that is none.
+        ValueError: the sizes differ, or the width is not 1, 2, 4 or 8.
     """
     if itemsize not in (1, 2, 4, 8) or old.size != new.size:
         raise ValueError(f"cannot compare {old.size} and {new.size} bytes by {itemsize}")
@@ -147,10 +147,10 @@ def compare(
 
 
 def read_header(data: Bytes) -> Header:
-    """A delta's header, once all of the delta is known to be as it was made.
+    """A delta's header, after its checksum is verified.
 
     Raises:
-        WeightsCorrupt: it is not.
+        WeightsCorrupt: the delta's bytes have changed.
     """
     blob = _flat(data)
     if blob.size >= _SEAL.size + _HEAD.size:
@@ -170,13 +170,13 @@ def read_header(data: Bytes) -> Header:
 
 
 def patch(target: ByteArray, data: Bytes, base: int) -> int:
-    """Turns the base into the result in place; returns the checksum that the result should have.
+    """Turns the base into the result in place; returns the checksum that the result must have.
 
-    The caller knows that ``base`` is the target's checksum, and checks the result.
+    The caller vouches for ``base``, the target's checksum, and checks the result.
 
     Raises:
-        InfraError: ``data`` is of another base; the target is as it was.
-        WeightsCorrupt: ``data`` is not as it was made; likewise.
+        InfraError: ``data`` is of another base; the target is unchanged.
+        WeightsCorrupt: the delta's bytes have changed; the target is unchanged.
     """
     header = read_header(data)
     if target.size != header.num_bytes or base != header.base:
@@ -231,7 +231,7 @@ def _differences(
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any]]:
     """Positions and zigzag differences of the elements that changed in one chunk.
 
-    Words of 8 bytes are compared first: few of them differ, so elements are looked at in those.
+    Words of 8 bytes are compared first. Few of them differ, and only their elements are compared.
     """
     unit, lane_bits = np.dtype(f"<u{itemsize}"), (WORD // itemsize).bit_length() - 1
     part = slice(start, min(start + CHUNK_BYTES, old.size // WORD * WORD))
@@ -247,7 +247,7 @@ def _differences(
 
 
 def _sampled_frac(old: ByteArray, new: ByteArray, itemsize: int) -> float:
-    """The share of elements that changed, in a few percent of the bytes, spread evenly."""
+    """The share of changed elements in a sample: a few percent of the bytes, spread evenly."""
     unit, end = f"<u{itemsize}", old.size // WORD * WORD
     parts = [slice(start, min(start + SAMPLE_BYTES, end)) for start in range(0, end, SAMPLE_STEP)]
     changed = sum(np.count_nonzero(old[p].view(unit) != new[p].view(unit)) for p in parts)
@@ -255,7 +255,7 @@ def _sampled_frac(old: ByteArray, new: ByteArray, itemsize: int) -> float:
 
 
 def _gaps(positions: list[npt.NDArray[np.int64]]) -> npt.NDArray[np.uint16]:
-    """Counts of unchanged elements before each changed one, with SKIPs for what 16 bits lack."""
+    """Counts of unchanged elements before each changed one; SKIPs make up longer counts."""
     parts, last = [np.empty(0, np.uint16)], -1
     for where in positions:
         if where.size:
@@ -273,7 +273,7 @@ def _symbols(gaps: npt.NDArray[np.int64]) -> npt.NDArray[np.uint16]:
 
 
 def _positions(gaps: npt.NDArray[np.uint16]) -> Iterator[npt.NDArray[np.int64]]:
-    """What `_gaps` was made of, block by block."""
+    """The positions behind `_gaps`, block by block."""
     base = 0
     for start in range(0, gaps.size, BLOCK_GAPS):
         block = gaps[start : start + BLOCK_GAPS]

@@ -1,11 +1,11 @@
-"""Native transports: a version straight from the learner to engines, without the store between.
+"""Native transports: a version straight from the learner to the engines, past the store.
 
-`NativeTransfer` is the protocol around any collective: who takes part is an input to each sync, the
-group is made anew when that changes, buckets go in order, every wait has the sync's one deadline,
-and when anything fails the group is given up. Then nobody is left half-loaded: who had begun is to
-be replaced, and all others take the version from the store, which stays the way for late comers.
+`NativeTransfer` is the protocol around a collective. The members are an input to each sync. The
+group is made again when its members change. Buckets go in order. Every wait has the sync's one
+deadline. When anything fails, the group is given up: members that had begun may be half-loaded and
+are replaced, and the others take the version from the store, as late joiners do.
 
-The collectives themselves (`raygrpo.engines.vllm.native`) have not run on a GPU yet.
+`raygrpo.engines.vllm.native` has the collectives. No GPU has run them yet.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Receiver(Protocol):
         """Enters the group that ``init_info`` describes, and leaves any older one."""
 
     def begin(self) -> Future[None]:
-        """Opens an update: from here to the end of `finish` the engine must not be used."""
+        """Opens an update: until the end of `finish` nothing else may use the engine."""
 
     def receive(self, update_info: Mapping[str, Any]) -> Future[None]:
         """Takes one bucket, while the sender transmits it."""
@@ -51,13 +51,13 @@ class Sender(Protocol):
     """The learner's end, rank 0 of the group. Calls block, `close` excepted."""
 
     def open(self, world_size: int) -> dict[str, Any]:
-        """Prepares a new group; returns what receivers are to be told, but for their rank."""
+        """Prepares a new group; returns the ``init_info`` of receivers, without their ranks."""
 
     def connect(self) -> None:
         """Waits for all receivers to enter."""
 
     def offer(self, bucket: list[Named]) -> dict[str, Any]:
-        """Makes a bucket ready; returns what receivers are to be told of it."""
+        """Makes a bucket ready; returns its ``update_info`` for receivers."""
 
     def transmit(self) -> None:
         """Sends the bucket that was offered last."""
@@ -68,7 +68,7 @@ class Sender(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransferResult:
-    """Names of receivers: each is in one of the three.
+    """The receivers of a sync by name; each name is in one of three fields.
 
     ``loaded`` hold the version. ``broken`` (with the reason) may be half-loaded and must be
     replaced. ``behind`` are as they were before, and must take the version from the store.
@@ -80,7 +80,7 @@ class TransferResult:
 
 
 class NativeTransfer:
-    """Syncs one sender with whoever is there."""
+    """Syncs one sender with the receivers that are there."""
 
     def __init__(self, sender: Sender, timeout_s: float) -> None:
         self._sender = sender
@@ -111,7 +111,7 @@ class NativeTransfer:
         except _Aborted:
             self.close()
             return attempt.result()
-        except BaseException:  # the source's own error: the update that is open never ends
+        except BaseException:  # the source's own error: the open update never ends
             self.close()
             raise
         return TransferResult(loaded=tuple(receivers))
@@ -153,7 +153,7 @@ class _Attempt:
     failures: dict[str, str] = field(default_factory=dict)
 
     def call(self, what: str, ours: Callable[[], T]) -> T:
-        """A call of the sender's that nobody else takes part in; when it fails, the sync does."""
+        """A call to the sender alone; its failure is the sync's."""
         try:
             return ours()
         except (OSError, RuntimeError, InfraError) as error:  # sockets, CUDA, NCCL
@@ -163,9 +163,9 @@ class _Attempt:
     def wait(
         self, what: str, futures: Mapping[str, Future[None]], ours: Future[None] | None = None
     ) -> None:
-        """Waits for all; the first failure ends the sync, since the others wait for that one.
+        """Waits for all members; the first failure ends the sync, since all others wait for it.
 
-        So who has not answered by then counts as broken too: it may hang in the collective.
+        A member without an answer at that time may hang in the collective, and counts as broken.
         """
         parts = {**futures, **({"": ours} if ours else {})}
         while open_parts := {name: part for name, part in parts.items() if not part.done()}:
@@ -183,7 +183,7 @@ class _Attempt:
             raise _Aborted
 
     def result(self) -> TransferResult:
-        """Who is to be replaced, and who can go on."""
+        """The members to replace, and those that can go on."""
         reason = "; ".join(
             f"{name or 'the sender'}: {why}" for name, why in sorted(self.failures.items())
         )
@@ -197,7 +197,7 @@ class _Attempt:
 
 
 def _wait_any(futures: Iterable[Future[None]], timeout_s: float) -> None:
-    """Returns once one of the futures is done, or the time is over."""
+    """Returns when one of the futures is done or the time is over."""
     ended = threading.Event()
     for future in futures:
         future.add_done_callback(lambda _: ended.set())
@@ -205,7 +205,7 @@ def _wait_any(futures: Iterable[Future[None]], timeout_s: float) -> None:
 
 
 def _call(function: Callable[[], None]) -> Future[None]:
-    """Runs a call that may hang for ever on a thread that does not keep the process alive."""
+    """Runs a call that may hang for ever, on a thread that does not keep the process alive."""
     future: Future[None] = Future()
 
     def run() -> None:

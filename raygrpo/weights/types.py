@@ -1,4 +1,4 @@
-"""Versions of the weights: what a published version consists of, and its proof."""
+"""A published version of the weights: its tensors, its buckets, its proof, its report."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ WholeKind = Literal["full", "adapter"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorSpec:
-    """A tensor's place in a bucket: ``offset_bytes`` from its start; ``dtype`` in torch's names."""
+    """A tensor's place in a bucket.
+
+    Example: ``model.norm.weight``, ``bfloat16``, shape (576,), offset_bytes 4096, num_bytes 1152.
+    ``dtype`` is torch's name.
+    """
 
     name: str
     dtype: str
@@ -26,8 +30,10 @@ class TensorSpec:
 class BucketSpec:
     """A run of tensors that travels as one byte array.
 
-    ``num_bytes`` and ``checksum`` (xxh3_64) are of the tensors' bytes, however they travel:
-    ``encoded_bytes`` is the size of the delta in their stead, None where they go as they are.
+    Attributes:
+        num_bytes: of the tensors, also if a delta travels; say 67108864.
+        checksum: xxh3_64 of the tensors' bytes.
+        encoded_bytes: the size of the delta, say 300000; None if the bucket travels whole.
     """
 
     tensors: tuple[TensorSpec, ...]
@@ -43,9 +49,9 @@ class BucketSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """What the learner's weights make of a fixed sequence: ``logprobs`` [T] in nats, index 0 is 0.
+    """The learner's logprobs [T] of a fixed sequence, in nats, at the run's temperature.
 
-    They are of the policy at the run's sampling temperature.
+    Example: token_ids (17, 4, 90), logprobs (0.0, -3.2, -7.9). The first token has none, so 0.
     """
 
     token_ids: tuple[int, ...]
@@ -58,9 +64,10 @@ class Probe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightsManifest:
-    """What a published version consists of.
+    """The contents of a published version.
 
-    A ``delta`` needs ``base_version``, whose buckets have the same tensors; the others are whole.
+    A ``delta`` needs ``base_version``, whose buckets have the same tensors. The other kinds are
+    whole. Example: version (1, 8), kind ``delta``, base_version (1, 7), 5 buckets.
     """
 
     version: Version

@@ -1,15 +1,17 @@
-"""A model's weights, double-buffered: a version is staged beside the one in use, then swapped in.
+"""A model's tensors: a version is staged beside the one in use, then swapped in.
 
-`ModelWeights.stage` may run on another thread while the model computes: it verifies every bucket
+`ModelWeights.stage` may run on another thread while the model computes. It verifies every bucket
 and touches nothing that the model reads. `ModelWeights.commit` re-points the tensors, which takes
-milliseconds whatever the model's size. On CPU the tensors become views of the staged byte arrays,
-without a copy (a tensor that does not start at a multiple of 64 bytes is copied, so that kernels
-see the same alignment and give the same bits however a version arrived). On a GPU a second set of
-tensors is filled on a stream of its own, and the two sets change places.
+milliseconds for a model of any size.
 
-Packed linear weights are made at staging or, with ``pack_later``, by `ModelWeights.pack` between
-decode steps; until then the same kernels take the plain weights, a little slower. Sums may then be
-rounded otherwise, so deterministic engines pack first.
+On a CPU the tensors become views of the staged byte arrays, without a copy. A tensor that does not
+start at a multiple of 64 bytes is copied: kernels then see the same alignment, and give the same
+bits, however the version arrived. On a GPU a second set of tensors is filled on a stream of its
+own, and the two sets change places.
+
+Linear weights are packed at staging or, with ``pack_later``, by `ModelWeights.pack` between decode
+steps. Until then the kernels take the plain weights, a little slower, and may round sums in another
+way. So deterministic engines pack at staging.
 
 Memory: at most twice the weights, and while a version is staged twice the packed linear weights.
 """
@@ -36,7 +38,7 @@ ALIGNMENT = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Staged:
-    """A verified version that is not yet in use."""
+    """A verified version that waits for its commit."""
 
     version: Version
     tensors: Mapping[str, Tensor]
@@ -78,10 +80,10 @@ class ModelWeights:
         self._staged: _Staged | None = None
 
     def stage(self, manifest: WeightsManifest, buckets: Iterable[ByteArray]) -> None:
-        """Verifies a version's buckets and makes it ready for `commit`; what is in use stays.
+        """Verifies a version's buckets and makes the version ready; the one in use stays.
 
-        An earlier version that was staged and not committed is dropped. On CPU the arrays belong to
-        these weights until a later version has been committed: nobody may write to them.
+        An earlier staged version is dropped. On a CPU the arrays belong to these weights until a
+        later version is committed: nobody may write to them.
 
         Raises:
             InfraError: the version does not fit the model, is older than the one in use, or a
@@ -98,10 +100,10 @@ class ModelWeights:
         self._staged = _Staged(version=manifest.version, tensors=tensors, packed=packed)
 
     def commit(self) -> Version:
-        """Puts the staged version into use; only while the model computes nothing.
+        """Puts the staged version into use, while the model computes nothing.
 
         Raises:
-            InfraError: nothing is staged, or something older than what is in use.
+            InfraError: nothing is staged, or the staged version is older than the one in use.
         """
         staged, self._staged = self._staged, None
         if staged is None:
@@ -121,9 +123,10 @@ class ModelWeights:
 
     @torch.no_grad()
     def pack(self, share: float = 1.0) -> None:
-        """Packs linear weights of the version in use that are not packed yet, about ``share`` of
-        the bytes of all; on the thread that computes with them, whose cores a thread of its own
-        would take at the wrong moments."""
+        """Packs unpacked linear weights of the version in use, about ``share`` of all bytes.
+
+        It runs on the thread that computes: another thread would take its cores at wrong moments.
+        """
         if not self._unpacked:
             return
         room = share * sum(linear.weight.nbytes for linear in self.linears)
@@ -134,7 +137,7 @@ class ModelWeights:
             self._unpacked.popleft()
 
     def move(self, device: torch.device) -> None:
-        """Moves the weights in use, and frees the room for the next version until it comes."""
+        """Moves the weights in use; frees the room for the next version until that comes."""
         self._spare = {}
         for target in self.targets.values():
             target.data = target.data.to(device)
@@ -159,9 +162,9 @@ class ModelWeights:
 def check_manifest(
     targets: Mapping[str, Tensor], manifest: WeightsManifest, held: Version | None
 ) -> None:
-    """Refuses a version that does not fit the model or what it holds, before anything is read.
+    """Refuses a version that does not fit the model or the held version, before reading it.
 
-    An engine is handed whole versions: deltas are applied before.
+    An engine gets whole versions only: `raygrpo.weights.replica` applies deltas before.
 
     Raises:
         InfraError: older than the held version, an adapter, or tensors of unknown names, other

@@ -1,11 +1,11 @@
 """Weights straight from the learner's GPU into vLLM's workers: its `nccl` and `ipc` backends.
 
-NO GPU HAS RUN THIS YET. It is written against vLLM 0.32 (vllm/distributed/weight_transfer); tests
-hold it against the real classes there, with a communicator of threads in the place of NCCL, and the
-protocol around it is tested in `raygrpo.weights.native`.
+NO GPU HAS RUN THIS YET. The module is written against vLLM 0.32 (vllm/distributed/weight_transfer).
+Tests run vLLM's own classes, with a communicator of threads in place of NCCL.
+`raygrpo.weights.native` has the protocol around the collectives.
 
-The senders take the trainer's half of vLLM's engines apart, since those send to a fixed group, in
-one call without a deadline. `raygrpo.engines.vllm.native_worker` is the workers' half.
+The trainer's half of vLLM's engines sends to a fixed group, in one call without a deadline. So the
+senders here use its parts. `raygrpo.engines.vllm.native_worker` is the workers' half.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class NcclSender:
             self._group.connect()
 
     def offer(self, bucket: list[Named]) -> dict[str, Any]:
-        """Waits for the bucket's own kernels: vLLM packs it on a stream that does not."""
+        """Waits for the bucket's own kernels, since vLLM packs it on another stream."""
         if self._device is not None:
             torch.accelerator.synchronize(self._device)
         self._bucket = bucket
@@ -120,14 +120,14 @@ class NcclSender:
             )
 
     def close(self) -> None:
-        """Aborts what is under way on the GPU, where a broadcast would wait for ever."""
+        """Aborts a broadcast on the GPU, which would wait for ever."""
         self._group.close()
 
 
 class IpcSender:
-    """Shows buckets in one buffer of the GPU that learner and generators share.
+    """Shows buckets in one buffer on the GPU that learner and generators share.
 
-    The buffer stays, and is exported once: workers keep it mapped, and read it before they answer.
+    The buffer is exported once. Workers keep it mapped, and read a bucket before they answer.
     """
 
     def __init__(self, device: int | None, gpu_uuid: str) -> None:
@@ -173,8 +173,10 @@ def _describe(bucket: list[Named]) -> dict[str, Any]:
 
 
 def gpu_buckets(tensors: Iterable[Named], device: str = "cuda") -> Iterator[list[Named]]:
-    """Copies of tensors on ``device``, some 64 MiB at a time, each bucket of one dtype, as which
-    vLLM's packed tensors are aligned. What ZeRO-3 gathers is gone after its turn."""
+    """Copies of tensors on ``device``, in buckets of about 64 MiB and of one dtype each.
+
+    vLLM aligns a packed tensor by its dtype. A copy is needed: ZeRO-3 frees a gathered tensor.
+    """
     bucket: list[Named] = []
     size = 0
     for name, tensor in tensors:
@@ -189,7 +191,7 @@ def gpu_buckets(tensors: Iterable[Named], device: str = "cuda") -> Iterator[list
 
 
 class VllmReceiver:
-    """The end of the engine that ``client`` drives, as `raygrpo.weights.native` wants it."""
+    """The `raygrpo.weights.native.Receiver` of the engine that ``client`` drives."""
 
     def __init__(self, client: VllmClient, num_workers: int) -> None:
         self._client, self.num_workers = client, num_workers
@@ -211,7 +213,7 @@ class VllmReceiver:
         await self._client.ask("start_weight_update")
 
     def receive(self, update_info: Mapping[str, Any]) -> Future[None]:
-        """vLLM's ``update_weights``. Pickled, since its own messages carry no CUDA handles."""
+        """vLLM's ``update_weights``; pickled, since vLLM's messages carry no CUDA handles."""
         info = {NATIVE: pickle.dumps(dict(update_info))}
         request = WeightTransferUpdateRequest(update_info=info)
         return self._client.begin(self._client.ask("update_weights", request))

@@ -1,5 +1,7 @@
-"""The worker's half of `raygrpo.engines.vllm.native`: vLLM's own engines, inside ours for shared
-memory, so that a worker takes versions from the learner and from the store. NO GPU HAS RUN IT YET.
+"""The worker's half of `raygrpo.engines.vllm.native`. NO GPU HAS RUN IT YET.
+
+vLLM's own transfer engines work inside ours for shared memory, so that a worker takes versions from
+the learner and from the store.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ NATIVE: Final = "native"  # of an update that is not in shared memory; pickled b
 
 
 class _Loader:
-    """Stands for the model where vLLM's engines load, and notes what came."""
+    """Stands for the model in vLLM's engines, and notes which parameters came."""
 
     def __init__(self, model: Any, missing: set[str]) -> None:
         self._model, self._missing = model, missing
@@ -42,7 +44,7 @@ class NcclEngine(SharedMemoryEngine):
         self._native = self.native(*arguments)
 
     def parse_init_info(self, init_dict: dict[str, Any]) -> WeightTransferInitInfo:
-        """An empty one is no group's, but our own client's."""
+        """Empty information comes from our own client, other from a group."""
         if init_dict:
             return self._native.parse_init_info(init_dict)
         return super().parse_init_info(init_dict)

@@ -1,4 +1,7 @@
-"""What the project sets of vLLM, and whether vLLM can be used here. Nothing imports vLLM."""
+"""The options that the project sets in vLLM, and the question whether vLLM can be used here.
+
+Importing this module imports no vLLM; `vllm_problem` does.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from raygrpo.config import ModelSection
 NOT_INSTALLED: Final = "vLLM is not installed"
 
 
-# What the project sets itself, so that a user's option cannot undo what it relies on.
+# Options that the project sets itself and relies on; a user cannot set them.
 OURS: Final = frozenset(
     {
         "model", "revision", "tokenizer", "tokenizer_revision", "tokenizer_mode", "dtype", "seed",
@@ -37,10 +40,10 @@ def is_installed() -> bool:
 
 
 def vllm_problem(device: str, model: ModelSection | None = None) -> str | None:
-    """Why vLLM cannot be used in this process on ``device`` (cpu or cuda); None where it can.
+    """Why vLLM cannot be used in this process on ``device`` (cpu or cuda); None if it can.
 
-    A ``model`` must be of an architecture that vLLM has itself. It imports vLLM, which takes
-    seconds, where that is installed.
+    A ``model`` must have an architecture that vLLM implements itself. If vLLM is installed, the
+    question imports it, which takes seconds.
     """
     if not is_installed():
         return NOT_INSTALLED
