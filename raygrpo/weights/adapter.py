@@ -1,8 +1,8 @@
-"""LoRA adapters as they travel, and the weights that they make of a base model.
+"""Published LoRA adapters, and the whole weights that an adapter and its base model make.
 
-A merged weight is ``W0 + scale * (B @ A)``, computed in fp32 and rounded once to the base's dtype,
-wherever it is made: in a checkpoint's ``model/`` and in every generator. The learner's own forward
-pass keeps adapter and base apart, so in bfloat16 the two differ by that rounding.
+A merged weight is ``W0 + scale * (B @ A)``, computed in fp32 and rounded once to the base's dtype.
+Checkpoints (``model/``) and generators merge alike. The learner's own forward pass keeps adapter
+and base apart, so in bfloat16 the two differ by that rounding.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from raygrpo.types import ByteArray
 from raygrpo.weights.buckets import make_buckets, unpack, weight_targets
 from raygrpo.weights.types import BucketSpec, WeightsManifest
 
-# peft's names of an adapter's tensors, in its files as in our buckets.
+# peft's names of an adapter's tensors, in peft's files and in our buckets.
 PREFIX = "base_model.model."
 A, B = ".lora_A.weight", ".lora_B.weight"
 
 
 def adapter_scale(lora: Mapping[str, Any], rank: int) -> float:
-    """What ``B @ A`` of this rank is multiplied by, as peft does it (rsLoRA: arXiv 2312.03732)."""
+    """peft's factor of ``B @ A`` for this rank (rsLoRA: arXiv 2312.03732)."""
     alpha = float(lora.get("lora_alpha", 8))
     return alpha / math.sqrt(rank) if lora.get("use_rslora") else alpha / rank
 
@@ -35,7 +35,7 @@ def adapter_scale(lora: Mapping[str, Any], rank: int) -> float:
 def merged_weights(
     base: Iterable[tuple[str, Tensor]], adapter: Mapping[str, Tensor], lora: Mapping[str, Any]
 ) -> Iterator[tuple[str, Tensor]]:
-    """The base's tensors, those that the adapter has a part in merged with it.
+    """The base's tensors; tensors of adapted layers are merged with the adapter.
 
     Args:
         base: names and tensors as the model without adapter has them.
@@ -56,11 +56,11 @@ Buckets = list[tuple[BucketSpec, ByteArray]]
 
 
 class AdapterBase:
-    """The base weights beside an engine, which make a whole version of a published adapter.
+    """The base weights beside an engine: they make a whole version of a published adapter.
 
-    They are read from ``model.path`` at the first adapter. Weights that the adapter leaves alone
-    are put into buckets once; every version then refers to the same arrays. So each version costs
-    new memory for the adapter's layers only, beside their base weights.
+    The base is read from ``model.path`` at the first adapter. Weights that the adapter leaves alone
+    are packed once, and every version refers to the same arrays. So a version costs new memory for
+    the adapter's layers only.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -71,7 +71,7 @@ class AdapterBase:
     def full_version(
         self, manifest: WeightsManifest, buckets: Iterable[ByteArray]
     ) -> tuple[WeightsManifest, list[ByteArray]]:
-        """The manifest and buckets of the merged model, of the adapter's version.
+        """The manifest and buckets of the merged model, with the adapter's version.
 
         Raises:
             InfraError: a bucket is corrupt, or the adapter is not of this model's layers.

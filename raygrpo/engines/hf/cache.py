@@ -1,7 +1,7 @@
 """A key-value cache of slots: each row of a batch writes and sees its own length.
 
-One preallocated pair of tensors [rows, heads, positions, head_dim] a layer. Rows in use are the
-first ones; what a row has not written is masked by the caller, and always finite.
+Each layer has a preallocated pair of tensors [rows, heads, positions, head_dim]. The first rows are
+in use. The caller masks positions that a row has not written; they are always finite.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ GROWTH = 64
 
 @dataclass(slots=True)
 class Plan:
-    """Where the next forward pass writes and what it sees; shared by all layers.
+    """The places that the next forward pass writes and reads; shared by all layers.
 
-    A prefill writes positions [start, stop) of the rows ``prefilled``: one, or several from their
-    first position on. A decode (``prefilled`` empty) writes one position of each of the first rows,
-    ``positions`` [R], and sees the first ``stop`` positions.
+    A prefill writes positions [start, stop) of the rows ``prefilled``: of one row, or of several
+    rows from position 0 on. A decode (``prefilled`` is empty) writes ``positions`` [R], one in each
+    of the first R rows, and reads the first ``stop`` positions.
     """
 
     rows: int = 0
@@ -34,7 +34,7 @@ class Plan:
     targets: dict[int, Tensor] = field(default_factory=dict)
 
     def target(self, num_heads: int) -> Tensor:
-        """Indices [R * heads] of the written vectors in a layer's tensor seen as [*, head_dim]."""
+        """Indices [R * heads] of the written vectors in a layer viewed as [*, head_dim]."""
         if num_heads not in self.targets:
             positions = self.positions
             assert positions is not None
@@ -55,13 +55,13 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         self.values: Tensor = torch.empty(0)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Makes the tensors, of the heads and sizes that the model turns out to have."""
+        """Makes the tensors, with the model's number of heads and sizes."""
         self.keys = self._grown(key_states[:0])
         self.values = self._grown(value_states[:0])
         self.is_initialized = True
 
     def grow(self) -> None:
-        """Takes on the plan's size, keeping what is written."""
+        """Takes on the plan's size, and keeps the written positions."""
         if self.is_initialized:
             self.keys, self.values = self._grown(self.keys), self._grown(self.values)
 
@@ -95,11 +95,11 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         return self.plan.start
 
     def get_max_length(self) -> int:
-        """-1: it grows."""
+        """-1: the cache grows."""
         return -1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Keys that the queries see, and the first one's offset."""
+        """The number of keys that the queries see, and the first key's offset."""
         return self.plan.stop, 0
 
 
@@ -111,7 +111,7 @@ class SlotCache(Cache):  # type: ignore[misc]
         super().__init__(layers=[SlotLayer(self.plan) for _ in range(num_layers)])
 
     def reserve(self, rows: int, length: int) -> None:
-        """Makes room for rows and positions; each grows by half at least, positions in blocks."""
+        """Makes room for rows and positions; each grows by at least half, positions in blocks."""
         plan = self.plan
         if rows <= plan.rows and length <= plan.length:
             return
@@ -124,7 +124,7 @@ class SlotCache(Cache):  # type: ignore[misc]
             layer.grow()
 
     def plan_prefill(self, rows: list[int], start: int, stop: int) -> None:
-        """The next forward pass computes positions [start, stop) of rows; of one if not from 0."""
+        """The next forward pass computes positions [start, stop) of rows, of one if start > 0."""
         assert start == 0 or len(rows) == 1
         self.plan.prefilled, self.plan.start, self.plan.stop = rows, start, stop
 
@@ -147,7 +147,7 @@ class SlotCache(Cache):  # type: ignore[misc]
                 cache[targets, :, :length] = cache[sources, :, :length]
 
     def clear(self, rows: list[int]) -> None:
-        """Zeroes rows whose values were not finite: a mask cannot hide NaN."""
+        """Zeroes rows with values that are not finite: a mask cannot hide NaN."""
         for layer in self.layers:
             if layer.is_initialized:
                 layer.keys[rows] = 0

@@ -36,7 +36,7 @@ from raygrpo.types import (
 from raygrpo.weights.types import WeightsManifest
 
 FIRST_ROOM = 256
-# The share of new weights that is packed in a step that others wait for.
+# The share of new weights that one decode step packs.
 PACKED_A_STEP = 1 / 16
 
 
@@ -51,13 +51,15 @@ class Decoding(Running):
 class TransformersEngine:
     """Decodes groups with a transformers model; implements `raygrpo.engines.base.Engine`.
 
-    Groups join whole, in order of submission, as rows become free; a group of more than
-    ``max_rows`` completions runs alone. The prompt is computed once. Its keys and values stay in a
-    slot that the group's rows share (`shared_prompts`), or are copied to the rows: where sharing
-    does not pay, for completions begun elsewhere, and for models that cannot share. A step decodes
-    one token of each row by one forward pass and removes the rows that ended. ``deterministic``
-    runs one group at a time in memory of its own, so that its tokens depend on weights, request
-    and thread count only.
+    Each running completion has a row of ``rows`` and of ``cache``. Groups enter whole, in order of
+    submission, as rows become free; a group of more than ``max_rows`` completions runs alone. A
+    group's prompt is computed once. Its keys and values stay in a slot of ``prompts``, which the
+    group's rows share, or are copied to the rows. They are copied if sharing does not pay, if the
+    completions began elsewhere, or if the model cannot share.
+
+    A step decodes one token of each row by one forward pass, and removes the rows that ended. A
+    ``deterministic`` engine runs one group at a time in memory of its own, so that the tokens
+    depend on weights, request and thread count only.
     """
 
     def __init__(
@@ -74,7 +76,7 @@ class TransformersEngine:
         self._max_rows, self._deterministic = max_rows, deterministic
         self.model = load_model(model, seed=seed, dtype=DTYPES[model.dtype]).to(self._device)
         self.model.eval().requires_grad_(False)
-        # ``version`` is of the weights read from disk, where they are to be served.
+        # ``version`` is that of the weights on disk, if the engine serves them.
         self.weights = ModelWeights(
             self.model,
             self._device,
@@ -126,8 +128,7 @@ class TransformersEngine:
         """Decodes one token of every running completion, then starts the groups that fit.
 
         Raises:
-            NumericError: logits were not finite; the groups concerned are dropped, and the engine
-                could go on with the others.
+            NumericError: logits were not finite. Their groups are dropped; the others could go on.
             InfraError: no version is loaded.
         """
         version = self.weights.version
@@ -147,7 +148,7 @@ class TransformersEngine:
         return not self._deterministic and self.rows.num_rows + count <= self._max_rows
 
     def _start(self, request: GroupRequest, serial: int) -> Decoding:
-        """Gives a group its rows, and a slot for its prompt if they share it."""
+        """Gives a group its rows, and a slot for its prompt if the rows share the prompt."""
         started = time.monotonic()
         if request.sampling not in self._settings:
             self._settings.append(request.sampling)
@@ -164,8 +165,10 @@ class TransformersEngine:
         return Decoding(request, serial, started, rows, ended)
 
     def _prefill(self, groups: list[slice]) -> Tensor:
-        """Computes new groups' prompts, into slots or rows, and what is written behind them;
-        returns the logits [R, V] after each of the rows."""
+        """Computes new groups' prompts, into slots or rows, and then their partial completions.
+
+        Returns the logits [R, V] after each of the rows.
+        """
         table, after = self.rows, dict[int, Tensor]()
         new = slice(groups[0].start, groups[-1].stop)
         room = np.minimum(table.max_length[new] - table.length[new], FIRST_ROOM)
@@ -208,7 +211,7 @@ class TransformersEngine:
         self._append(rows, self.forward.decode(self.cache, ids, positions, bases, prompts))
 
     def _append(self, rows: slice, logits: Tensor) -> None:
-        """Samples each row's next token, and takes out the rows that end with it."""
+        """Samples each row's next token, and removes the rows that end with this token."""
         finite = logits.sum(-1).isfinite()
         broken = np.flatnonzero(~finite.cpu().numpy()) + rows.start
         if broken.size:
@@ -254,7 +257,7 @@ class TransformersEngine:
         return torch.from_numpy(early).to(self._device) if early.any() else None
 
     def _collect(self, rows: slice) -> None:
-        """Ends rows whose newest token stops them, and groups all of whose rows have ended."""
+        """Ends rows whose newest token stops them, and groups whose rows have all ended."""
         table = self.rows
         stopped = self._is_stop[table.last(rows)] | self._stops.ended(table, rows, self._settings)
         full = table.length[rows] >= table.max_length[rows]
@@ -304,11 +307,11 @@ class TransformersEngine:
         del self.admission.running[group.serial]
 
     def stage_weights(self, manifest: WeightsManifest, buckets: Iterable[ByteArray]) -> None:
-        """Makes a version ready, on any thread, while steps go on; see `ModelWeights.stage`."""
+        """Makes a version ready on any thread, while steps go on; see `ModelWeights.stage`."""
         self.weights.stage(manifest, buckets)
 
     def commit_weights(self) -> None:
-        """Puts the staged version into use; completions keep the keys and values they have."""
+        """Puts the staged version into use; completions keep their keys and values."""
         version = self.weights.commit()
         self.forward.forget()
         if self._versions[-1:] != [version]:
@@ -322,7 +325,7 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def abort(self, stream: Stream, group_id: int) -> list[Completion]:
-        """Drops a group; returns its completions so far, in order, none if it had not begun."""
+        """Drops a group; returns its completions so far, in order; none if it had not begun."""
         group = self.admission.drop(stream, group_id)
         if group is None:
             return []
@@ -338,7 +341,7 @@ class TransformersEngine:
         return self.forward.score(token_ids, temperature)
 
     def sleep(self) -> None:
-        """Frees the cache, and on a GPU what the weights take there."""
+        """Frees the cache, and on a GPU the memory of the weights."""
         self._empty_rows()
         self.forward.forget()
         self.weights.move(torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""A model's forward passes for decoding: over caches of slots, to the logits of the next token."""
+"""A model's forward passes for decoding: from token ids and a cache to the next token's logits."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ PREFILL_CHUNK = 1024
 _ALIKE = 0.75
 SCORE_CHUNK = 128
 Indices = npt.NDArray[np.int64]
-# By how much logits may differ, of their own norm, when prompts are shared: a layer that sees them
-# wrongly changes far more.
+# How far shared prompts may move the logits, as a share of their norm. A layer that reads shared
+# prompts wrongly moves them much further.
 _SHARING_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
 class Forward:
-    """What a model computes in decoding, in inference mode.
+    """The forward passes of one model, in inference mode.
 
     Attributes:
-        shares_prompts: whether `decode` reads prompts from slots of a cache of their own.
+        shares_prompts: whether `decode` can read prompts from slots of a separate cache.
     """
 
     def __init__(self, model: Any, device: torch.device, *, fp32_head: bool) -> None:
         self._model, self._device = model, device
         self._config = model.config
         self._decoder = model.get_decoder()
-        # transformers 5.24 renamed the argument.
+        # The argument's name depends on the version of transformers.
         renamed = "cache" in inspect.signature(self._decoder.forward).parameters
         self._cache_argument = "cache" if renamed else "past_key_values"
         self._head = model.get_output_embeddings()
@@ -60,12 +60,14 @@ class Forward:
         return SlotCache(self._config.get_text_config().num_hidden_layers)
 
     def forget(self) -> None:
-        """Drops what was derived from the weights."""
+        """Drops tensors that were derived from the weights."""
         self._wide_head = None
 
     def prefill(self, cache: SlotCache, row: int, tokens: Indices, begin: int) -> Tensor:
-        """Computes positions [begin, len(tokens)) of a row of the cache, whose ids from position 0
-        on are ``tokens``; returns the logits [1, V] after them."""
+        """Computes positions [begin, len(tokens)) of one row of the cache.
+
+        ``tokens`` are the row's ids from position 0 on. Returns the logits [1, V] after the last.
+        """
         ids = torch.from_numpy(tokens).to(self._device)[None]
         for start in range(begin, tokens.size, PREFILL_CHUNK):
             stop = min(start + PREFILL_CHUNK, tokens.size)
@@ -76,8 +78,10 @@ class Forward:
     def prefill_prompts(
         self, cache: SlotCache, rows: Sequence[int], prompts: Sequence[Indices]
     ) -> list[Tensor]:
-        """Computes prompts into rows of the cache, those of like length together; returns the
-        logits [V] after each."""
+        """Computes prompts into rows of the cache, prompts of similar length together.
+
+        Returns the logits [V] after each prompt.
+        """
         after: dict[int, Tensor] = {}
         for batch in _batches([prompt.size for prompt in prompts]):
             if len(batch) == 1:
@@ -85,7 +89,8 @@ class Forward:
                 continue
             ends = torch.tensor([prompts[i].size - 1 for i in batch], device=self._device)
             width = int(ends[0]) + 1
-            # With their own last id, so that no other token's weights can spoil a prompt.
+            # A prompt is padded with its own last id: an embedding that is not finite spoils no
+            # prompt without that id.
             ids = np.stack(
                 [np.pad(prompts[i], (0, width - prompts[i].size), mode="edge") for i in batch]
             )
@@ -110,10 +115,10 @@ class Forward:
         bases: Indices,
         prompts: SharedPrompts | None = None,
     ) -> Tensor:
-        """The logits [R, V] after one more token of each of the first rows of the cache.
+        """The logits [R, V] after one more token in each of the first R rows of the cache.
 
-        ``ids`` [R] stand at ``positions`` [R]. Those before ``bases`` [R] are in ``prompts``, and
-        the row's own part of the cache begins with that of ``bases``.
+        ``ids`` [R] stand at ``positions`` [R]. A row's positions before ``bases`` [R] are in
+        ``prompts``; its own part of the cache begins at its base.
         """
         own = torch.from_numpy(positions - bases).to(self._device)
         stop = int((positions - bases).max()) + 1
@@ -129,7 +134,7 @@ class Forward:
         return self._logits(hidden[:, 0])
 
     def score(self, token_ids: Sequence[int], temperature: float) -> FloatArray:
-        """Logprobs [T] of each token given those before it, by one pass without a cache."""
+        """Logprobs [T] of each token given the tokens before it, by one pass without a cache."""
         ids = torch.tensor(list(token_ids), dtype=torch.int64, device=self._device)
         hidden = self._decoder(input_ids=ids[None], use_cache=False).last_hidden_state[0]
         scores = np.zeros(len(ids), np.float32)
@@ -149,8 +154,10 @@ class Forward:
         keys: Tensor,
         **options: Any,
     ) -> Tensor:
-        """Hidden states [R, Q, H] of ids [R, Q]; ``keys`` [R, K] are the positions of what they
-        may see where ``allowed`` [R, Q, K]."""
+        """Hidden states [R, Q, H] of ids [R, Q].
+
+        ``keys`` [R, K] are the keys' positions; a query sees a key where ``allowed`` [R, Q, K].
+        """
         masks = attention_masks(self._config, allowed, positions, keys, self._model.dtype)
         output = self._decoder(
             input_ids=ids,
@@ -173,7 +180,7 @@ class Forward:
 
     @torch.inference_mode()
     def _find_sharing(self) -> bool:
-        """Makes the model decode with shared prompts, and leaves it so if it does that right."""
+        """Tries shared prompts on the model, and keeps them if the model decodes right."""
         own = self._config._attn_implementation
         reason = self._sharing_problem() if own == "sdpa" else f"their attention is {own}"
         if reason is not None:
@@ -185,7 +192,10 @@ class Forward:
         return reason is None
 
     def _sharing_problem(self) -> str | None:
-        """Two tokens of rows behind prompts of 5 and 3 tokens in slots, and of one with its own."""
+        """Decodes two tokens of three rows: two with prompts in slots, one with its own prompt.
+
+        Returns the problem; None if the logits agree with passes without a cache.
+        """
         lengths, bases, slots = np.array([5, 3, 2]), np.array([5, 3, 0]), np.array([1, 0, -1])
         tokens = np.arange(1, 17) * 7919 % self.vocab_size
         rows = np.split(tokens, np.cumsum(lengths + 2)[:-1])
@@ -202,7 +212,7 @@ class Forward:
                 shared = share_prompts(prompts.layers, slots, bases)
                 found = self.decode(cache, torch.from_numpy(ids), lengths + place, bases, shared)
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            # Which layers take what this needs only shows when it is given.
+            # Whether layers take the extra argument shows only in a call.
             return f"{type(error).__name__}: {error}"
         off = float((found - torch.cat(expected)).norm() / torch.cat(expected).norm())
         most = _SHARING_TOLERANCE[self._model.dtype]
@@ -214,8 +224,10 @@ class Forward:
 
 
 def _batches(lengths: Sequence[int]) -> list[list[int]]:
-    """Indices by falling length: of like length, and at most `PREFILL_CHUNK` tokens with padding,
-    if there is more than one."""
+    """Indices by falling length, in batches of similar length.
+
+    A batch of several prompts has at most `PREFILL_CHUNK` tokens, padding included.
+    """
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         longest = lengths[batches[-1][0]] if batches else 0

@@ -1,8 +1,8 @@
-"""Linear layers whose weights are kept in the blocked layout of CPU matrix kernels as well.
+"""Linear layers that also keep their weights in the blocked layout of CPU matrix kernels.
 
-torch reorders a plain weight at each product. Decoding multiplies few rows by the same weights
-many times, so the reordered copy pays: a fifth to a quarter of the time of a step. It costs the
-memory of the linear weights once more, and must be made anew after the weights change.
+torch reorders a plain weight at each product. Decoding multiplies few rows by the same weights many
+times, so a reordered copy pays. The copy costs the memory of the linear weights once more, and is
+made again after each change of the weights.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 class PackedLinear(nn.Linear):
-    """An ``nn.Linear`` over the same parameters that multiplies by a reordered copy of them."""
+    """An ``nn.Linear`` that multiplies by a reordered copy of its parameters."""
 
     packed: Tensor | None
 
@@ -33,7 +33,7 @@ class PackedLinear(nn.Linear):
         return packed
 
     def forward(self, input: Tensor) -> Tensor:
-        """``input @ weight.T + bias``; by the plain weight while there is no packed one."""
+        """``input @ weight.T + bias``, by the plain weight until there is a packed one."""
         packed = self.packed  # another thread may set it
         weight = self.weight if packed is None else packed
         product: Tensor = torch.ops.mkldnn._linear_pointwise(
@@ -51,9 +51,9 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def use_packed_linears(model: Any) -> list[PackedLinear]:
-    """Puts a `PackedLinear` in the place of each plain linear layer; parameters keep their names.
+    """Replaces each plain linear layer by a `PackedLinear`; parameters keep their names.
 
-    Returns them; ``packed`` of each is to be set at first and after each change of the weights.
+    Returns the new layers. The caller sets ``packed`` of each, again after each change of weights.
     """
     packed = []
     for module in list(model.modules()):

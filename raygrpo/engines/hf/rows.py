@@ -1,4 +1,4 @@
-"""The completions being decoded, as a table of numpy columns: the first rows are in use."""
+"""The completions being decoded, as a table of numpy columns; the first rows are in use."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ Runs = tuple[tuple[Version, int], ...]
 class RowTable:
     """Columns [rows] and token histories [rows, positions] of the running completions.
 
-    A history holds the prompt and then the completion; past its end it repeats an id of the
-    prompt, so that a whole history may be read as a set of seen ids. Of a row in a ``slot`` (-1:
-    none) the keys and values before ``base`` lie in that slot, with those of its group.
+    A history holds the prompt and then the completion. Past its end it repeats an id of the prompt,
+    so that the whole history can be read as a set of seen ids. ``slot`` is the place of the prompt
+    that a row shares with its group, -1 if the row has its own. Keys and values before ``base`` lie
+    in the slot.
     """
 
     def __init__(self) -> None:
@@ -44,8 +45,10 @@ class RowTable:
     )  # fmt: skip
 
     def add(self, request: GroupRequest, group: int, setting: int, keys: KeyArray) -> int:
-        """Takes in a row for each completion to be written, after the prompt and what is written
-        of it; returns the first row."""
+        """Adds a row for each unfinished completion, with its prompt and partial tokens.
+
+        Returns the first row.
+        """
         sampling, prompt = request.sampling, request.prompt.token_ids
         unfinished = list(request.unfinished)
         first, count = self.num_rows, len(unfinished)
@@ -79,7 +82,7 @@ class RowTable:
         self.base[rows] = self.prompt_length[rows]
 
     def close_slots(self) -> tuple[list[int], list[int]]:
-        """Makes the slots in use the first ones; returns (sources, targets) of those that moved."""
+        """Makes the slots in use the first ones; returns (sources, targets) of moved slots."""
         slots = self.slot[: self.num_rows]
         used = np.unique(slots[slots >= 0])
         sources, targets = used[used >= used.size], np.setdiff1d(np.arange(used.size), used)
@@ -119,7 +122,7 @@ class RowTable:
         return self.tokens[np.arange(rows.start, rows.stop), self.length[rows] - 1]
 
     def remove(self, rows: list[int]) -> tuple[list[int], list[int]]:
-        """Frees rows and closes the gaps; returns (sources, targets) of the rows that moved."""
+        """Frees rows and closes the gaps; returns (sources, targets) of moved rows."""
         gone, kept = set(rows), self.num_rows - len(rows)
         sources = [row for row in range(kept, self.num_rows) if row not in gone]
         targets = sorted(row for row in gone if row < kept)
@@ -137,8 +140,11 @@ class RowTable:
         versions: list[Version],
         before: Runs = (),
     ) -> Completion:
-        """A row's completion so far; ``versions`` gives the meaning of the version column, and
-        ``before`` the versions of what another engine wrote of it."""
+        """A row's completion so far.
+
+        The version column holds indices into ``versions``. ``before`` are the versions of tokens
+        that another engine wrote.
+        """
         span = slice(int(self.prompt_length[row]), int(self.length[row]))
         tokens = self.tokens[row, span].astype(np.int32)
         return Completion(

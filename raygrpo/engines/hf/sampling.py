@@ -48,7 +48,7 @@ def penalise(logits: Tensor, history: Tensor | None, penalty: float) -> Tensor:
 
 
 def truncate(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Scores [R, V] after temperature, top-k, top-p and min-p; -inf where nothing is drawn."""
+    """Scores [R, V] after temperature, top-k, top-p and min-p; -inf for removed ids."""
     scores = logits if sampling.temperature == 1 else logits / sampling.temperature
     if 0 < sampling.top_k < scores.shape[-1]:
         least = scores.topk(sampling.top_k, dim=-1).values[:, -1:]
@@ -74,8 +74,8 @@ def draw(scores: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """Draws one id a row from softmax(scores) by inverting its cumulative distribution.
 
     Returns ids [R] and logprobs [R]. The id is the first whose cumulative mass exceeds
-    ``uniform * total``, so that its own mass is never zero. It is looked for among the sums of
-    blocks of ids and then in one block: running sums over a whole vocabulary take much longer.
+    ``uniform * total``, so its own mass is never zero. The search goes through the sums of blocks
+    of ids, then through one block: running sums over a whole vocabulary take much longer.
     """
     top = scores.amax(-1, keepdim=True)
     mass = (scores - top).exp_()
@@ -99,9 +99,10 @@ def _block_sums(mass: Tensor) -> Tensor:
 
 
 def _first_above(cumulative: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """The first place [R, 1] whose sum exceeds ``target`` [R, 1], and what the target exceeds the
-    sum before it by. The target is kept below the last sum, which rounding could otherwise
-    reach."""
+    """The first place [R, 1] whose sum exceeds ``target`` [R, 1], and target minus the sum before.
+
+    The target is kept below the last sum, which rounding could reach.
+    """
     last = cumulative[:, -1:]
     target = torch.minimum(target, torch.nextafter(last, torch.zeros_like(last)))
     place = torch.searchsorted(cumulative, target, right=True)

@@ -1,11 +1,11 @@
-"""Decoding a group on a CPU behind one copy of its prompt, read once for all of its rows.
+"""Attention on a CPU for a group that has one copy of its prompt, read once for all rows.
 
-Attention over a prompt and over what a row has written of its completion are two calls of torch's
-flash kernel. In the first the rows of a group are queries of one problem. The kernel also returns
-the logarithm of each query's sum of exponentials, which gives the weights of the two outputs
-(FlashAttention's rule for blocks of keys, Dao et al. 2022, arXiv:2205.14135, section 3.1; for
-shared prefixes Juravsky et al. 2024, arXiv:2402.05099). The time of a step then grows with the
-tokens of the prompts, not with those times the rows, and so does the memory of the cache.
+Attention over the prompt and over a row's own completion are two calls of torch's flash kernel. In
+the first call the rows of a group are queries of one problem. The kernel also returns the logarithm
+of each query's sum of exponentials, which gives the weights of the two outputs (FlashAttention's
+rule for blocks of keys, Dao et al. 2022, arXiv:2205.14135, section 3.1; for shared prefixes
+Juravsky et al. 2024, arXiv:2402.05099). So the time of a step and the memory of the cache grow with
+the tokens of the prompts, not with these tokens times the rows.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ if TYPE_CHECKING:
 NAME = "raygrpo_shared_prompts"
 _flash_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 Indices = npt.NDArray[np.int64]
-# For fewer positions that a group need not read, adding up two outputs costs more (measured on two
-# cores). A single row has as much to read, but would make all others look past a long prompt.
+# A group that saves fewer positions than this loses more by adding up two outputs. A single row
+# saves nothing itself, but would make all other rows look past its long prompt.
 SHARING_PAYS = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SharedPrompts:
-    """What rows of a decode step read of prompts that lie in slots; the same for all layers.
+    """The prompts in slots that the rows of one decode step read; the same for all layers.
 
-    The masks that come with it cover the ``length`` positions of the slots, then those of the rows.
+    A mask of this step covers the ``length`` positions of the slots, then the positions of rows.
 
     Attributes:
         layers: the cache of the slots.
-        num_slots: those in use, the first ones.
-        length: of the longest prompt in them.
-        order: ``members`` [slots * most rows of a slot], the rows of each slot, filled up with
-            some, and ``places`` [rows], where each row is among them; None where the members are
-            the rows as they are.
-        alone: [rows], those whose prompt is in no slot; None if there are none.
-        masks: of a kind of layers, by the address of the whole mask and the heads of a key: that
-            mask, the slots' (None where all is visible) and the rows'.
+        num_slots: the number of slots in use, which are the first ones.
+        length: the length of the longest prompt in a slot.
+        order: two index arrays. ``members`` [slots * M] lists the rows of each slot, filled up to
+            the M rows of the largest slot; ``places`` [rows] is each row's place in the list. None
+            if the list is 0, 1, 2, ...
+        alone: [rows], True for a row whose prompt is in no slot; None if there is no such row.
+        masks: a cache by the address of a whole mask and the number of heads a key: this mask, its
+            part for slots (None if all is visible) and its part for rows.
     """
 
     layers: Sequence[SlotLayer]
@@ -58,7 +58,7 @@ class SharedPrompts:
     masks: dict[tuple[int, int], tuple[Tensor, Tensor | None, Tensor]] = field(default_factory=dict)
 
     def split(self, mask: Tensor, repeats: int) -> tuple[Tensor | None, Tensor]:
-        """The masks of a kind of layers of which each key serves ``repeats`` heads."""
+        """The mask's parts for slots and for rows, in layers whose keys serve ``repeats`` heads."""
         known = (mask.data_ptr(), repeats)
         if known not in self.masks:
             of_slots, own = mask[..., : self.length], mask[..., self.length :].contiguous()
@@ -88,15 +88,17 @@ class SharedPrompts:
 
 
 def sharing_pays(prompt_length: int, num_rows: int) -> bool:
-    """Whether a group's rows should decode behind one copy of their prompt."""
+    """Whether a group's rows should share one copy of their prompt."""
     return prompt_length * max(num_rows - 1, 1) >= SHARING_PAYS
 
 
 def share_prompts(
     layers: Sequence[SlotLayer], slots: Indices, bases: Indices
 ) -> SharedPrompts | None:
-    """For rows whose first ``bases`` [R] positions lie in ``slots`` [R], -1 for none; None when
-    that holds of all."""
+    """The prompts of rows whose first ``bases`` [R] positions lie in ``slots`` [R].
+
+    The slot -1 is none. Returns None if no row has a slot.
+    """
     shared = slots >= 0
     if not shared.any():
         return None
@@ -134,7 +136,7 @@ def shared_prompt_attention(
     """An attention function of transformers; without ``prompts`` its own SDPA.
 
     Raises:
-        ValueError: the layer wants what is not known here, or wrote no keys of its own.
+        ValueError: the layer has unknown options, no mask, or no keys of its own.
     """
     if prompts is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -157,7 +159,7 @@ def shared_prompt_attention(
     shared, sums = attend(prompts.by_slot(query), keys, values, mask, scaling)
     shared, sums = prompts.by_row(shared, repeats), prompts.by_row(sums, repeats)
     if prompts.alone is not None:
-        # What these rows found is another's, and may be NaN.
+        # These rows read another group's prompt, which may give NaN.
         sums = sums.masked_fill(prompts.alone[:, None, None], -torch.inf)
         shared = shared.masked_fill(prompts.alone[:, None, None, None], 0)
     weight = (sums - own_sums).sigmoid_()[..., None]

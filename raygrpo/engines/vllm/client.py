@@ -1,4 +1,4 @@
-"""vLLM's AsyncLLM on an asyncio loop of its own thread, for callers that know neither."""
+"""vLLM's AsyncLLM on an event loop of its own thread, for callers without an event loop."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _CLOSE_S: Final = 10.0
 
 
 class VllmClient:
-    """Starts vLLM's processes, and hands work to the loop that talks to them.
+    """Starts vLLM's processes, and hands work to the event loop that talks to them.
 
     Attributes:
         max_positions: tokens that a prompt and its completion may have together.
@@ -52,7 +52,7 @@ class VllmClient:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True)
         self._thread.start()
-        os.environ[OWNER] = str(os.getpid())  # whom vLLM's processes are not to outlive
+        os.environ[OWNER] = str(os.getpid())  # vLLM's processes end with this one
         try:
             self._llm = self.call(self._start(arguments), START_TIMEOUT_S)
         except (ValueError, RuntimeError, InfraError) as error:
@@ -68,7 +68,7 @@ class VllmClient:
 
     async def _start(self, arguments: AsyncEngineArgs) -> AsyncLLM:
         llm = AsyncLLM.from_engine_args(arguments)
-        await llm.get_supported_tasks()  # cached: from here on requests enter without a wait
+        await llm.get_supported_tasks()  # cached, so that requests enter without a wait
         await llm.init_weight_transfer_engine(WeightTransferInitRequest())
         return llm
 
@@ -101,7 +101,7 @@ class VllmClient:
                     raise InfraError(f"vLLM {what}", "the generator is replaced") from None
 
     def result(self, future: concurrent.futures.Future[T], timeout_s: float | None = None) -> T:
-        """What the work returned.
+        """The result of the work.
 
         Raises:
             InfraError: vLLM died.
@@ -121,7 +121,7 @@ class VllmClient:
         return last
 
     async def abort(self, names: Sequence[str]) -> None:
-        """Ends requests early; their last outputs hold what they have."""
+        """Ends requests early; their last outputs hold the tokens so far."""
         await self._open.abort(names)
 
     async def ask(self, method: str, *arguments: Any, **options: Any) -> Any:
@@ -129,14 +129,14 @@ class VllmClient:
         return await getattr(self._open, method)(*arguments, **options)
 
     async def name_version(self, version: Version) -> None:
-        """Says which version the weights in use are."""
+        """Tells vLLM the version of the weights in use."""
         await self._open.update_weight_version(version_label(version))
 
     def swap(self, staged: SharedBuckets) -> None:
         """Loads a version in place, between two steps of vLLM; requests in flight go on with it.
 
         Raises:
-            InfraError: vLLM died, or could not load it.
+            InfraError: vLLM died, or could not load the version.
         """
         # The error of a worker comes as a bare Exception.
         what, fix = f"loading version {staged.manifest.version}", "the generator is replaced"
@@ -153,10 +153,10 @@ class VllmClient:
         await llm.resume_generation()
 
     async def score(self, ids: list[int], temperature: float, version: Version) -> list[float]:
-        """Logprobs of ``ids[1:]``, each given those before it.
+        """Logprobs of ``ids[1:]``, each given the ids before it.
 
-        vLLM scores a prompt at temperature 1 only; at another one each token is scored as the next
-        one of all before it, in as many requests.
+        vLLM scores a prompt at temperature 1 only. At another temperature each token is a request
+        of its own: the next token after all ids before it.
         """
         if temperature != 1:
             ends = range(1, len(ids))

@@ -29,7 +29,7 @@ from raygrpo.weights.buckets import make_buckets, weight_targets
 from raygrpo.weights.native import Receiver
 from raygrpo.weights.types import WeightsManifest
 
-# How long a step waits for a group, and so how long a command to the engine may have to wait.
+# The time that a step waits for a group. A command to the engine may wait as long.
 STEP_WAIT_S: Final = 0.01
 
 
@@ -57,9 +57,9 @@ class Sent(Running):
 class VllmEngine:
     """Decodes groups with vLLM; implements `raygrpo.engines.base.Engine`.
 
-    vLLM computes in processes of its own. Groups are handed over whole and in order while there is
-    room for ``max_rows`` completions, so that none waits inside vLLM while weights change. A prompt
-    is computed once for its group (prefix caching), and never taken from a group that was admitted
+    vLLM computes in processes of its own. Groups are handed over whole and in order, while there is
+    room for ``max_rows`` completions. So no group waits inside vLLM while weights change. A prompt
+    is computed once for its group (prefix caching), and never shared with a group that was admitted
     under other weights.
     """
 
@@ -74,7 +74,7 @@ class VllmEngine:
         transport: Transport = "store",
         version: Version | None = None,
     ) -> None:
-        with torch.device("meta"):  # what the model consists of, without its weights
+        with torch.device("meta"):  # the model's tensors without their data
             drawn = model.model_copy(update={"random_init": True})
             shape = load_model(drawn, seed=0, dtype=DTYPES[model.dtype])
         self._tokenizer = load_tokenizer(model)
@@ -85,7 +85,7 @@ class VllmEngine:
         self._stops = StopStrings(self._tokenizer)
         self._max_rows = max_rows
         self._can_sleep = bool((options or {}).get("enable_sleep_mode"))
-        self._live: set[str] = set()  # requests that vLLM has; both threads change it, atomically
+        self._live: set[str] = set()  # names of vLLM's requests; two threads change the set
         self._done: queue.SimpleQueue[Sent] = queue.SimpleQueue()
         self._staged: SharedBuckets | None = None
         self._version: Version | None = None
@@ -110,7 +110,7 @@ class VllmEngine:
             self._client.call(self._client.name_version(version))
             self._version = version
             return
-        drawn = load_model(model, seed=seed, dtype=DTYPES[model.dtype])  # vLLM's are others
+        drawn = load_model(model, seed=seed, dtype=DTYPES[model.dtype])  # not as vLLM draws
         specs, buckets = zip(*make_buckets(weight_targets(drawn).items()), strict=True)
         manifest = WeightsManifest(version=version, kind="full", base_version=None, buckets=specs)
         self.load_weights(manifest, buckets)
@@ -179,7 +179,7 @@ class VllmEngine:
         self.admission.finish(sent, completions)
 
     async def _generate(self, sent: Sent) -> list[Completion]:
-        """All completions of a group, those of its request that are done already included."""
+        """All completions of a group, in order; finished partials of its request included."""
         indices = sent.request.unfinished
         tasks = [asyncio.ensure_future(self._complete(sent, index)) for index in indices]
         try:
@@ -195,7 +195,7 @@ class VllmEngine:
         request, sampling = sent.request, sent.request.sampling
         before = request.partials[index] if request.partials else None
         written = [] if before is None else before.token_ids.tolist()
-        if sent.aborted:  # before vLLM had it
+        if sent.aborted:  # aborted before vLLM had the request
             return before or _unwritten(sent.version)
         keys = row_keys(request.seed, request.stream, request.group_id, sampling.num_completions)
         number = uniforms(keys[index : index + 1], np.full(1, len(written), np.int64))
@@ -217,18 +217,19 @@ class VllmEngine:
         """Copies a version to shared memory and verifies it there, on any thread.
 
         Raises:
-            InfraError: it does not fit the model, is older than the one in use, or is corrupt.
+            InfraError: the version does not fit the model, is older than the one in use, or is
+                corrupt.
         """
         self._drop_staged()
         check_manifest(self._targets, manifest, self._version)
         self._staged = SharedBuckets(manifest, buckets)
 
     def commit_weights(self) -> None:
-        """Loads the staged version in place; requests keep the keys and values that they have.
+        """Loads the staged version in place; requests keep their keys and values.
 
         Raises:
-            InfraError: nothing is staged, it is older than the one in use, or the load failed:
-                then no version is held until a load succeeds.
+            InfraError: nothing is staged, the staged version is older than the one in use, or the
+                load failed. After a failed load the engine holds no version until one succeeds.
         """
         if self._staged is None:
             raise InfraError("no version is staged", "stage one first")
@@ -264,8 +265,7 @@ class VllmEngine:
         self.commit_weights()
 
     def abort(self, stream: Stream, group_id: int) -> list[Completion]:
-        """Drops a group; returns its completions so far, in order: all, or none if it had not
-        begun."""
+        """Drops a group; returns its completions so far, in order; none if it had not begun."""
         sent = self.admission.drop(stream, group_id)
         if sent is None:
             return []
@@ -285,8 +285,10 @@ class VllmEngine:
         return np.array([0.0, *found], np.float32)
 
     def sleep(self) -> None:
-        """Gives up cache and weights (vLLM's level 2), with vLLM's ``enable_sleep_mode``: no
-        version is held then. Without, as on a CPU, nothing happens."""
+        """Gives up cache and weights (vLLM's level 2); the engine then holds no version.
+
+        Without vLLM's ``enable_sleep_mode``, as on a CPU, nothing happens.
+        """
         if self._can_sleep:
             self._version = None
             self._client.call(self._client.ask("sleep", level=2))

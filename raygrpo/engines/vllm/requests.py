@@ -23,18 +23,18 @@ from raygrpo.weights.probe import PROBE_LENGTH
 
 Run = tuple[Version, int]
 
-# Prompts of about a hundred tokens must fill blocks for a group to share them; vLLM's own default
-# on CPU is 128. Its kernels there want multiples of 32.
+# A group shares only full blocks of its prompt. vLLM's default on a CPU is 128 tokens a block, too
+# many for prompts of about a hundred. Its CPU kernels need multiples of 32.
 CPU_DEFAULTS = {"block_size": 32, "kv_cache_memory_bytes": 2 * 2**30, "enforce_eager": True}
 
 
 def device_type() -> str:
-    """What this vLLM computes on: cpu, cuda, or nothing."""
+    """The device of this vLLM: ``cpu``, ``cuda``, or empty."""
     return str(current_platform.device_type)
 
 
 def unknown_architecture(model: ModelSection) -> str | None:
-    """What the model's configuration calls it, where vLLM has no such model; None where it has."""
+    """The model's architecture if vLLM lacks it; None if vLLM has it."""
     config = AutoConfig.from_pretrained(
         model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
     )
@@ -55,7 +55,7 @@ def engine_arguments(
     """vLLM's arguments: ours, and the user's ``generators.options`` in place of the defaults.
 
     Raises:
-        ConfigError: an option that this vLLM does not have, or a value that it refuses.
+        ConfigError: this vLLM does not have an option, or refuses a value.
     """
     backend = BACKEND if transport == "store" else f"{BACKEND}-{transport}"
     known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
@@ -75,7 +75,7 @@ def engine_arguments(
         "trust_remote_code": model.trust_remote_code,
         "dtype": model.dtype,
         "seed": seed % 2**31,
-        # A probe's requests never wait for a completion to end: its answer proves what they write.
+        # A probe's requests never wait for a completion, whose answer waits for the probe.
         "max_num_seqs": max_rows + PROBE_LENGTH - 1,
         "load_format": "dummy" if model.random_init else "auto",
         "generation_config": "vllm",  # stops come with each request
@@ -93,7 +93,7 @@ def engine_arguments(
 def sampling_params(
     sampling: Sampling, *, seed: int, stop_ids: Sequence[int], num_before: int = 0
 ) -> SamplingParams:
-    """One completion's parameters; ``num_before`` of its tokens have been written already."""
+    """One completion's parameters; ``num_before`` of its tokens are written already."""
     return SamplingParams(
         temperature=sampling.temperature,
         top_p=sampling.top_p,
@@ -115,7 +115,7 @@ def sampling_params(
 
 
 def version_label(version: Version) -> str:
-    """What vLLM calls a version of ours."""
+    """vLLM's name of a version, such as ``1.8`` for (1, 8)."""
     return f"{version.incarnation}.{version.step}"
 
 
@@ -133,10 +133,10 @@ def make_completion(
     stops: StopStrings,
     tokenizer: Any,
 ) -> Completion:
-    """A completion of what vLLM wrote, after what another engine wrote ``before``.
+    """The completion of vLLM's tokens, after the tokens of another engine in ``before``.
 
-    vLLM looks for stop strings in what it wrote after ``min_tokens``; one that ended earlier, or
-    that began in ``before``, ends the completion here, where our other engine would have stopped.
+    vLLM looks for stop strings only in its own tokens after ``min_tokens``. A stop string that
+    ended earlier, or that began in ``before``, ends the completion here, as in our other engine.
     """
     written = [] if before is None else before.token_ids.tolist()
     start = len(written)
@@ -163,10 +163,10 @@ def make_completion(
 
 
 def _version_runs(output: CompletionOutput, admitted: Version, length: int) -> list[Run]:
-    """Which version wrote which of the first ``length`` tokens.
+    """The versions that wrote the first ``length`` tokens, as runs.
 
-    A completion that was admitted under an older version than its first token's may have read
-    prompt states of the older one, so that its first token counts as that one's.
+    A completion may be admitted under an older version than its first token's. It may have read the
+    older version's prompt states, so its first token counts as the older version's.
     """
     spans = output.weight_versions or ()
     runs = [(_read_label(span.version), min(span.end, length) - span.start) for span in spans]

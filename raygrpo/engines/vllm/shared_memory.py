@@ -21,8 +21,8 @@ class SharedBuckets:
     """A manifest's buckets, copied and verified, in a memory file that has no name.
 
     The kernel frees the memory when the last process that has it open or mapped lets go, however
-    that process ends: there is nothing to unlink. Other processes of the same user open it at
-    `path` while this object is open.
+    that process ends. Other processes of the same user open the memory at `path`, while this object
+    is open.
 
     Raises:
         InfraError: too few or too many buckets, or a corrupt one.
@@ -51,26 +51,26 @@ class SharedBuckets:
                     done += os.pwrite(self._fd, bytes_left[done:], offset + done)
         if next(arrays, None) is not None:
             raise InfraError(f"more than {len(specs)} buckets came")
-        for _ in read_buckets(self.path, specs):  # what has arrived there is what was published
+        for _ in read_buckets(self.path, specs):  # verifies the bytes in the memory
             pass
 
     @property
     def path(self) -> str:
-        """Where any process of this user and machine opens the memory."""
+        """The path at which any process of this user and machine opens the memory."""
         return f"/proc/{os.getpid()}/fd/{self._fd}"
 
     def close(self) -> None:
-        """Lets go; mappings made elsewhere stay until they are dropped."""
+        """Lets the memory go; mappings in other processes stay until these drop them."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
 
 
 def read_buckets(path: str, specs: Sequence[BucketSpec]) -> Iterator[tuple[str, Tensor]]:
-    """Names and read-only views of all tensors at ``path``, each bucket verified before.
+    """Names and read-only views of all tensors at ``path``; each bucket is verified first.
 
     Raises:
-        InfraError: a bucket's bytes are not those that were published.
+        InfraError: a bucket has other bytes than were published.
     """
     offsets = _offsets(specs)
     with open(path, "rb") as file:
@@ -80,7 +80,7 @@ def read_buckets(path: str, specs: Sequence[BucketSpec]) -> Iterator[tuple[str, 
 
 
 def _offsets(specs: Sequence[BucketSpec]) -> list[int]:
-    """Where each bucket starts, and last where all of them end."""
+    """The start of each bucket, and at last the end of all."""
     offsets = [0]
     for spec in specs:
         offsets.append(offsets[-1] + -(-spec.num_bytes // ALIGNMENT) * ALIGNMENT)

@@ -1,12 +1,12 @@
-"""The worker's side of weight updates in place: buckets in shared memory, loaded by vLLM's reload.
+"""The workers' side of weight updates in place: buckets in shared memory, loaded by vLLM's reload.
 
-vLLM imports this module in each worker process (``worker_extension_cls``), which registers the
-transfer backend there. The layerwise reload rebuilds each layer as from a checkpoint, packs it as
-the kernels of this machine want it and copies it into the tensors in use, so that a loaded version
-equals a fresh start on it.
+vLLM imports this module in each worker process (``worker_extension_cls``). The import registers the
+transfer backend. vLLM's layerwise reload rebuilds each layer as from a checkpoint, packs the layer
+for the kernels of this machine and copies it into the tensors in use. So a loaded version equals a
+fresh start on this version.
 
-Neither vLLM's core nor its workers notice when the process that started them is killed: a thread
-of each worker waits for that and ends worker and core.
+vLLM's core and workers do not notice when the process that started them is killed. So a thread of
+each worker waits for the end of this process, and then ends worker and core.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ OWNER: Final = "RAYGRPO_VLLM_OWNER"
 
 @dataclass
 class SharedMemoryInitInfo(WeightTransferInitInfo):
-    """Nothing to agree on beforehand."""
+    """Empty: sender and workers agree on nothing beforehand."""
 
 
 @dataclass
 class SharedMemoryUpdateInfo(WeightTransferUpdateInfo):
-    """Where a version is: ``specs`` are its pickled `BucketSpec`s (by our own process)."""
+    """The place of a version; ``specs`` are its `BucketSpec`s, pickled by our own process."""
 
     path: str
     specs: bytes
@@ -71,13 +71,13 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInitInfo, SharedMemory
         self._missing -= set(self.model.load_weights(weights) or ())
 
     def finish_weight_update(self) -> None:
-        """Packs and swaps in what is still open.
+        """Packs and swaps in the layers that are still open.
 
-        A head that is tied to the embedding has its tensor, but a packed copy of its own on CPU,
-        which the reload leaves as it was.
+        A head tied to the embedding shares the embedding's tensor. On a CPU it has a packed copy of
+        its own, which the reload leaves out.
 
         Raises:
-            InfraError: parameters that no published tensor went into.
+            InfraError: no published tensor came for some parameter.
         """
         finalize_layerwise_reload(self.model, self.model_config)
         own = {name for name, _ in self.model.named_parameters()}
@@ -92,7 +92,7 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInitInfo, SharedMemory
 
 
 class WorkerExtension:
-    """What a worker process gets beside vLLM's own methods: nothing; its module is the point."""
+    """Adds no methods to a worker: vLLM needs a class to import this module."""
 
 
 def end_with(owner: int, parent: int) -> None:
@@ -114,10 +114,11 @@ def _watch_owner() -> None:
         threading.Thread(target=end_with, args=arguments, name="owner", daemon=True).start()
 
 
-# It warns of each layer without weights at each update; `finish_weight_update` knows which matter.
+# vLLM warns of each layer without weights at each update; `finish_weight_update` finds those that
+# matter.
 logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
 WeightTransferEngineFactory.register_engine(BACKEND, SharedMemoryEngine)
-for _kind, _name in {"nccl": "NcclEngine", "ipc": "IpcEngine"}.items():  # imported where wanted
+for _kind, _name in {"nccl": "NcclEngine", "ipc": "IpcEngine"}.items():  # imported only if chosen
     _module = "raygrpo.engines.vllm.native_worker"
     WeightTransferEngineFactory.register_engine(f"{BACKEND}-{_kind}", _module, _name)
 _watch_owner()
