@@ -2,9 +2,9 @@
 
     python examples/serial.py examples/echo/config.yaml [--section.key=value ...]
 
-A run spreads this loop over Ray actors. The engine, the rewards and the learner here are the very
-classes that those actors hold: with ``deterministic: true`` and one learner rank ``raygrpo train``
-ends with the same weights, bit for bit (tests/e2e/test_exactness.py runs both).
+A run spreads this loop over Ray actors, which hold the same engine, rewards and learner. A
+deterministic ``raygrpo train`` on one rank ends with the same weights, bit for bit
+(tests/e2e/test_exactness.py runs both).
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from raygrpo.weights.export import write_model
 from raygrpo.weights.types import WeightsManifest
 
 
-def train(config: RunConfig) -> Path:
-    """Trains, prints each step's mean reward, and returns the trained model's directory."""
+def train(config: RunConfig, directory: Path) -> None:
+    """Trains, prints each step's mean reward, and writes the model into ``directory``."""
     torch.set_num_threads(1)  # more threads add in another order: other bits
     rows, tokenizer = load_rows(config.data, seed=config.seed), load_tokenizer(config.model)
     prompts = PromptSource(rows, config.data, tokenizer, seed=config.seed, stream="train")
@@ -43,8 +43,8 @@ def train(config: RunConfig) -> Path:
     group_id = 0  # the order of the groups; with the seed, the key of all randomness
     with RewardHost(config.rewards, {}) as rewards:
         for step in range(config.train.steps):
-            version = Version(1, step)
             # 1. On-policy: completions come from the weights that this step trains.
+            version = Version(1, step)
             load_weights(engine, learner, version)
 
             # 2. Roll out groups: G completions of one prompt, and a score for each. A group of
@@ -72,10 +72,8 @@ def train(config: RunConfig) -> Path:
             update(learner, batch, config)
             reward = fmean(value for value in values if value is not None)
             print(f"step {step + 1}/{config.train.steps}  reward {reward:.4f}", flush=True)
-    directory = Path(config.run_dir, "serial")
     write_model(directory, learner.named_weights(), learner.hf_model, config.model)
     learner.close()
-    return directory
 
 
 def load_weights(engine: TransformersEngine, learner: DeepSpeedLearner, version: Version) -> None:
@@ -102,7 +100,8 @@ def max_refills(config: RunConfig) -> int:
 
 def update(learner: DeepSpeedLearner, batch: StepBatch, config: RunConfig) -> None:
     """Packs a step's samples into microbatches and trains on them."""
-    if not batch.has_signal and config.train.dynamic_sampling:
+    may_skip = config.train.dynamic_sampling and not config.loss.acts_without_signal
+    if may_skip and not batch.has_signal:
         learner.update((), skip=True)  # all advantages are 0
         return
     (minibatches,) = place(
@@ -117,4 +116,5 @@ def update(learner: DeepSpeedLearner, batch: StepBatch, config: RunConfig) -> No
 
 if __name__ == "__main__":
     overrides = ["--deterministic=true", "--learner.num_ranks=1", *sys.argv[2:]]
-    print("trained model ", train(load_config(sys.argv[1], overrides)))
+    config = load_config(sys.argv[1], overrides)
+    train(config, Path(config.run_dir, "serial"))
