@@ -1,5 +1,9 @@
-"""The command line. Exit codes: 0 done, 2 bad input found before the first step, 3 stopped in order
-(the same command resumes), 4 a typed failure, 1 a bug."""
+"""The command line.
+
+Exit codes: 0 done, 2 bad input found before the first step, 3 stopped in order (the same command
+resumes), 4 a typed failure, 1 a bug. A command's modules are imported when it runs, so that
+``--help`` and ``config`` wait for no torch.
+"""
 
 from __future__ import annotations
 

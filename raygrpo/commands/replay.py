@@ -30,10 +30,10 @@ from raygrpo.tracking.metrics import stat_metrics
 
 _FACTS = "replay.json"
 _WHY = (
-    "replay needs every group: frac 1 in tracking.completions, and room below its max_gb; "
-    "--steps replays what comes before"
+    "a replay needs every group: set tracking.completions.frac to 1 and max_gb high enough; "
+    "--steps N replays the first N steps"
 )
-# A change of these in the middle of a run changes what its later steps did.
+# A change of these keys in the middle of a run changes its later steps.
 _STEP_KEYS = ("optimizer.", "train.", "ray.threads.learner")
 
 
@@ -41,7 +41,7 @@ _STEP_KEYS = ("optimizer.", "train.", "ray.threads.learner")
 class Replay:
     """A finished replay: its directory, with ``metrics.jsonl`` and ``model/``, and its steps.
 
-    ``changes``: keys whose value the run changed on the way; the replay used the last one.
+    ``changes``: keys that the run changed on the way; the replay used the last values.
     """
 
     directory: Path
@@ -131,7 +131,7 @@ def stored_steps(run_dir: RunDir, steps: int | None) -> list[Path]:
 
 
 def _last_step(run_dir: RunDir, facts: Mapping[int, FileFacts]) -> int:
-    """The last step that the run has trained, as far as anything in its directory says."""
+    """The last step that the run has trained: its files of any kind may know of a later one."""
     reached = [step for step, fact in facts.items() if fact.num_minibatches]
     reached += [int(path.name[-8:]) for path in Checkpoints(run_dir.checkpoints).all()]
     if run_dir.metrics_path.is_file():
@@ -140,13 +140,13 @@ def _last_step(run_dir: RunDir, facts: Mapping[int, FileFacts]) -> int:
 
 
 def _claim(directory: Path, facts: dict[str, Any]) -> Path:
-    """An empty directory for a replay; an older replay in its place goes."""
+    """An empty directory for a replay; an older replay there is removed."""
     directory = directory.expanduser().absolute()
     try:
         if directory.is_dir() and any(directory.iterdir()):
             if not (directory / _FACTS).is_file():
                 raise ConfigError(
-                    f"{directory} holds something that is no replay", "name an empty directory"
+                    f"{directory} holds other files than a replay's", "name an empty directory"
                 )
             shutil.rmtree(directory)
         directory.mkdir(parents=True, exist_ok=True)

@@ -12,9 +12,9 @@ _NUMBERS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stopped(BaseException):
-    """Raised in the main thread where a stop is asked for while nothing is under way to finish.
+    """Raised in the main thread by a signal while there is nothing to finish.
 
-    A BaseException, as KeyboardInterrupt is: no handler of errors may take it for one.
+    A BaseException, like KeyboardInterrupt: no handler of errors may catch it.
     """
 
 
@@ -23,16 +23,16 @@ def _raise_stopped() -> None:
 
 
 class StopSignals:
-    """What the first signal does: `Stopped` is raised, unless `during` says otherwise."""
+    """Handlers of SIGTERM and SIGINT: the first signal raises `Stopped`, or calls an action."""
 
     def __init__(self) -> None:
         self._action: Callable[[], None] = _raise_stopped
         self._previous: dict[int, Any] = {}
 
     def install(self) -> None:
-        """Takes the handlers over, again where another library replaced them; main thread only."""
+        """Puts the handlers in place, again where another library replaced them."""
         for number in _NUMBERS:
-            with contextlib.suppress(ValueError):  # not the main thread: the caller's own business
+            with contextlib.suppress(ValueError):  # outside the main thread the caller decides
                 handler = signal.signal(number, self._handle)
                 self._previous.setdefault(number, handler)
 
@@ -44,8 +44,11 @@ class StopSignals:
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
-        """Around what puts handlers of its own in place (Ray, whose handler exits): at the end they
-        are these again, and a signal that came to the others is a `Stopped` all the same."""
+        """Around a call that installs handlers of its own, such as `ray.init`, whose handler exits.
+
+        At the end these handlers are in place again. A signal that came to the other handlers
+        raises `Stopped` here.
+        """
         try:
             try:
                 yield
@@ -58,7 +61,7 @@ class StopSignals:
 
     @contextlib.contextmanager
     def during(self, action: Callable[[], None]) -> Iterator[None]:
-        """While this lasts, the first signal calls ``action`` and raises nothing."""
+        """Inside the block the first signal calls ``action`` and raises nothing."""
         before, self._action = self._action, action
         try:
             yield

@@ -8,8 +8,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig, GenerationConfig
+
+from raygrpo.actors.cluster.placement import address_of
 from raygrpo.config import ModelSection, RunConfig
 from raygrpo.config.file import merged_sections
+from raygrpo.models import load_tokenizer, quiet_transformers
 from raygrpo.storage.run_dir import RunDir
 
 STEPS, GROUPS, MAX_TOKENS, EVAL_PROMPTS = 2, 2, 16, 4
@@ -23,14 +27,12 @@ _EXPERT_WIDTHS = ("moe_intermediate_size", "shared_expert_intermediate_size")
 def smoke_run(config: RunConfig, say: Callable[[str], Any]) -> Iterator[RunConfig]:
     """The configuration of a smoke run, in a directory that is removed at the end.
 
-    ``say`` is told what differs from the real run. On a cluster the directory lies beside the
-    run's own, which all nodes see.
+    ``say`` gets a line for each key that differs from the real run. On a cluster the directory lies
+    beside the run's own directory, which all nodes see.
 
     Raises:
         ConfigError: the model's configuration or tokenizer does not load.
     """
-    from raygrpo.actors.cluster.placement import address_of
-
     shared = next(path for path in RunDir.at(config).root.parents if path.is_dir())
     parent = None if address_of(config) == "local" else shared
     with tempfile.TemporaryDirectory(prefix="raygrpo-smoke-", dir=parent) as directory:
@@ -53,10 +55,10 @@ def smoke_run(config: RunConfig, say: Callable[[str], Any]) -> Iterator[RunConfi
 
 
 def smoke_changes(config: RunConfig) -> dict[str, Any]:
-    """The keys, by section, that a smoke run sets; model and directory aside."""
+    """The keys that a smoke run changes, by section, beside model and directory."""
     train, sampling, filters = config.train, config.sampling, config.sampling.filters.model_dump()
-    # Refill is off: random completions rarely earn a reward, and a step without signal that is
-    # refilled for ever, or skipped, would not try the learner.
+    # Refill is off, since random completions rarely earn a reward: a step that is refilled for
+    # ever, or skipped, would not try the learner.
     changes: dict[str, Any] = {
         "train": {
             "steps": min(train.steps, STEPS),
@@ -89,10 +91,6 @@ def save_tiny_twin(model: ModelSection, directory: Path) -> str:
     Raises:
         ConfigError: the model's tokenizer does not load.
     """
-    from transformers import AutoConfig, GenerationConfig
-
-    from raygrpo.models import load_tokenizer, quiet_transformers
-
     load_tokenizer(model).save_pretrained(directory)
     real = AutoConfig.from_pretrained(
         model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
@@ -100,7 +98,7 @@ def save_tiny_twin(model: ModelSection, directory: Path) -> str:
     with quiet_transformers():
         tiny = shrunk(real)
         tiny.save_pretrained(directory)
-        with contextlib.suppress(OSError):  # the model's own configuration will do
+        with contextlib.suppress(OSError):  # the model's own configuration serves too
             stops = GenerationConfig.from_pretrained(model.path, revision=model.revision)
             stops.save_pretrained(directory)
     text = tiny.get_text_config()
@@ -126,7 +124,7 @@ def _sizes(text: Any) -> dict[str, Any]:
     heads = text.num_attention_heads
     shared = getattr(text, "num_key_value_heads", None) or heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    if not _holds_lists(tree.get("rope_parameters")):  # whose length is bound to the head's
+    if not _holds_lists(tree.get("rope_parameters")):  # lists are as long as a head is wide
         head_dim = min(head_dim, _HEAD_DIM)
     width = _HEADS * head_dim
     sizes: dict[str, Any] = {
@@ -141,7 +139,7 @@ def _sizes(text: Any) -> dict[str, Any]:
     }
     sizes = {name: value for name, value in sizes.items() if tree.get(name) is not None}
     layers = _representatives(text)
-    for name, value in tree.items():  # whatever is listed by layer
+    for name, value in tree.items():  # a list with an item for each layer
         if isinstance(value, list) and len(value) == text.num_hidden_layers:
             sizes[name] = [value[layer] for layer in layers]
     return {**sizes, "num_hidden_layers": len(layers)}

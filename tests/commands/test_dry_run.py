@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from typer.testing import CliRunner
 
 from raygrpo.checks.arithmetic import batch_facts, fullest_step
 from raygrpo.checks.memory import FullUpdate
 from raygrpo.cli import app
-from raygrpo.commands.dry_run import _table, dry_run
+from raygrpo.commands.dry_run import dry_run, print_plan
 from raygrpo.commands.smoke import save_tiny_twin, shrunk, smoke_changes, smoke_run
 from raygrpo.config import RunConfig
 from raygrpo.config.file import load_config
@@ -56,7 +54,9 @@ def run_config(directory: Path, **sections: Any) -> RunConfig:
     return load_config(tree)
 
 
-def test_the_plan_says_what_a_run_would_do(directory: Path) -> None:
+def test_the_plan_says_what_a_run_would_do(
+    directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     plan = dry_run(run_config(directory))
     assert plan["data"]["prompts"].startswith("1200 ")
     assert plan["data"]["first prompt"] == repr("1\n"), "escaped, as the model sees it"
@@ -74,9 +74,8 @@ def test_the_plan_says_what_a_run_would_do(directory: Path) -> None:
     assert plan["rewards"]["fake completion"] == "'0'", "the row's own answer"
     assert plan["placement"]["processes"].startswith("5: ")
     assert not (directory / "run").exists()
-    console = Console(width=140, record=True, file=io.StringIO())
-    console.print(_table(plan))
-    shown = console.export_text()
+    print_plan(run_config(directory))
+    shown = capsys.readouterr().out
     assert all(name in shown for facts in plan.values() for name in facts)
 
 

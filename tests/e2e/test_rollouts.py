@@ -202,7 +202,7 @@ def test_a_replay_on_two_ranks_differs_by_rounding(
 
 def test_a_foreign_directory_is_left_alone(config: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("keep")
-    with pytest.raises(ConfigError, match="no replay"):
+    with pytest.raises(ConfigError, match="other files"):
         replay(runs.run_dir(config), tmp_path)
     assert (tmp_path / "mine.txt").read_text() == "keep"
 

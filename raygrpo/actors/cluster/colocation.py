@@ -14,10 +14,11 @@ from raygrpo.errors import ConfigError
 
 
 def bundles_of(config: RunConfig, *, local: bool) -> list[dict[str, float]]:
-    """What each learner rank and its generators reserve together, one bundle a rank.
+    """The resources that each learner rank reserves with its generators, one bundle a rank.
 
-    Generator i is with rank ``i % num_ranks``. Empty where nothing is reserved: actors are placed
-    as usual, or the cluster is a local one without GPUs, whose CPUs are shared.
+    Example: a rank with 0.6 of a GPU and a generator with 0.4 are ``{"GPU": 1.0}``. Generator i is
+    with rank ``i % num_ranks``. No bundles without colocation, nor on a local cluster without GPUs,
+    whose CPUs are shared. The configuration is a resolved one.
     """
     if config.generators.placement != "colocate":
         return []
@@ -34,7 +35,7 @@ def bundles_of(config: RunConfig, *, local: bool) -> list[dict[str, float]]:
 
 
 class Colocation:
-    """The places of learner ranks and generators; without bundles, it says nothing of them.
+    """The reserved places of learner ranks and generators; without bundles there are none.
 
     Raises:
         ConfigError: the cluster did not offer the bundles within ``ray.timeouts_s.start``.
@@ -59,7 +60,7 @@ class Colocation:
             )
 
     def options(self, index: int) -> dict[str, Any]:
-        """Ray options of rank or generator ``index``; they go over its own labels."""
+        """Ray options of rank or generator ``index``; they replace the role's labels."""
         if self._group is None:
             return {}
         bundle = index % self._num_ranks

@@ -68,8 +68,8 @@ def connect(config: RunConfig, roles: Roles = ROLES) -> Connection:
 
 
 def _start_local(demand: Demand) -> None:
-    # Ray's own default protects a local cluster by a token. Its mode is read when ray is imported,
-    # so setting it here would make this process a stranger to its own cluster.
+    # By default Ray protects a local cluster by a token. Ray reads that mode when it is imported:
+    # a change here would lock this process out of its own cluster.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         with contextlib.nullcontext() if demand.num_gpus else children_keep_heaps():
@@ -81,7 +81,7 @@ def _start_local(demand: Demand) -> None:
                 num_cpus=max(os.cpu_count() or 1, demand.num_processes),
             )
     except Exception as error:
-        # A node that is slow to start is an Exception of no type of its own.
+        # Ray raises a plain Exception when a node is slow to start.
         if type(error) is not Exception and not isinstance(error, (RuntimeError, OSError)):
             raise
         raise InfraError(
@@ -145,7 +145,7 @@ def living_nodes() -> Nodes:
 
 
 def _grows() -> bool:
-    """Whether an autoscaler manages the cluster: it labels each node, the head too, by its type."""
+    """Whether an autoscaler manages the cluster: an autoscaler labels each node by its type."""
     return any("ray.io/node-group" in node["Labels"] for node in living_nodes())
 
 

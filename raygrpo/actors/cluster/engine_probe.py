@@ -34,7 +34,7 @@ def _ask(config: RunConfig, local: bool) -> str | None:
         gpus=config.ray.gpus.generator,
         labels=labels_of(config, "generator"),
     )
-    # A process of its own: nothing else should find vLLM imported.
+    # In a process of its own, so that no other process has vLLM imported.
     probe = ray.remote(max_calls=1)(vllm_problem).options(**options)
     answer = probe.remote(engine_device(config), config.model)
     try:

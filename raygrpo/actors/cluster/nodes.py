@@ -10,8 +10,7 @@ from raygrpo.actors.pool.workers import Worker
 
 
 def on_draining_nodes(workers: Sequence[Worker]) -> list[Worker]:
-    """Those workers whose node is being drained: its preemption is announced, or an autoscaler
-    takes it away."""
+    """The workers on nodes that drain: a preemption is announced, or an autoscaler removes them."""
     draining = state.get_draining_nodes()
     if not draining:
         return []

@@ -1,4 +1,4 @@
-"""What a run asks of a cluster, and each actor's share of threads. Pure: no Ray."""
+"""The demand of a run on a cluster, and each actor's share of threads. Pure: no Ray."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ ROLES: Roles = ("learner", "generator", "scorer")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Demand:
-    """What a run asks for in all."""
+    """The processes and GPUs of a run, or of some of its roles.
+
+    Example: ``Demand(num_processes=5, num_gpus=2.0, gpu_text="1 learner ranks x 1 + ...")``.
+    """
 
     num_processes: int
     num_gpus: float
@@ -63,11 +66,11 @@ def local_threads(config: RunConfig, cores: int) -> Threads:
 def actor_options(
     *, local: bool, threads: int, gpus: float = 0.0, labels: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """Ray options of an actor. On a local cluster of our own, CPUs are shared, not reserved.
+    """Ray options of an actor. On the run's own local cluster CPUs are shared, not reserved.
 
-    ``labels`` are those of the nodes that may run it (Ray's ``label_selector``). Threads are set
-    inside the actors: a runtime environment would cost each a process of its own, beside the ones
-    that Ray has started already.
+    ``labels`` select the nodes that may run the actor (Ray's ``label_selector``). Threads are set
+    inside the actor: a runtime environment would start a new process beside those that Ray keeps
+    ready.
     """
     options: dict[str, Any] = {"num_cpus": 0 if local else threads, "num_gpus": gpus}
     return {**options, "label_selector": dict(labels)} if labels else options
@@ -89,7 +92,7 @@ def check_local_labels(config: RunConfig, roles: Roles = ROLES) -> None:
 
 
 def nodes_with(nodes: Nodes, labels: Mapping[str, str]) -> Nodes:
-    """Those of `ray.nodes()` that these label selectors fit (v, !v, in(v,w) or !in(v,w))."""
+    """The nodes of `ray.nodes()` whose labels fit these selectors (v, !v, in(v,w) or !in(v,w))."""
     return [
         node
         for node in nodes
