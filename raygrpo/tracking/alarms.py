@@ -1,6 +1,5 @@
-"""Alarms that training goes wrong, read off the metrics of its steps: no signal, truncation,
-entropy collapse, stale or unlike samplers, gradient spikes. An alarm is recorded once, when it
-begins."""
+"""Alarms from the metrics of steps: no signal, truncation, entropy collapse, gradient spikes, a
+sampler that is stale or differs from the learner. An alarm is recorded once, when it begins."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 
 from raygrpo.config import RunConfig
 
-# Steps that a judgement looks at: one step's mean says little where a step has few groups.
+# Steps that a judgement looks at: the mean of one step with few groups says little.
 WINDOW = 5
 SPIKE_WINDOW = 20
 # Log-ratios of deviation s (nats a token) leave an effective sample size of exp(-s^2): s = 0.47.
@@ -24,7 +23,11 @@ Judge = Callable[[Sequence[float], Sequence[float]], tuple[float, float] | None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Alarm:
-    """What has begun: the metric's ``value``, the ``limit`` it passed, and what to do."""
+    """An alarm that begins: the metric's ``value``, the ``limit`` that it passed, and the ``fix``.
+
+    Example: ``Alarm(name="truncation", metric="completions/clipped_ratio", value=0.6, limit=0.5,
+    fix="raise sampling.max_tokens, ...")``.
+    """
 
     name: str
     metric: str
@@ -35,8 +38,10 @@ class Alarm:
 
 @dataclass(frozen=True, slots=True)
 class _Rule:
-    """``judge`` gets the run's first values of ``metric`` and its newest ones, oldest first, and
-    returns (value, limit) where the limit is passed."""
+    """``judge`` takes the run's first values of ``metric`` and the newest ones, each oldest first.
+
+    It returns (value, limit) if the value passes the limit, else None.
+    """
 
     name: str
     metric: str
@@ -128,14 +133,16 @@ RULES = (
 
 
 def _rules_for(config: RunConfig) -> list[_Rule]:
-    """All rules; without those on the sampler's ratios where a filter renormalises its logprobs,
-    which then differ from the policy's by the mass that was cut off."""
+    """All rules, or those that need no ratio to the sampler.
+
+    A filter (top-k, ...) renormalises the sampler's logprobs: they then differ from the policy's.
+    """
     of_ratios = ("low_ess", "logprob_gap") if config.changes_distribution else ()
     return [rule for rule in RULES if rule.name not in of_ratios]
 
 
 class Alarms:
-    """Watches the metrics of a run, step by step. What it has seen is not kept over a restart."""
+    """Watches the metrics of a run, step by step. A restart begins with no values."""
 
     def __init__(self, config: RunConfig) -> None:
         self._rules = _rules_for(config)
@@ -144,7 +151,7 @@ class Alarms:
         self._ringing: set[str] = set()
 
     def check(self, metrics: Mapping[str, float]) -> list[Alarm]:
-        """The alarms that begin with this step; a step without a metric leaves its alarm as is."""
+        """The alarms that begin with this step; a missing metric does not change its alarm."""
         begun = []
         for rule in self._rules:
             if rule.metric not in metrics:

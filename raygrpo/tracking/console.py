@@ -1,4 +1,4 @@
-"""What a person sees of a running run: a live bar on a terminal, a line a step elsewhere."""
+"""The console of a run: a live bar on a terminal, one line a step elsewhere."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _SHOWN = (
     ("timing/tokens_per_s", "tokens/s", "{:.0f}"),
     ("step_time", "s/step", "{:.2f}"),
 )
-_LIVE = ("reward", "greedy", "eval", "s/step")  # what fits beside a bar in 80 columns
+_LIVE = ("reward", "greedy", "eval", "s/step")  # these fit beside a bar in 80 columns
 _QUIET_EVENTS = frozenset({"started", "checkpoint", "run_end"})
 
 
 class _Terminal(rich.console.Console):
-    """A console whose reader may go away (``| head``, a closed window) without ending the run."""
+    """A console that goes quiet when its reader goes away (``| head``, a closed window)."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
@@ -61,7 +61,7 @@ class Console:
             self._progress.start()
 
     def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Shows a step. The bar keeps the last value of what is not measured every step."""
+        """Shows a step. The bar keeps the last value of a metric that this step does not have."""
         now = {
             label: pattern.format(metrics[name])
             for name, label, pattern in _SHOWN
@@ -76,7 +76,7 @@ class Console:
         self._progress.update(self._task, completed=step, description=_line(ordered))
 
     def event(self, kind: str, fields: Mapping[str, Any]) -> None:
-        """Shows an event as one line; those of a run's ordinary course are left out."""
+        """Shows an event as one line, unless it belongs to a run's ordinary course."""
         if kind in _QUIET_EVENTS:
             return
         shown = {name: _first_line(value) for name, value in fields.items() if name != "traceback"}

@@ -17,7 +17,7 @@ _SERIES = (
 
 
 def draw_curve(metrics_path: Path, png_path: Path) -> bool:
-    """Draws reward and evaluation reward over steps; False, and no file, when there are none.
+    """Draws the rewards over steps; returns False and writes no file if there are none.
 
     Raises:
         StorageError: the metrics cannot be read, or the picture cannot be written.
@@ -30,7 +30,7 @@ def draw_curve(metrics_path: Path, png_path: Path) -> bool:
     curves = [curve for curve in curves if curve[0]]
     if not curves:
         return False
-    # Without pyplot: it keeps every figure alive and picks a window system.
+    # pyplot would keep every figure alive and pick a window system.
     figure = Figure(figsize=(7.0, 4.0), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -52,7 +52,7 @@ def draw_curve(metrics_path: Path, png_path: Path) -> bool:
 
 
 def points(rows: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
-    """(step, value) wherever a metric has a finite value."""
+    """The (step, value) pairs of a metric, finite values alone."""
     return [
         (row["step"], float(row[name]))
         for row in rows

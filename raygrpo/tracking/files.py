@@ -42,7 +42,7 @@ class _JsonLines:
 
     def close(self) -> None:
         """Closes the file; more than once is fine. Each line was on disk before."""
-        with contextlib.suppress(OSError):  # a failed write, already reported, is tried again here
+        with contextlib.suppress(OSError):  # closing tries a failed, reported write again
             self._file.close()
 
     def __enter__(self) -> Self:
@@ -60,8 +60,8 @@ class _JsonLines:
 class MetricsFile(_JsonLines):
     """metrics.jsonl: each step of the run once, in order.
 
-    ``resume_step`` is the step that the run goes on from; what a killed run logged after it is cut
-    off, and all of it with None. Lines hold ``step`` and the metrics by name.
+    A line is ``{"reward": 0.5, ..., "step": 7}``. The run goes on from ``resume_step``: the rows
+    after that step, which a killed run logged, are cut off; None cuts all rows off.
     """
 
     def __init__(self, path: Path, *, resume_step: int | None) -> None:
@@ -75,7 +75,7 @@ class MetricsFile(_JsonLines):
 
 
 class EventsFile(_JsonLines):
-    """events.jsonl: everything out of the ordinary, with its time (seconds since 1970)."""
+    """events.jsonl: ``{"time": 1.7e9, "kind": "worker_replaced", ...}``, seconds since 1970."""
 
     def log(self, kind: str, fields: Mapping[str, Any]) -> None:
         """Appends one event."""
@@ -83,7 +83,7 @@ class EventsFile(_JsonLines):
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line that a crash tore is left out.
+    """The rows of a metrics.jsonl, without a last line that a crash tore.
 
     Raises:
         StorageError: the file cannot be read, or another line is no JSON object.
@@ -117,7 +117,7 @@ def _truncate(path: Path, last_step: int) -> None:
 
 
 def _end_torn_line(path: Path) -> None:
-    """Ends a last line that a crash tore, so that the next one starts on its own."""
+    """Ends a last line that a crash tore, so that the next row starts on a line of its own."""
     if not path.is_file() or not path.stat().st_size:
         return
     with path.open("rb+") as file:

@@ -9,7 +9,7 @@ from raygrpo.weights.types import PublishReport
 
 
 def publish_metrics(report: PublishReport, publish_s: float) -> dict[str, float]:
-    """What is known of a version once it is published; ``publish_s`` is what that took."""
+    """The metrics of a published version; ``publish_s`` is the duration of the publication."""
     metrics = {
         "sync/publish_s": publish_s,
         "sync/bytes": float(report.num_bytes),
@@ -21,7 +21,7 @@ def publish_metrics(report: PublishReport, publish_s: float) -> dict[str, float]
 
 
 def with_load(metrics: Mapping[str, float], load: LoadReport) -> dict[str, float]:
-    """The metrics with one more generator's load: of several, the worst counts."""
+    """``metrics`` with one more generator's load; of several generators the worst counts."""
     worst = {
         "sync/load_s": load.load_s,
         "sync/stall_s": load.stall_s,

@@ -14,7 +14,7 @@ EventSink = Callable[[str, dict[str, Any]], None]
 
 
 def check_tensorboard(config: RunConfig) -> None:
-    """Checks, before a run starts, that it can write what it is asked to.
+    """Checks before a run that TensorBoard's package is there if the run needs it.
 
     Raises:
         ConfigError: ``tracking.tensorboard`` is on, and the package is missing.
@@ -33,7 +33,7 @@ def check_tensorboard(config: RunConfig) -> None:
 class TensorBoardWriter:
     """Writes each step's metrics; a failure is one event (``tensorboard_failed``), never the run's.
 
-    ``resume_step`` as for the metrics file: what an earlier start wrote after it is hidden.
+    ``resume_step``: TensorBoard hides the steps after it that an earlier start wrote.
     """
 
     def __init__(self, directory: Path, *, resume_step: int | None, on_event: EventSink) -> None:
@@ -64,7 +64,7 @@ class TensorBoardWriter:
     def _guard(self, call: Callable[[], Any]) -> Any:
         try:
             return call()
-        except OSError as error:  # the writer's own thread passes on what the disk answered
+        except OSError as error:  # the writer's own thread hands errors of the disk on
             self._writer = None
             self._on_event("tensorboard_failed", {"error": f"{type(error).__name__}: {error}"})
             return None

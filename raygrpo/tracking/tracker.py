@@ -1,4 +1,4 @@
-"""One face for everything that records a run: files, console, wandb and the curve."""
+"""One face for all that records a run: files, console, wandb, TensorBoard, alarms, the curve."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from raygrpo.tracking.wandb_logger import WandbLogger
 class Tracker:
     """Records a run in a claimed run directory.
 
-    ``resume_step`` is the step of the checkpoint that the run goes on from, None for a run from the
-    start; metrics after it are cut off, since these steps are done again. ``profile`` is what was
-    asked for, announced by an event ``profile`` once it is on disk.
+    The run goes on from the checkpoint of ``resume_step`` (None: from the start). Metrics of later
+    steps are cut off, since the run does these steps again. An event ``profile`` announces the
+    traces of ``profile`` once they are on disk.
 
     Attributes:
         last_metrics: the newest value of every metric logged by this process.
@@ -76,8 +76,8 @@ class Tracker:
     def log_completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Adds rows to wandb's table ``completions``; its columns are those of the first call.
 
-        A row holds step, prompt, completion, reward, advantage and each reward by its name. Steps
-        that a resumed run does again have their rows twice.
+        A row holds step, prompt, completion, reward, advantage and each reward by its name. A step
+        that a resumed run does again has its rows twice.
         """
         self._wandb.log_completions(step, rows)
 
@@ -103,14 +103,14 @@ class Tracker:
         self._take_events()
         try:
             draw_curve(self._run_dir.metrics_path, self._run_dir.curve_path)
-        except StorageError as error:  # a picture less is no reason to fail a finished run
+        except StorageError as error:  # a finished run does not fail for its picture
             self._record_event("curve_failed", {"error": str(error)})
         self._console.close()
         self._metrics.close()
         self._events.close()
 
     def _announce_profile(self, *, last: bool = False) -> None:
-        """Says where the traces are once both are there; at the end, which ones are."""
+        """Records where the traces are once both are there; at the end, which of them are."""
         profile = self._profile
         if profile is None or self._last_step < profile.step:
             return

@@ -1,6 +1,6 @@
-"""Weights & Biases: one run id for the whole run, resumed or not, with the step as its own axis.
+"""Weights & Biases: one wandb run for the whole run, resumed or not, with the step as its axis.
 
-Training never waits for wandb. One thread makes every call of it, from a bounded queue.
+Training never waits for wandb: one thread makes every call to wandb, from a bounded queue.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ import secrets
 import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from raygrpo.config import RunConfig
 from raygrpo.storage.run_dir import RunDir
 
 _PROJECT = "raygrpo"  # unless WANDB_PROJECT names another, as in transformers
-_INIT_TIMEOUT_S = 60.0
+INIT_TIMEOUT_S = 60.0
 _LOGIN_TIMEOUT_S = 30
-# Without one, a lost network keeps the end of a run waiting for ever; what is left lies on disk.
-_FINISH_TIMEOUT_S = 120.0
-_MAX_QUEUED = 256
+# A lost network must not keep the end of a run waiting; unsent records lie on disk.
+FINISH_TIMEOUT_S = 120.0
+MAX_QUEUED = 256
 _COLUMNS = ("step", "prompt", "completion", "reward", "advantage")  # then the rewards
 _SECRET = re.compile(
     r"(^|[_-])((api|access|private|secret)[_-]?key|secret|passw(or)?d|passphrase|credentials?|auth"
@@ -35,27 +36,30 @@ _SECRET = re.compile(
 _LOGIN_IN_URL = re.compile(r"//[^/@\s]+@")
 
 Event = tuple[str, dict[str, Any]]
+Outbox = queue.SimpleQueue[Event]
+# The kind of an event that only run.json gets: the address of the wandb run.
+_ADDRESS = "address"
 
 
 class WandbLogger:
-    """Logs steps to one wandb run; its failures are events, never the run's, and it never blocks.
+    """Logs steps to one wandb run, and never blocks. A failure of wandb is an event, no error.
 
-    The run's id is kept in run.json, so that a resumed run continues it; so is its address when it
-    has one. Files go below the run directory. Without credentials, ``online`` becomes ``offline``
-    (event ``wandb_offline``). After a failure (``wandb_failed``) nothing more is sent. A wandb that
-    does not keep up loses the oldest of what waits (``wandb_slow`` once, ``wandb_dropped`` with the
-    number at the end).
+    run.json keeps the id of the wandb run, so that a resumed run continues it, and its address.
+    Files go below the run directory. Without credentials, ``online`` becomes ``offline`` (event
+    ``wandb_offline``). After a failure (``wandb_failed``) the logger sends nothing more. If wandb
+    is too slow, the oldest queued records are dropped (``wandb_slow`` once, ``wandb_dropped`` with
+    their number at the end).
 
-    Events and facts come from another thread: the caller fetches them by `take_events`.
+    Events come from wandb's thread: the caller fetches them by `take_events`.
     """
 
     def __init__(self, run_dir: RunDir, config: RunConfig) -> None:
         self._run_dir = run_dir
-        self._outbox = _Outbox()
+        self._events: Outbox = queue.SimpleQueue()
         self._worker: _Worker | None = None
         if config.tracking.wandb != "disabled":
             run_id = _run_id(run_dir)  # here: one thread alone writes run.json
-            self._worker = _Worker(run_dir, config, run_id, self._outbox)
+            self._worker = _Worker(run_dir, config, run_id, self._events)
             self._worker.start()
 
     def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -69,59 +73,45 @@ class WandbLogger:
             self._worker.put(_Rows(step, tuple(rows)))
 
     def take_events(self) -> list[Event]:
-        """What has happened since the last call; also notes the run's address in run.json."""
-        if (url := self._outbox.take_url()) is not None:
-            self._run_dir.note(wandb_url=url)
-        return self._outbox.take_events()
+        """The events since the last call; also writes the wandb run's address to run.json."""
+        events = []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                kind, fields = self._events.get_nowait()
+                if kind == _ADDRESS:
+                    self._run_dir.note(**fields)
+                else:
+                    events.append((kind, fields))
+        return events
 
     def close(self, exit_code: int) -> None:
         """Sends what is queued and ends the run, within a deadline; more than once is fine."""
         if self._worker is None:
             return
         worker, self._worker = self._worker, None
-        unsent = worker.finish(exit_code, _FINISH_TIMEOUT_S)
+        unsent = worker.finish(exit_code, FINISH_TIMEOUT_S)
         if unsent is not None:
-            reason = f"no end within {_FINISH_TIMEOUT_S:g} s, {unsent} records not sent"
-            self._outbox.event("wandb_failed", action="finish", error=reason)
+            reason = f"no end within {FINISH_TIMEOUT_S:g} s, {unsent} records not sent"
+            self._events.put(("wandb_failed", {"action": "finish", "error": reason}))
         if worker.num_dropped:
-            self._outbox.event("wandb_dropped", records=worker.num_dropped)
+            self._events.put(("wandb_dropped", {"records": worker.num_dropped}))
 
 
-class _Outbox:
-    """What wandb's thread has to say, for the thread that writes the run's files."""
-
-    def __init__(self) -> None:
-        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._urls: queue.SimpleQueue[str] = queue.SimpleQueue()
-
-    def event(self, kind: str, /, **fields: Any) -> None:
-        self._events.put((kind, fields))
-
-    def url(self, url: str) -> None:
-        self._urls.put(url)
-
-    def take_events(self) -> list[Event]:
-        return _taken(self._events)
-
-    def take_url(self) -> str | None:
-        return next(iter(_taken(self._urls)), None)
-
-
+@dataclass(frozen=True, slots=True)
 class _Rows:
-    """Rows of the table of a step."""
+    """The completions of a step, rows of wandb's table."""
 
-    def __init__(self, step: int, rows: tuple[Mapping[str, Any], ...]) -> None:
-        self.step = step
-        self.rows = rows
+    step: int
+    rows: tuple[Mapping[str, Any], ...]
 
 
 class _Worker:
-    """The thread that owns the wandb run. A daemon: a wandb that hangs holds up no exit."""
+    """The thread that owns the wandb run; a daemon, so that a hanging wandb delays no exit."""
 
-    def __init__(self, run_dir: RunDir, config: RunConfig, run_id: str, outbox: _Outbox) -> None:
+    def __init__(self, run_dir: RunDir, config: RunConfig, run_id: str, events: Outbox) -> None:
         self.num_dropped = 0
-        self._arguments = (run_dir, config, run_id, outbox)
-        self._outbox = outbox
+        self._arguments = (run_dir, config, run_id, events)
+        self._events = events
         self._items: deque[dict[str, Any] | _Rows] = deque()
         self._changed = threading.Condition()
         self._exit_code: int | None = None
@@ -134,20 +124,20 @@ class _Worker:
         self._thread.start()
 
     def put(self, item: dict[str, Any] | _Rows) -> None:
-        """Queues an item; a full queue loses its oldest: the newest is what people look at."""
+        """Queues an item; a full queue drops its oldest item, since people look at the newest."""
         with self._changed:
             if self._ended:
                 return
-            if len(self._items) >= _MAX_QUEUED:
+            if len(self._items) >= MAX_QUEUED:
                 self._items.popleft()
                 self.num_dropped += 1
                 if self.num_dropped == 1:
-                    self._outbox.event("wandb_slow", queued=_MAX_QUEUED)
+                    self._events.put(("wandb_slow", {"queued": MAX_QUEUED}))
             self._items.append(item)
             self._changed.notify()
 
     def finish(self, exit_code: int, timeout_s: float) -> int | None:
-        """Waits for the end; how many items were not sent if it did not come, else None."""
+        """Waits for the end; None, or after the deadline the number of unsent items."""
         with self._changed:
             self._exit_code = exit_code
             self._changed.notify()
@@ -155,7 +145,7 @@ class _Worker:
         if not self._thread.is_alive():
             return None
         with self._changed:
-            self._ended = True  # whatever wakes up later sends nothing more
+            self._ended = True  # a call that returns later sends nothing more
             unsent = len(self._items)
         atexit.register(_end_service)
         return unsent
@@ -170,20 +160,20 @@ class _Worker:
             action = "finish"
             if not self._ended:
                 self._run.finish(exit_code=self._exit_code)
-        # The one place that supervises wandb: whatever it raises (errors of its own, of the
-        # network, of its helper process), training goes on without it.
+        # The one place that supervises wandb: training goes on without it, whatever it raises
+        # (errors of its own, of the network, of its helper process).
         except Exception as error:
             with self._changed:
                 given_up, self._ended = self._ended, True
                 self._items.clear()
             if not given_up:
                 reason = f"{type(error).__name__}: {error}"
-                self._outbox.event("wandb_failed", action=action, error=reason)
+                self._events.put(("wandb_failed", {"action": action, "error": reason}))
             if action != "log":
                 atexit.register(_end_service)
 
     def _next(self) -> dict[str, Any] | _Rows | None:
-        """The oldest item, waited for; None once there is none and the run has ended."""
+        """Waits for the oldest item; None once the queue is empty and the run has ended."""
         with self._changed:
             self._changed.wait_for(lambda: self._items or self._exit_code is not None)
             return self._items.popleft() if self._items and not self._ended else None
@@ -200,7 +190,7 @@ class _Worker:
             self._table = wandb.Table(columns=columns, log_mode="INCREMENTAL")
         for row in item.rows:
             self._table.add_data(*(_cell(row.get(name)) for name in self._table.columns))
-        # wandb sends the rows added since the last call, and no more.
+        # wandb sends the rows added since the last call alone.
         self._run.log({"step": item.step, "completions": self._table})
 
 
@@ -212,17 +202,17 @@ def _run_id(run_dir: RunDir) -> str:
     return run_id
 
 
-def _start(run_dir: RunDir, config: RunConfig, run_id: str, outbox: _Outbox) -> Any:
+def _start(run_dir: RunDir, config: RunConfig, run_id: str, events: Outbox) -> Any:
     import wandb
 
     mode = config.tracking.wandb
-    # Asked here, because init would ask on the terminal, in the middle of the live display.
+    # `wandb.init` would ask on the terminal, in the middle of the live display.
     if mode == "online" and not wandb.login(prompt=False, verify=False):
         mode = "offline"
         reason = (
             "no credentials: run `wandb login` or set WANDB_API_KEY; `wandb sync` sends it later"
         )
-        outbox.event("wandb_offline", reason=reason)
+        events.put(("wandb_offline", {"reason": reason}))
     run = wandb.init(
         project=os.environ.get("WANDB_PROJECT") or _PROJECT,
         name=os.environ.get("WANDB_NAME") or run_dir.root.name,
@@ -233,9 +223,9 @@ def _start(run_dir: RunDir, config: RunConfig, run_id: str, outbox: _Outbox) -> 
         config=redacted(config.model_dump(mode="json")),
         # A git remote, or the command line, can hold a password; standard output is in logs/.
         settings=wandb.Settings(
-            init_timeout=_INIT_TIMEOUT_S,
+            init_timeout=INIT_TIMEOUT_S,
             login_timeout=_LOGIN_TIMEOUT_S,
-            finish_timeout=_FINISH_TIMEOUT_S,
+            finish_timeout=FINISH_TIMEOUT_S,
             finish_timeout_raises=True,
             console="off",
             silent=True,
@@ -247,13 +237,15 @@ def _start(run_dir: RunDir, config: RunConfig, run_id: str, outbox: _Outbox) -> 
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
     if mode == "online" and run.url:
-        outbox.url(run.url)
+        events.put((_ADDRESS, {"wandb_url": run.url}))
     return run
 
 
 def _end_service() -> None:
-    """Ends wandb's helper process: wandb's own exit handler, which runs after this one, waits for
-    it without any deadline. What it has not sent is in the run's .wandb file."""
+    """Kills wandb's helper process: wandb's own exit handler would wait for it for ever.
+
+    The run's .wandb file holds the records that were not sent.
+    """
     import psutil
     import wandb
 
@@ -261,28 +253,20 @@ def _end_service() -> None:
         with contextlib.suppress(psutil.Error):
             if child.name() == "wandb-core":
                 child.kill()
-    # It takes leave of a service that is gone, and exits for a service that was killed.
+    # Without its helper process wandb raises OSError, or exits.
     with contextlib.suppress(OSError, SystemExit):
         wandb.teardown()
 
 
-def _taken(source: queue.SimpleQueue[Any]) -> list[Any]:
-    items = []
-    with contextlib.suppress(queue.Empty):
-        while True:
-            items.append(source.get_nowait())
-    return items
-
-
 def _cell(value: Any) -> Any:
-    """A value that wandb shows as it is; anything else (messages, say) as JSON."""
+    """A plain value as it is; any other value, such as messages, as JSON."""
     if value is None or isinstance(value, (str, int, float)):
         return value
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def redacted(tree: Any) -> Any:
-    """A configuration without values secret by their key's name, and without logins in URLs."""
+    """The configuration without values of secret keys (``api_key``), and without logins in URLs."""
     if isinstance(tree, Mapping):
         return {
             name: "<redacted>" if _SECRET.search(str(name)) and value else redacted(value)

@@ -1,0 +1,184 @@
+"""Metrics by their definitions."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raygrpo.tracking.files import MetricsFile, read_metrics
+from raygrpo.tracking.metrics import StepFacts, reward_metrics, stat_metrics, step_metrics
+from raygrpo.types import GroupSummary, Score, Stat, Version
+from tests.builders import summary
+
+
+def group(
+    values: list[float | None],
+    *,
+    group_id: int = 0,
+    lengths: list[int] | None = None,
+    finishes: list[Any] | None = None,
+    errors: list[str | None] | None = None,
+    version: int = 0,
+    metrics: dict[str, tuple[float, ...]] | None = None,
+) -> GroupSummary:
+    size = len(values)
+    lengths = lengths or [4] * size
+    errors = errors or [None] * size
+    return GroupSummary(
+        stream="train",
+        group_id=group_id,
+        attempt=0,
+        prompt_id=f"row-{group_id}",
+        prompt_length=5,
+        lengths=tuple(lengths),
+        num_loss_tokens=tuple(lengths),
+        finishes=tuple(finishes or ["stop"] * size),
+        oldest=(Version(1, version),) * size,
+        newest=(Version(1, version),) * size,
+        scores=tuple(
+            Score(value=value, parts={"exact": value}, error=error)
+            for value, error in zip(values, errors, strict=True)
+        ),
+        metrics=metrics or {},
+        generate_s=0.5,
+        score_s=0.25,
+    )
+
+
+def facts(finished: list[GroupSummary], trained: list[GroupSummary], **keys: Any) -> StepFacts:
+    defaults: dict[str, Any] = {
+        "step": 3, "stats": {}, "epoch": 0.5, "num_tokens": 100, "step_s": 2.0, "update_s": 0.5,
+        "num_teaching": 0,
+    }  # fmt: skip
+    return StepFacts(finished=finished, trained=trained, **{**defaults, **keys})
+
+
+def test_rewards_are_trls_over_all_finished_groups() -> None:
+    mixed, alike, other = [1.0, 0.0, 0.0, 1.0], [1.0] * 4, [0.0, 0.0, 0.0, 2.0]
+    groups = [group(mixed), group(alike, group_id=1), group(other, group_id=2)]
+    metrics = step_metrics(facts(groups, [groups[0], groups[2]], num_teaching=2))
+    everything = np.array([mixed, alike, other])
+    assert metrics["reward"] == pytest.approx(everything.mean())
+    assert metrics["reward_std"] == pytest.approx(everything.std(ddof=1))
+    assert metrics["group_reward_std"] == pytest.approx(everything.std(axis=1, ddof=1).mean())
+    assert metrics["frac_reward_zero_std"] == pytest.approx(1 / 3)
+    assert metrics["frac_no_signal"] == pytest.approx(1 / 3)
+    assert metrics["rewards/exact/mean"] == pytest.approx(everything.mean())
+    assert metrics["rewards/exact/std"] == pytest.approx(everything.std(ddof=1))
+    trained = everything[[0, 2]]
+    assert metrics["trained/reward"] == pytest.approx(trained.mean())
+    assert metrics["trained/reward_std"] == pytest.approx(trained.std(ddof=1))
+    deviations = trained.std(axis=1, ddof=1)
+    assert metrics["trained/group_reward_std"] == pytest.approx(deviations.mean())
+    assert metrics["trained/frac_reward_zero_std"] == 0.0
+    assert (metrics["num_groups"], metrics["trained/num_groups"]) == (3, 2)
+    assert metrics["epoch"] == 0.5
+    assert metrics["num_tokens"] == 100
+    assert metrics["step_time"] == 2.0
+    assert metrics["timing/tokens_per_s"] == 3 * 4 * 4 / 2.0
+
+
+def test_none_and_errored_scores_are_in_no_mean() -> None:
+    scored = group([1.0, None, 0.0, None], errors=[None, "boom", None, None])
+    lonely = group([1.0, None], group_id=1)
+    metrics = reward_metrics([scored, lonely])
+    assert metrics["reward"] == pytest.approx(2 / 3)
+    assert metrics["reward/error_frac"] == pytest.approx(1 / 6)
+    assert metrics["reward_std"] == pytest.approx(np.std([1.0, 0.0, 1.0], ddof=1))
+    assert metrics["group_reward_std"] == pytest.approx(math.sqrt(0.5))  # the lonely one has none
+    assert metrics["frac_reward_zero_std"] == 0.0
+    alike = group([2.0, 2.0, None, None], group_id=2)
+    assert reward_metrics([scored, lonely, alike])["frac_reward_zero_std"] == pytest.approx(1 / 3)
+    # A part that was computed before another reward failed still belongs to an errored score.
+    half = Score(value=None, parts={"exact": 9.0}, error="boom")
+    fine = Score(value=1.0, parts={"exact": 1.0})
+    both = group([1.0, 1.0])
+    mixed = GroupSummary(**{f: getattr(both, f) for f in both.__slots__} | {"scores": (half, fine)})
+    assert reward_metrics([mixed])["rewards/exact/mean"] == 1.0
+
+
+def test_a_rewards_metric_replaces_none_of_ours(tmp_path: Path) -> None:
+    group = replace(summary(0, [1.0, 0.0]), metrics={"reward": (9.0,), "step": (7.0,), "x": (2.0,)})
+    metrics = reward_metrics([group])
+    assert (metrics["reward"], metrics["x"]) == (0.5, 2.0)
+    with MetricsFile(tmp_path / "m.jsonl", resume_step=None) as file:
+        file.log(3, metrics)
+    assert [row["step"] for row in read_metrics(tmp_path / "m.jsonl")] == [3]
+
+
+def test_no_metric_stands_for_nothing() -> None:
+    silent = group([None, None])
+    metrics = step_metrics(facts([silent], []))
+    assert "reward" not in metrics
+    assert "reward_std" not in metrics
+    assert not any(name.startswith("trained/reward") for name in metrics)
+    assert all(math.isfinite(value) for value in metrics.values())
+    assert all(math.isfinite(v) for v in step_metrics(facts([], [])).values())
+
+
+def test_lengths_tell_terminated_from_clipped() -> None:
+    one = group([0.0] * 4, lengths=[2, 4, 6, 8], finishes=["stop", "length", "stop", "length"])
+    metrics = step_metrics(facts([one], [one]))
+    assert metrics["completions/mean_length"] == 5
+    assert metrics["completions/min_length"] == 2
+    assert metrics["completions/max_length"] == 8
+    assert metrics["completions/clipped_ratio"] == 0.5
+    assert metrics["completions/mean_terminated_length"] == 4
+    assert metrics["completions/min_terminated_length"] == 2
+    assert metrics["completions/max_terminated_length"] == 6
+    endless = group([0.0] * 2, finishes=["length", "length"])
+    metrics = step_metrics(facts([endless], []))
+    assert metrics["completions/clipped_ratio"] == 1
+    assert metrics["completions/mean_terminated_length"] == 0
+
+
+def test_staleness_counts_versions_behind_the_step() -> None:
+    fresh, stale = group([0.0, 1.0], version=3), group([0.0, 1.0], group_id=1, version=1)
+    metrics = step_metrics(facts([fresh, stale], [fresh, stale], step=3))
+    assert metrics["staleness/mean"] == 1.0
+    assert metrics["staleness/max"] == 2.0
+
+
+@given(st.lists(st.floats(0.05, 20.0), min_size=1, max_size=30))
+def test_learner_statistics_and_effective_sample_size(weights: list[float]) -> None:
+    w = np.array(weights)
+
+    def stat(values: Any) -> Stat:
+        return Stat(sum=values.sum(), count=len(values), min=values.min(), max=values.max())
+
+    metrics = stat_metrics(
+        {
+            "entropy": stat(w),
+            "kl": Stat(sum=0.0, count=0.0, min=math.inf, max=-math.inf),
+            "clip_ratio/low_min": stat(w),
+            "clip_ratio/high_max": stat(w),
+            "sampling/importance_sampling_ratio": stat(w.clip(max=2.0)),
+            "sampling/token_ratio": stat(w),
+            "sampling/token_ratio_squared": stat(w**2),
+        }
+    )
+    assert metrics["entropy"] == pytest.approx(w.mean())
+    assert "kl" not in metrics
+    capped = w.clip(max=2.0)
+    assert metrics["sampling/importance_sampling_ratio/mean"] == pytest.approx(capped.mean())
+    assert metrics["sampling/importance_sampling_ratio/min"] == capped.min()
+    assert metrics["sampling/importance_sampling_ratio/max"] == capped.max()
+    assert (metrics["clip_ratio/low_min"], metrics["clip_ratio/high_max"]) == (w.min(), w.max())
+    assert not any("token_ratio" in name for name in metrics)
+    assert metrics["ess"] == pytest.approx(w.sum() ** 2 / (len(w) * (w**2).sum()))
+    assert metrics["ess"] <= 1 + 1e-12
+
+
+def test_values_that_rewards_report_are_averaged() -> None:
+    groups = [
+        group([0.0, 1.0], metrics={"depth": (1.0, 2.0)}),
+        group([0.0, 1.0], group_id=1, metrics={"depth": (6.0, math.nan)}),
+    ]
+    assert reward_metrics(groups)["depth"] == 3.0
