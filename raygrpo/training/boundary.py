@@ -4,14 +4,16 @@ The trainer calls `Boundary.advance` in each turn of its loop; nothing here bloc
 ended goes through these phases:
 
     phase        waits for                                     unblocked by
-    EVALUATING   the step's weights in the generators' store,  `advance(published=True)`,
-                 then the groups of its evaluation             `Boundary.finish`, `Boundary.drop`
-    RECORDING    nothing: its row is logged at once
-    SAVING       the learner's files, the rollout store's      the pending save, the store's writes
+    EVALUATING   the publish of the step's weights, then the   `advance(published=True)`, then
+                 groups of its evaluation                      `Boundary.finish`, `Boundary.drop`
+    RECORDING    nothing: the row of metrics is logged
+    SAVING       the learner's files, then the rollout         the learner's `Pending`, then
+                 store's files                                 `Rollouts.settled`
     CLOSED       nothing
 
-The learner's files are begun as early as EVALUATING, and committed in SAVING. The next update may
-start once they are begun; so the step before the newest may still be SAVING.
+The learner may begin to write its files while the step is EVALUATING; a checkpoint is committed in
+SAVING. The next update may start once the learner has begun to write. So the step before the newest
+may still be SAVING.
 """
 
 from __future__ import annotations
@@ -40,9 +42,9 @@ class Phase(Enum):
 class ClosingStep:
     """A step that has ended. Example: ClosingStep(state, record={"loss": 0.01}).
 
-    ``state`` is the driver's as the step ended: what a checkpoint of the step holds. ``record`` are
-    the step's metrics until they are logged. ``directory`` is where the step is saved: set when
-    that begins.
+    ``state`` is the driver's state at the step's end, which the checkpoint holds. ``record`` are
+    the step's metrics. ``directory`` is the checkpoint's, set when the learner begins to write it;
+    ``save`` is that write until the commit.
     """
 
     state: RunState
