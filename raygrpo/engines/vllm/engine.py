@@ -148,7 +148,7 @@ class VllmEngine:
         """
         admission, version = self.admission, self._held()
         for sent in admission.admit(version, self._fits, partial(self._start, version)):
-            sent.future.add_done_callback(_Report(self._done, sent))
+            sent.future.add_done_callback(partial(self._report, sent))
         wait_s = STEP_WAIT_S if admission.running and not admission.has_finished else 0.0
         while True:
             try:
@@ -158,6 +158,9 @@ class VllmEngine:
             wait_s = 0.0
             if sent.serial in admission.running:
                 self._finish(sent)
+
+    def _report(self, sent: Sent, _: object) -> None:
+        self._done.put(sent)
 
     def _fits(self, count: int) -> bool:
         return not self._live or len(self._live) + count <= self._max_rows
@@ -304,17 +307,6 @@ class VllmEngine:
         self._version = None
         self._drop_staged()
         self._client.close()
-
-
-@dataclass(frozen=True, slots=True)
-class _Report:
-    """Tells the engine's thread that a group's future has an outcome."""
-
-    done: queue.SimpleQueue[Sent]
-    sent: Sent
-
-    def __call__(self, _: object) -> None:
-        self.done.put(self.sent)
 
 
 def _unwritten(version: Version) -> Completion:
