@@ -136,5 +136,7 @@ def test_vllms_processes_do_not_outlive_their_owner(tmp_path: Any) -> None:
         processes = vllm_processes(owner.pid)
         assert len(processes) >= 1
         owner.kill()
-    _, alive = psutil.wait_procs(processes, timeout=STEP_DEADLINE)
+    _, left = psutil.wait_procs(processes, timeout=STEP_DEADLINE)
+    # A container may have nobody who reaps the orphans.
+    alive = [process for process in left if process.status() != psutil.STATUS_ZOMBIE]
     assert not alive, f"{alive} outlived the process that started them"
