@@ -183,7 +183,7 @@ class _HeadLogprobs(torch.autograd.Function):
         logprobs, entropies, expected = found[0], found[1], found[2:]
         expected.zero_()
         sums = _Gradients(ctx.needs_input_grad, hidden, weight, bias, settings)
-        for chunk in _chunks(hidden, weight, bias, targets, settings):
+        for chunk in logit_chunks(hidden, weight, bias, targets, settings):
             logprobs[chunk.here], entropies[chunk.here] = chunk.logprobs, chunk.entropies
             if expected_grad is None:
                 continue
@@ -217,7 +217,7 @@ class _HeadLogprobs(torch.autograd.Function):
             return *formed, None, None, None, None
         settings: HeadSettings = ctx.settings
         sums = _Gradients(ctx.needs_input_grad, hidden, weight, bias, settings)
-        for chunk in _chunks(hidden, weight, bias, targets, settings):
+        for chunk in logit_chunks(hidden, weight, bias, targets, settings):
             entropy_part = None if by_entropy is None else arrived[1, chunk.here]
             chunk.differentiate(arrived[0, chunk.here], entropy_part)
             sums.add(chunk)
@@ -328,7 +328,7 @@ class _Gradients:
         return self._hidden, None if weight is None else weight.to(self._weight.dtype), self._bias
 
 
-def _chunks(
+def logit_chunks(
     hidden: Float[Tensor, "N H"],
     weight: Float[Tensor, "V H"],
     bias: Float[Tensor, "V"] | None,

@@ -43,7 +43,7 @@ def run(*arguments: str) -> None:
 
 @pytest.mark.timeout(900)
 def test_some_mutants_are_noticed() -> None:
-    """One of each module; the rest is for --slow."""
+    """A handful; the rest is for --slow."""
     run("--quick")
 
 

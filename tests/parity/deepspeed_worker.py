@@ -18,6 +18,8 @@ import torch
 from raygrpo.algorithm import logprobs
 from raygrpo.errors import RayGrpoError
 from raygrpo.learner.deepspeed_learner import DeepSpeedLearner
+from raygrpo.learner.policy import PolicyModel
+from raygrpo.learner.watch import MovementWatch
 from raygrpo.types import Microbatch
 from tests.parity.learner_cases import (
     make_config,
@@ -29,6 +31,30 @@ from tests.parity.learner_cases import (
 )
 
 
+class Worker(DeepSpeedLearner):
+    """The learner, with the parts that scenarios look at.
+
+    ``frozen`` is a parameter whose gradient the watch sees, and the optimizer does not get.
+    """
+
+    frozen: torch.nn.Parameter | None = None
+
+    def _start_watch(self) -> MovementWatch:
+        watch = super()._start_watch()
+        if self.frozen is not None:
+            self.frozen.register_hook(torch.zeros_like)  # type: ignore[no-untyped-call]
+        return watch
+
+    @property
+    def policy(self) -> PolicyModel:
+        return self._policy
+
+    @property
+    def masters(self) -> dict[str, torch.Tensor]:
+        """The fp32 master weights by name."""
+        return {name: master.detach().clone() for name, master in self._master_weights()}
+
+
 def main() -> None:
     """Arguments: a JSON file with the job, this rank, and the master's port."""
     job = json.loads(Path(sys.argv[1]).read_text())
@@ -37,42 +63,42 @@ def main() -> None:
     learner = None
     for name, case in job["cases"].items():
         config = make_config(case["model"], **case["config"])
-        learner = DeepSpeedLearner(config, rank=rank, local_rank=rank, master_port=port)
+        learner = Worker(config, rank=rank, local_rank=rank, master_port=port)
         results[name] = SCENARIOS[case["scenario"]](learner, case, rank)
     torch.save(results, Path(job["out"]) / f"rank-{rank}.pt")
     if learner is not None:
         learner.close()
 
 
-def weights(learner: DeepSpeedLearner) -> dict[str, torch.Tensor]:
+def weights(learner: Worker) -> dict[str, torch.Tensor]:
     return dict(learner.named_weights())
 
 
-def train(learner: DeepSpeedLearner, case: dict[str, Any], rank: int) -> dict[str, Any]:
+def train(learner: Worker, case: dict[str, Any], rank: int) -> dict[str, Any]:
     """Trains the case's steps; reports statistics and weights, before and after."""
     num_minibatches = learner.config.train.num_minibatches
     share, num_shares = learner.data_share
     steps = make_steps(case["steps"], num_minibatches, num_shares)
     # Several chunks a microbatch, and not as many on every rank.
-    head = learner._policy.logprob_head
+    head = learner.policy.logprob_head
     head.settings = replace(head.settings, chunk_tokens=5)
     passes: list[int] = []
     head.register_forward_hook(lambda *_: passes.append(1))
     before = weights(learner)
-    with patch.object(logprobs, "_chunks", wraps=logprobs._chunks) as products:
+    with patch.object(logprobs, "logit_chunks", wraps=logprobs.logit_chunks) as products:
         history = [learner.update(step[share]) for step in steps]
-    report = {"before": before, "after": weights(learner), "masters": masters(learner)}
+    report = {"before": before, "after": weights(learner), "masters": learner.masters}
     # How often the head was passed, and how often its logits were formed for that.
     return {**report, "history": history, "head": (len(passes), products.call_count)}
 
 
-def fp32_head(learner: DeepSpeedLearner, case: dict[str, Any], rank: int) -> dict[str, Any]:
+def fp32_head(learner: Worker, case: dict[str, Any], rank: int) -> dict[str, Any]:
     """Scores a microbatch of this rank's own, and trains it."""
     batch = microbatch(separate(random_trees(rank, 2)))
     return {"scores": learner.score(batch), "stats": learner.update([[batch]])}
 
 
-def train_planned(learner: DeepSpeedLearner, case: dict[str, Any], rank: int) -> dict[str, Any]:
+def train_planned(learner: Worker, case: dict[str, Any], rank: int) -> dict[str, Any]:
     """Trains steps that are planned and placed as in a run, in the rows that the model can pack."""
     share, num_shares = learner.data_share
     history = []
@@ -82,29 +108,21 @@ def train_planned(learner: DeepSpeedLearner, case: dict[str, Any], rank: int) ->
     return {"after": weights(learner), "history": history, "layout": learner.layout}
 
 
-def stuck(learner: DeepSpeedLearner, case: dict[str, Any], rank: int) -> dict[str, Any]:
+def stuck(learner: Worker, case: dict[str, Any], rank: int) -> dict[str, Any]:
     """Updates that leave one tensor as it is, or do not reach it, until the watch raises."""
     name = case["tensor"]
-    module = learner._policy.model.get_submodule(name.removesuffix(".weight"))
+    module = learner.policy.model.get_submodule(name.removesuffix(".weight"))
     if case["how"] == "unreached":
         module.forward = lambda x: torch.nn.functional.linear(x, module.weight.detach())
     else:
-        start = learner._start_watch
-
-        def start_then_freeze() -> Any:
-            # A hook after the watch's, which sees the gradient that the optimizer does not get.
-            watch = start()
-            module.weight.register_hook(torch.zeros_like)
-            return watch
-
-        learner._start_watch = start_then_freeze  # type: ignore[method-assign]
+        learner.frozen = module.weight
     step, reports = make_steps(1, 1, learner.config.learner.num_ranks)[0], []
     while len(reports) < 20 and not any(reports):
         reports.append(attempt(learner, lambda: learner.update(step[rank]))["raised"])
     return {"raised": reports[-1], "count": len(reports)}
 
 
-def train_adapter(learner: DeepSpeedLearner, case: dict[str, Any], rank: int) -> dict[str, Any]:
+def train_adapter(learner: Worker, case: dict[str, Any], rank: int) -> dict[str, Any]:
     """Trains; the adapter before and after, merged weights, and scores with adapter and base."""
     steps = make_steps(case["steps"], 1, learner.config.learner.num_ranks)
     # The first forward pass before the first publication, as ZeRO-3 needs it, is a score.
@@ -122,17 +140,7 @@ def train_adapter(learner: DeepSpeedLearner, case: dict[str, Any], rank: int) ->
     }
 
 
-def masters(learner: DeepSpeedLearner) -> dict[str, torch.Tensor]:
-    """The fp32 master weights by name, through DeepSpeed's own interface where it has one."""
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    named = dict(learner._policy.model.named_parameters())
-    if learner.config.learner.zero_stage == 0:
-        return dict(zip(named, (m.detach().clone() for m in learner._masters()), strict=True))
-    return {name: safe_get_full_fp32_param(p).clone() for name, p in named.items()}
-
-
-def nan_loss(learner: DeepSpeedLearner, case: dict[str, Any], rank: int) -> dict[str, Any]:
+def nan_loss(learner: Worker, case: dict[str, Any], rank: int) -> dict[str, Any]:
     """Updates whose advantages are NaN on the last rank only."""
 
     def poison(batch: list[list[Microbatch]]) -> list[list[Microbatch]]:
@@ -143,13 +151,13 @@ def nan_loss(learner: DeepSpeedLearner, case: dict[str, Any], rank: int) -> dict
     return skipping(learner, rank, lambda batch: learner.update(poison(batch)))
 
 
-def infinite_gradient(learner: DeepSpeedLearner, case: dict[str, Any], rank: int) -> dict[str, Any]:
+def infinite_gradient(learner: Worker, case: dict[str, Any], rank: int) -> dict[str, Any]:
     """Updates whose loss is finite, but whose gradient is not, on the last rank only."""
 
     def update(batch: list[list[Microbatch]]) -> dict[str, Any]:
         hooks = []
         if rank == learner.config.learner.num_ranks - 1:
-            hooks.append(learner._policy.register_forward_hook(_spoil_gradient))
+            hooks.append(learner.policy.register_forward_hook(_spoil_gradient))
         try:
             return learner.update(batch)
         finally:
@@ -160,7 +168,7 @@ def infinite_gradient(learner: DeepSpeedLearner, case: dict[str, Any], rank: int
 
 
 def skipping(
-    learner: DeepSpeedLearner, rank: int, bad_update: Callable[[Any], dict[str, Any]]
+    learner: Worker, rank: int, bad_update: Callable[[Any], dict[str, Any]]
 ) -> dict[str, Any]:
     """One bad update between two good ones, then bad ones until the learner gives up."""
     first, second, third = make_steps(3, 1, learner.config.learner.num_ranks)
@@ -177,7 +185,7 @@ def skipping(
     return {**report, "raised": raised, "count": count, "end": weights(learner)}
 
 
-def attempt(learner: DeepSpeedLearner, action: Callable[[], object]) -> dict[str, Any]:
+def attempt(learner: Worker, action: Callable[[], object]) -> dict[str, Any]:
     """What the action raised, and the weights before and after it."""
     before = weights(learner)
     try:
@@ -197,7 +205,7 @@ def _spoil_gradient(module: Any, inputs: Any, output: tuple[Any, Any]) -> None:
         output[0].register_hook(lambda gradient: gradient * float("inf"))
 
 
-def save_and_die(learner: DeepSpeedLearner, case: dict[str, Any], rank: int) -> dict[str, Any]:
+def save_and_die(learner: Worker, case: dict[str, Any], rank: int) -> dict[str, Any]:
     """Trains, saves into a directory of this rank's own, trains on, and is killed at the end."""
     steps = make_steps(4, 1, learner.config.learner.num_ranks)
     torch.manual_seed(1000 + rank)
@@ -212,7 +220,7 @@ def save_and_die(learner: DeepSpeedLearner, case: dict[str, Any], rank: int) -> 
     return {}
 
 
-def resume(learner: DeepSpeedLearner, case: dict[str, Any], rank: int) -> dict[str, Any]:
+def resume(learner: Worker, case: dict[str, Any], rank: int) -> dict[str, Any]:
     """Loads what `save_and_die` saved, after an update that must leave no trace, and goes on."""
     steps = make_steps(4, 1, learner.config.learner.num_ranks)
     if case["dirty"]:
@@ -224,7 +232,7 @@ def resume(learner: DeepSpeedLearner, case: dict[str, Any], rank: int) -> dict[s
     return {"num_updates": restored, "after": weights(learner), "random": torch.rand(3)}
 
 
-def refused_load(learner: DeepSpeedLearner, case: dict[str, Any], rank: int) -> dict[str, Any]:
+def refused_load(learner: Worker, case: dict[str, Any], rank: int) -> dict[str, Any]:
     """Loading another layout's checkpoint: the error, and that nothing changed."""
     return attempt(learner, lambda: learner.load(case["directory"]))
 

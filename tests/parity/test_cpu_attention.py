@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from raygrpo.learner.attention.segments import _attend
+from raygrpo.learner.attention.segments import attend
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 # Of float32: some roundings of sums of a few hundred numbers. Of bfloat16: outputs, from which the
@@ -35,7 +35,7 @@ def test_output_and_gradients_equal_the_definition(**case: Any) -> None:
     case["value_width"] = case["value_width"] or case["width"]
     dtype: torch.dtype = case["dtype"]
     arguments, upstream = make_case(**case)
-    mine = results(_attend, arguments, upstream)
+    mine = results(attend, arguments, upstream)
     expected = results(by_definition, arguments, upstream)
     for name, a, b in zip(("output", "query", "key", "value"), mine, expected, strict=True):
         assert a.dtype == dtype
@@ -96,7 +96,7 @@ def test_what_is_not_seen_gets_no_gradient(dtype: torch.dtype) -> None:
         rows=1, key_heads=1, repeats=2, queries=5, earlier=9, width=8, value_width=8, window=4,
         dtype=dtype, seed=0,
     )  # fmt: skip
-    _, _, *of_keys = results(_attend, arguments, upstream)
+    _, _, *of_keys = results(attend, arguments, upstream)
     for gradient in of_keys:
         assert not gradient[:, :6].any()
         assert gradient[:, 6:].any(-1).all()
@@ -109,7 +109,7 @@ def test_sums_in_bfloat16_are_rounded_once() -> None:
         rows=2, key_heads=2, repeats=3, queries=100, earlier=0, width=64, value_width=64,
         window=None, dtype=torch.bfloat16, seed=0,
     )  # fmt: skip
-    mine = results(_attend, arguments, upstream)
+    mine = results(attend, arguments, upstream)
     expected = results(by_definition, arguments, upstream)
     for a, b in zip(mine[2:], expected[2:], strict=True):
         assert (a.double() - b.double()).norm() < 3.8e-3 * b.double().norm()

@@ -14,10 +14,10 @@ from raygrpo.learner.watch import PATIENCE
 from raygrpo.types import Stat, merge_stats
 from tests import oracle
 from tests.algorithm.loss_cases import AGGREGATIONS, CORRECTIONS, LOSSES
+from tests.close import relative_weights
 from tests.parity.learner_cases import make_config, make_steps, planned_step, random_groups
 from tests.parity.reference_learner import ReferenceLearner
-from tests.parity.test_deepspeed import RELATIVE, make_case, relative, run_ranks
-from tests.tiny import save_tiny_model
+from tests.parity.test_deepspeed import RELATIVE, make_case, run_ranks
 
 pytestmark = pytest.mark.timeout(600)
 STAGE, NUM_STEPS = 2, 2
@@ -58,11 +58,6 @@ def planned_sections(aggregation: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("models") / "qwen2", "qwen2")
-
-
-@pytest.fixture(scope="module")
 def ranks(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """All cases in one process group."""
     cases = {}
@@ -89,7 +84,7 @@ def check(
 ) -> None:
     """Weights, and each statistic of each step, of both ranks together."""
     for rank in ranks:
-        assert relative(rank[case]["after"], expected) < RELATIVE
+        assert relative_weights(rank[case]["after"], expected) < RELATIVE
     steps = zip(*(rank[case]["history"] for rank in ranks), strict=True)
     for ours, theirs in zip(map(merge_stats, map(list, steps)), history, strict=True):
         assert set(ours) == set(theirs)
@@ -109,7 +104,7 @@ def test_every_loss_and_correction_on_two_ranks(
     steps = make_steps(NUM_STEPS, learner.config.train.num_minibatches, 1)
     history = [learner.update(step[0]) for step in steps]
     check(ranks, case, history, dict(learner.named_weights()))
-    assert relative(ranks[0][case]["after"], before) > 1e-3
+    assert relative_weights(ranks[0][case]["after"], before) > 1e-3
     stats = merge_stats(history)
     if (bound := BOUND.get(section.get("loss", "clip"))) is not None:
         assert 0 < stats[bound].mean < 1

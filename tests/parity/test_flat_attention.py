@@ -32,6 +32,7 @@ from raygrpo.learner.attention.segments import (
     make_plan,
 )
 from raygrpo.learner.inputs import tree_layout
+from tests.close import relative
 from tests.parity.test_segments import (
     GROUPS,
     KINDS,
@@ -41,7 +42,6 @@ from tests.parity.test_segments import (
     Recorder,
     make_groups,
     microbatches,
-    relative,
     segment_arrays,
 )
 from tests.tiny import save_tiny_model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from raygrpo.learner.schedule import learning_rate
 from raygrpo.learner.watch import PATIENCE, MovementWatch
 from raygrpo.models import load_model
 from raygrpo.types import Microbatch
+from tests.close import relative
+from tests.parity.conftest import KINDS
 from tests.parity.learner_cases import (
     Tree,
     filler,
@@ -35,20 +37,12 @@ from tests.parity.learner_cases import (
     separate,
     wide_logprobs,
 )
-from tests.parity.reference_learner import ReferenceLearner
-from tests.tiny import save_tiny_model
+from tests.parity.reference_learner import ReferenceLearner, weights_vector
 
-KINDS = ("llama", "qwen2", "gemma3")
 CPU = torch.device("cpu")
 # fp32 sums in another order (other shapes of matrix products, other microbatches).
 RELATIVE = 1e-5
 LOGPROB_TOLERANCE = 1e-4
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("models")
-    return {kind: save_tiny_model(root / kind, kind) for kind in KINDS}
 
 
 def load(path: Path, **options: Any) -> PolicyModel:
@@ -81,15 +75,6 @@ def gradient(policy: PolicyModel, batches: Sequence[Microbatch]) -> Tensor:
         weights = torch.tensor(batch.advantages * batch.loss_weights)
         (logprobs * weights[torch.tensor(batch.sequence_ids).clamp(min=0)]).sum().backward()
     return torch.cat([p.grad.flatten().clone() for p in policy.parameters() if p.grad is not None])
-
-
-def relative(ours: Tensor, expected: Tensor) -> float:
-    return float((ours - expected).norm() / expected.norm())
-
-
-def distance(ours: ReferenceLearner, expected: ReferenceLearner) -> float:
-    pair = [torch.cat([w.flatten() for _, w in x.named_weights()]) for x in (ours, expected)]
-    return relative(pair[0], pair[1])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -182,7 +167,7 @@ def test_one_by_eight_equals_eight_by_one(models: dict[str, Path]) -> None:
         assert len(rows) == 8
         learners[0].update([[microbatch(rows)]])
         learners[1].update([[microbatch([row]) for row in rows]])
-    assert distance(*learners) < RELATIVE
+    assert relative(*map(weights_vector, learners)) < RELATIVE
 
 
 def test_activation_checkpointing_recomputes_and_changes_nothing(models: dict[str, Path]) -> None:
@@ -366,20 +351,20 @@ def test_nan_is_skipped_within_a_budget(models: dict[str, Path]) -> None:
 def test_a_tensor_that_does_not_train_is_named(models: dict[str, Path], how: str) -> None:
     learner = ReferenceLearner(make_config(models["llama"], train={"steps": 20}))
     name = "model.layers.0.mlp.up_proj.weight"
-    victim = learner._policy.model.get_parameter(name)
+    victim = learner.hf_model.get_parameter(name)
     batch = microbatch(random_trees(0, 2))
     if how == "frozen":
-        learner._optimizer.param_groups[0]["params"] = [
-            p for p in learner._optimizer.param_groups[0]["params"] if p is not victim
+        learner.optimizer.param_groups[0]["params"] = [
+            p for p in learner.optimizer.param_groups[0]["params"] if p is not victim
         ]
         message = f"1 tensors have not moved, the first being {name}"
     else:
-        layer = learner._policy.model.model.layers[0].mlp.up_proj
+        layer = learner.hf_model.model.layers[0].mlp.up_proj
         layer.forward = lambda x: torch.nn.functional.linear(x, layer.weight.detach())
         # Weight decay moves it all the same: moving alone proves nothing.
         victim.grad = torch.zeros_like(victim)
-        learner._optimizer.zero_grad = lambda: [  # type: ignore[method-assign, misc, assignment]
-            p.grad.zero_() for p in learner._policy.parameters() if p.grad is not None
+        learner.optimizer.zero_grad = lambda: [  # type: ignore[method-assign, misc, assignment]
+            p.grad.zero_() for p in learner.policy.parameters() if p.grad is not None
         ]
         message = f"1 tensors have had no gradient, the first being {name}"
     for _ in range(PATIENCE - 1):
@@ -390,10 +375,19 @@ def test_a_tensor_that_does_not_train_is_named(models: dict[str, Path], how: str
 
 def watched(
     weights: dict[str, Tensor], rates: Sequence[float], *, frozen: str = ""
-) -> tuple[MovementWatch, list[str]]:
-    """AdamW at these rates on fp32 weights that all have a gradient; the error's text, if any."""
+) -> tuple[int, str]:
+    """AdamW at these rates on fp32 weights that all have a gradient, watched.
+
+    Returns how often the watch looked at the weights, and the text of its error, if any.
+    """
     parameters = {name: torch.nn.Parameter(weight.clone()) for name, weight in weights.items()}
-    watch = MovementWatch(parameters, parameters.items, lambda value: value)
+    looks = []
+
+    def masters() -> Iterable[tuple[str, Tensor]]:
+        looks.append(1)
+        return parameters.items()
+
+    watch = MovementWatch(parameters, masters, lambda value: value)
     optimizer = torch.optim.AdamW(
         [p for name, p in parameters.items() if name != frozen], weight_decay=0.0
     )
@@ -404,29 +398,28 @@ def watched(
         try:
             watch.after_update(1.0, rate)
         except NumericError as error:
-            return watch, [str(error)]
-    return watch, []
+            return len(looks), str(error)
+    return len(looks), ""
 
 
 def test_rates_too_small_to_move_a_weight_are_not_counted() -> None:
     """1 - 2e-8 is 1 in fp32: a long warm-up moves such a tensor late, which is no error."""
     weights = {"norm": torch.ones(4), "small": torch.full((4,), 1e-3)}
-    watch, errors = watched(weights, [2e-8] * 20)
-    assert not errors and list(watch._still) == ["norm"] and watch._hooks
-    watch, errors = watched(weights, [2e-8] * 20 + [1e-6])
-    assert not errors and not watch._still and not watch._hooks
+    # A look at the start and after each of the first updates.
+    assert watched(weights, [2e-8] * 20) == (1 + PATIENCE, "")
+    # The next rate moves the last tensor, and there is no look after that.
+    for more in (1, 3):
+        assert watched(weights, [2e-8] * 20 + [1e-6] * more) == (2 + PATIENCE, "")
     # Large values alone do not make a tensor suspicious, nor do small ones beside them hide it.
-    watch, errors = watched({"wide": torch.tensor([1e-4, 100.0])}, [1e-6])
-    assert not errors and not watch._still
+    assert watched({"wide": torch.tensor([1e-4, 100.0])}, [1e-6] * 3) == (2, "")
 
 
 def test_a_frozen_weight_is_found_once_rates_could_have_moved_it() -> None:
     weights = {"norm": torch.ones(4), "other": torch.ones(4)}
     slow, fast = [2e-8] * 20, [1e-6] * PATIENCE
-    assert watched(weights, slow, frozen="norm")[1] == []
-    assert watched(weights, slow + fast[:-1], frozen="norm")[1] == []
-    (message,) = watched(weights, slow + fast, frozen="norm")[1]
-    assert message.startswith(
+    assert watched(weights, slow, frozen="norm")[1] == ""
+    assert watched(weights, slow + fast[:-1], frozen="norm")[1] == ""
+    assert watched(weights, slow + fast, frozen="norm")[1].startswith(
         "after 28 optimizer updates 1 tensors have not moved, the first being norm"
     )
 
@@ -449,13 +442,6 @@ def test_a_parameter_that_the_models_code_freezes_is_refused(tmp_path: Path) -> 
         ReferenceLearner(make_config(tmp_path, **fresh))
     lora = {"lora": {"r": 2, "target_modules": ["q_proj"]}}
     assert ReferenceLearner(make_config(tmp_path, **fresh, learner=lora)).num_updates == 0
-
-
-def test_a_sound_model_is_watched_for_one_update(models: dict[str, Path]) -> None:
-    learner = ReferenceLearner(make_config(models["qwen2"]))
-    for step in make_steps(2, 1, 1):
-        learner.update(step[0])
-    assert learner._watch is not None and learner._watch._hooks == []
 
 
 def test_resume_is_bit_exact(models: dict[str, Path], tmp_path: Path) -> None:

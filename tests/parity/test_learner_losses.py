@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from raygrpo.algorithm.step_plan import loss_config
 from raygrpo.learner.first_pass import first_pass
 from raygrpo.learner.inputs import policy_inputs
 from raygrpo.learner.moving_reference import MovingReference
 from raygrpo.types import Microbatch
+from tests.close import as_vector, relative
 from tests.parity.learner_cases import (
     filler,
     make_config,
@@ -22,36 +24,22 @@ from tests.parity.learner_cases import (
     random_trees,
     separate,
 )
-from tests.parity.reference_learner import ReferenceLearner
-from tests.tiny import save_tiny_model
+from tests.parity.reference_learner import ReferenceLearner, weights_vector
 
 CPU = torch.device("cpu")
 # fp32 sums in another order, through AdamW (test_learner.py has the same).
 RELATIVE = 1e-5
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("models") / "qwen2", "qwen2")
-
-
-def flat(learner: ReferenceLearner) -> Tensor:
-    return torch.cat([weight.flatten() for _, weight in learner.named_weights()])
-
-
 def reference(learner: ReferenceLearner) -> Tensor:
-    assert learner._reference is not None
-    return torch.cat([p.detach().flatten() for p in learner._reference.model.parameters()])
-
-
-def distance(ours: ReferenceLearner, theirs: ReferenceLearner) -> float:
-    return float((flat(ours) - flat(theirs)).norm() / flat(theirs).norm())
+    assert learner.reference is not None
+    return as_vector(learner.reference.model.parameters())
 
 
 def count_forwards(learner: ReferenceLearner) -> list[bool]:
     """One entry a forward pass of the policy from now on: whether it kept a graph."""
     calls: list[bool] = []
-    learner._policy.register_forward_hook(
+    learner.policy.register_forward_hook(
         lambda *_: calls.append(torch.is_grad_enabled()), always_call=True
     )
     return calls
@@ -93,9 +81,9 @@ def test_one_threshold_for_all_minibatches(model: Path) -> None:
         make_config(model, loss={"top_entropy_frac": 0.3}, train={"num_minibatches": 2})
     )
     inputs = [[policy_inputs(microbatch(random_trees(seed, 2)), CPU)] for seed in (1, 2)]
-    held = first_pass(inputs, learner._forward, lambda value: value, learner._loss_config)
+    held = first_pass(inputs, learner.policy, lambda value: value, loss_config(learner.config))
     with torch.no_grad():
-        entropies = [learner._policy(batch[0])[1][batch[0].loss_mask] for batch in inputs]
+        entropies = [learner.policy(batch[0])[1][batch[0].loss_mask] for batch in inputs]
     everything = torch.cat(entropies)
     count = int(0.3 * (len(everything) - 1)) + 1
     lowest = everything.sort(descending=True).values[count - 1]
@@ -141,12 +129,12 @@ def test_rows_and_microbatches_do_not_matter(loss: dict[str, Any], model: Path) 
         learners[1].update(
             [[*(microbatch([row]) for row in reversed(separate(t))), filler()] for t in trees]
         )
-    assert distance(*learners) < RELATIVE
+    assert relative(*map(weights_vector, learners)) < RELATIVE
 
 
 def mean_entropy(learner: ReferenceLearner, batch: Microbatch) -> float:
     with torch.no_grad():
-        _, entropies = learner._policy(policy_inputs(batch, CPU))
+        _, entropies = learner.policy(policy_inputs(batch, CPU))
     return float(entropies[torch.tensor(batch.loss_mask)].mean())
 
 
@@ -189,7 +177,7 @@ def test_the_reference_moves_every_few_steps(model: Path) -> None:
     for number, step in enumerate(make_steps(4, 1, 1), start=1):
         learner.update(step[0])
         if number % 2 == 0:
-            expected = 0.25 * flat(learner) + 0.75 * expected
+            expected = 0.25 * weights_vector(learner) + 0.75 * expected
         torch.testing.assert_close(reference(learner), expected, atol=1e-7, rtol=1e-6)
     still = ReferenceLearner(make_config(model, loss={"beta": 0.1}, train={"num_iterations": 2}))
     start = reference(still).clone()
@@ -234,6 +222,6 @@ def test_what_the_loss_remembers_is_in_the_checkpoint(model: Path, tmp_path: Pat
     second.load(tmp_path)
     for step in steps[2:]:
         again = second.update(step[0])
-    assert torch.equal(flat(first), flat(second))
+    assert torch.equal(weights_vector(first), weights_vector(second))
     assert torch.equal(reference(first), reference(second))
     assert again["entropy_coef"] == stats["entropy_coef"]

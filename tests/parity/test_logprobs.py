@@ -24,6 +24,7 @@ from raygrpo.algorithm.logprobs import (
     token_logprobs_by,
 )
 from raygrpo.algorithm.loss import LossConfig, LossInputs, is_token_separable, policy_loss
+from tests.close import relative
 
 # fp32 sums of a few dozen terms in another order differ in the seventh digit.
 RELATIVE = 1e-5
@@ -38,10 +39,6 @@ CASES = {
     ),
 }
 Head = Callable[..., tuple[Tensor, Tensor]]
-
-
-def relative(ours: Tensor, expected: Tensor) -> float:
-    return float((ours - expected).norm() / expected.norm())
 
 
 def full_reference(logits: Tensor, targets: Tensor, head: HeadSettings) -> tuple[Tensor, Tensor]:
@@ -365,7 +362,7 @@ def test_every_loss_has_the_gradient_that_the_fused_head_expects(
         loss, _ = policy_loss(replace(inputs, logprobs=grids[0], entropies=grids[1]), config)
         if compute == "ours" and expected_grad is not None:
             # Recomputing would fail now: the gradients of the forward pass are used.
-            monkeypatch.setattr("raygrpo.algorithm.logprobs._chunks", None)
+            monkeypatch.setattr("raygrpo.algorithm.logprobs.logit_chunks", None)
         loss.backward()
         gradients.append([loss.detach()[None], h.grad, w.grad])
     assert_same(*gradients)  # type: ignore[arg-type]

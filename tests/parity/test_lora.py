@@ -19,9 +19,10 @@ from raygrpo.weights.adapter import AdapterBase, adapter_scale, merged_weights
 from raygrpo.weights.buckets import make_buckets, unpack
 from raygrpo.weights.types import WeightsManifest
 from tests import builders
+from tests.close import relative_weights
 from tests.parity.learner_cases import make_config, make_steps
 from tests.parity.reference_learner import ReferenceLearner
-from tests.parity.test_deepspeed import NUM_STEPS, make_case, relative, run_ranks
+from tests.parity.test_deepspeed import NUM_STEPS, chosen, edges_first, make_case, run_ranks
 from tests.tiny import save_tiny_model
 
 pytestmark = pytest.mark.timeout(600)
@@ -31,22 +32,18 @@ CONFIG: dict[str, Any] = {"loss": {"beta": 0.1}}
 SHARDED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("models") / "qwen2", "qwen2")
-
-
 def lora_case(model: Path, stage: int, /, **config: Any) -> dict[str, Any]:
     learner = {"lora": LORA, "deepspeed": SHARDED if stage == 3 else {}}
     return make_case(model, stage, "train_adapter", learner=learner, **{**CONFIG, **config})
 
 
 @pytest.fixture(scope="module")
-def ranks(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """All stages in fp32 on two ranks, and stages 1 and 3 in bf16."""
-    cases = {f"fp32-{stage}": lora_case(model, stage) for stage in range(4)}
-    for stage in (1, 3):
-        cases[f"bf16-{stage}"] = lora_case(model, stage, model={"dtype": "bfloat16"})
+def ranks(
+    request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
+    """Two ranks, in fp32 and in bf16."""
+    cases = {f"fp32-{stage}": lora_case(model, stage) for stage in chosen(request)}
+    cases["bf16-3"] = lora_case(model, 3, model={"dtype": "bfloat16"})
     return run_ranks(tmp_path_factory.mktemp("lora") / "two", 2, cases)
 
 
@@ -60,17 +57,17 @@ def reference(model: Path) -> dict[str, Any]:
     return {"before": before, "after": after, "history": history, "learner": learner}
 
 
-@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("stage", edges_first())
 def test_two_ranks_equal_one_process(
     stage: int, ranks: list[dict[str, Any]], reference: dict[str, Any]
 ) -> None:
     """Measured: 3e-8 of the norm (1e-7 under ZeRO-3), where training moved it by 4e-2."""
-    moved = relative(reference["after"], reference["before"])
+    moved = relative_weights(reference["after"], reference["before"])
     assert moved > 0.01
     reports = [rank[f"fp32-{stage}"] for rank in ranks]
     for report in reports:
         assert all(torch.equal(report["before"][n], t) for n, t in reference["before"].items())
-        assert relative(report["after"], reference["after"]) < 1e-5
+        assert relative_weights(report["after"], reference["after"]) < 1e-5
     for step, expected in enumerate(reference["history"]):
         ours = merge_stats([report["history"][step] for report in reports])
         for name in ("loss", "grad_norm", "ratio"):
@@ -93,7 +90,7 @@ def test_only_the_adapter_moves(ranks: list[dict[str, Any]], model: Path) -> Non
             assert torch.equal(tensor, base[name]) != targeted, name
 
 
-@pytest.mark.parametrize("case", ["fp32-1", "fp32-3", "bf16-1", "bf16-3"])
+@pytest.mark.parametrize("case", ["fp32-0", "fp32-3", "bf16-3"])
 def test_merged_weights_compute_what_base_and_adapter_do(
     case: str, ranks: list[dict[str, Any]], model: Path
 ) -> None:
@@ -179,7 +176,7 @@ def test_peft_reads_our_adapters_and_merges_them_alike(
     expected = dict(theirs.named_parameters())
     merged = dict(learner.named_weights())
     assert merged.keys() == expected.keys()
-    assert relative(merged, {name: expected[name] for name in merged}) < 1e-7
+    assert relative_weights(merged, {name: expected[name] for name in merged}) < 1e-7
     base = load_model(config.model, seed=0, dtype=torch.float32)
     again = dict(merged_weights(base.named_parameters(), adapter, lora))
     assert all(torch.equal(again[name], tensor) for name, tensor in merged.items())

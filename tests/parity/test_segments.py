@@ -30,11 +30,11 @@ from tests.algorithm.loss_cases import (
     sides_of,
 )
 from tests.builders import completion, group, request
+from tests.close import relative
+from tests.parity.conftest import KINDS
 from tests.parity.learner_cases import VOCABULARY, make_config
 from tests.parity.reference_learner import ReferenceLearner
-from tests.tiny import save_tiny_model
 
-KINDS = ("llama", "qwen2", "gemma3")
 LAYOUTS: tuple[RowLayout, ...] = ("plain", "shared", "packed")
 CPU = torch.device("cpu")
 # fp32 sums in another order (other shapes of matrix products).
@@ -46,12 +46,6 @@ GROUPS = st.lists(
     min_size=1,
     max_size=4,
 )
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("models")
-    return {kind: save_tiny_model(root / kind, kind) for kind in KINDS}
 
 
 def make_groups(
@@ -110,9 +104,7 @@ class Recorder(ReferenceLearner):
     """Keeps the gradient of each update."""
 
     def __init__(self, path: Path, layout: RowLayout, **sections: Any) -> None:
-        super().__init__(make_config(path, **sections))
-        assert self.layout == "packed"
-        self._policy._layout = layout
+        super().__init__(make_config(path, **sections), layout=layout)
         self.gradients: list[Tensor] = []
 
     def _apply(self, lr: float) -> float:
@@ -123,13 +115,13 @@ class Recorder(ReferenceLearner):
 
 
 @pytest.fixture(scope="module")
-def still(models: dict[str, Path]) -> dict[str, Recorder]:
+def still(models: dict[str, Path]) -> dict[tuple[str, RowLayout], Recorder]:
     """Learners whose weights stay as they are."""
-    return {kind: Recorder(models[kind], "packed", optimizer={"lr": 0}) for kind in KINDS}
-
-
-def relative(ours: Tensor, expected: Tensor) -> float:
-    return float((ours - expected).norm() / expected.norm())
+    return {
+        (kind, layout): Recorder(models[kind], layout, optimizer={"lr": 0})
+        for kind in KINDS
+        for layout in LAYOUTS
+    }
 
 
 # Each loss in each aggregation, beside another of what may stand beside it.
@@ -189,13 +181,16 @@ def test_every_loss_teaches_the_same_in_all_layouts(case: int, models: dict[str,
     max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_any_lengths_in_any_budget_teach_the_same(
-    kind: str, lengths: Lengths, budget: int, seed: int, still: dict[str, Recorder]
+    kind: str,
+    lengths: Lengths,
+    budget: int,
+    seed: int,
+    still: dict[tuple[str, RowLayout], Recorder],
 ) -> None:
     made = make_groups(lengths, seed)
     found = []
-    learner = still[kind]
     for layout, size in zip(LAYOUTS, (10**6, budget, budget), strict=True):
-        learner._policy._layout = layout
+        learner = still[kind, layout]
         learner.update([microbatches(*made, layout, size)])
         found.append(learner.gradients.pop())
     assert relative(found[1], found[0]) < RELATIVE

@@ -36,6 +36,7 @@ from torch import Tensor
 
 from raygrpo.learner.schedule import learning_rate
 from raygrpo.models import load_model
+from tests.close import relative
 from tests.parity.trl_cases import (
     GROUP_SIZE,
     GROUPS_PER_STEP,
@@ -83,10 +84,6 @@ class Reference:
     advantages: list[list[float]] = field(default_factory=list)
     updates: list[Update] = field(default_factory=list)
     logs: list[dict[str, float]] = field(default_factory=list)
-
-
-def distance(ours: Tensor, theirs: Tensor) -> float:
-    return float((ours - theirs).norm() / theirs.norm())
 
 
 def trl(
@@ -193,11 +190,11 @@ def assert_same_updates(ours: RecordingLearner, theirs: Reference, path: Path) -
         assert mine.loss == pytest.approx(other.loss, rel=TOLERANCE)
         assert mine.lr == pytest.approx(other.lr)
         assert mine.grad_norm == pytest.approx(other.grad_norm, rel=TOLERANCE)
-        assert distance(flat(mine.gradient), flat(other.gradient)) < TOLERANCE
-        assert distance(flat(mine.weights), flat(other.weights)) < WEIGHT_TOLERANCE
+        assert relative(flat(mine.gradient), flat(other.gradient)) < TOLERANCE
+        assert relative(flat(mine.weights), flat(other.weights)) < WEIGHT_TOLERANCE
         if mine.lr > 1e-6:
             moved = flat(mine.weights) - start, flat(other.weights) - start
-            assert distance(*moved) < MOVEMENT_TOLERANCE
+            assert relative(*moved) < MOVEMENT_TOLERANCE
 
 
 def assert_same_advantages(ours: list[list[float]], theirs: list[list[float]]) -> None:

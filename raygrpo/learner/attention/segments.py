@@ -393,7 +393,7 @@ def attend_in_batches(
                 for t, own in ((tokens[1], k), (tokens[2], v))
             )
         mask = segments.mask(number, window, query.dtype)
-        outputs.append(_attend(q, k, v, mask, scaling).flatten(0, 1))
+        outputs.append(attend(q, k, v, mask, scaling).flatten(0, 1))
     together = segments.gather.back(torch.cat(outputs))
     return together.view(query.shape[0], query.shape[2], *together.shape[1:])
 
@@ -406,7 +406,7 @@ def _prompts(
     return parents.index_select(0, prefix.parent)
 
 
-def _attend(
+def attend(
     query: Float[Tensor, "n Q heads D"],
     key: Float[Tensor, "n K key_heads D"],
     value: Float[Tensor, "n K key_heads D"],

@@ -69,7 +69,7 @@ class SequenceShard:
         groups = [dist.new_group(list(range(r, r + size))) for r in range(0, num_ranks, size)]
         self._group, self._index, self._size = groups[rank // size], rank % size, size
         self.attention = _ATTENTION
-        AttentionInterface.register(_ATTENTION, _UlyssesAttention(self._group, self._size))
+        AttentionInterface.register(_ATTENTION, UlyssesAttention(self._group, self._size))
 
     def forward(
         self, policy: PolicyModel, inputs: PolicyInputs
@@ -145,7 +145,7 @@ class _SumOverGroup(torch.autograd.Function):
         return gradient, None
 
 
-class _UlyssesAttention:
+class UlyssesAttention:
     """An attention function of transformers for rows whose columns a group of ranks shares."""
 
     def __init__(self, group: Any, size: int) -> None:
