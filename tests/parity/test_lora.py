@@ -140,7 +140,7 @@ def model_bytes(tensors: dict[str, Tensor]) -> int:
 
 
 def test_an_adapter_of_other_layers_is_refused(ranks: list[dict[str, Any]], model: Path) -> None:
-    adapter = ranks[0]["fp32-1"]["after"]
+    adapter = ranks[0]["fp32-0"]["after"]
     config = make_config(model, learner={"lora": LORA})
     renamed = {name.replace("layers.1.", "layers.7."): tensor for name, tensor in adapter.items()}
     with pytest.raises(InfraError, match="other layers"):
