@@ -95,13 +95,13 @@ def export(
     The hub's token is HF_TOKEN, or that of `hf auth login`. A new repository is private.
     """
     from raygrpo.commands.export import export_run
-    from raygrpo.commands.hub import publish_run
+    from raygrpo.commands.hub import push_run
 
     try:
         if push_to_hub is None:
             path: object = export_run(run, step)
         else:
-            path = publish_run(run, push_to_hub, step=step, public=public, branch=revision)
+            path = push_run(run, push_to_hub, step=step, public=public, branch=revision)
     except RayGrpoError as error:
         _fail(error)
     typer.echo(str(path))

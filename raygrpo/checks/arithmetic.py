@@ -1,4 +1,4 @@
-"""The arithmetic of a step: what is generated, trained and updated, at full lengths."""
+"""The arithmetic of a step at full lengths: completions, updates, microbatches, tokens."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ from raygrpo.config import RunConfig
 from raygrpo.learner.schedule import learning_rate
 from raygrpo.types import PlannedSample, StepBatch, Version
 
-START = Version(0, 0)
-
-
-Lines = dict[str, str]  # a value to print by its name
+# Lines to print by their names, such as ``{"completions a step": "32 (4 groups of 8)"}``.
+Lines = dict[str, str]
+_START = Version(0, 0)
 
 
 def batch_facts(
     config: RunConfig, update: FullUpdate, *, longest_prompt: int, num_prompts: int | None
 ) -> Lines:
-    """The arithmetic of a step: what is generated, trained and updated, at full lengths."""
+    """The lines that describe a step; ``num_prompts`` is None for a stream."""
     train, sampling = config.train, config.sampling
     completions = train.groups_per_step * sampling.num_completions
     updates = train.num_iterations * train.num_minibatches
@@ -53,7 +52,7 @@ def batch_facts(
 def fullest_step(
     config: RunConfig, longest_prompt: int, *, hidden_size: int, layout: RowLayout
 ) -> FullUpdate:
-    """One update of a rank, at full lengths. Ranks that share tokens share no ``packed`` rows."""
+    """A rank's update at full lengths; ranks that share tokens do not use ``packed`` rows."""
     train = config.train
     batch = full_step(config, longest_prompt)
     used = unpacked(layout) if config.learner.sequence_parallel > 1 else layout
@@ -68,10 +67,7 @@ def fullest_step(
 
 
 def full_step(config: RunConfig, longest_prompt: int) -> StepBatch:
-    """A minibatch whose prompts have ``longest_prompt`` tokens and whose completions are full.
-
-    All completions teach, so that none is left out.
-    """
+    """The plan of one minibatch: all prompts and completions have full length, and all teach."""
     length = config.sampling.max_tokens
     groups = range(config.train.groups_per_step // config.train.num_minibatches)
     samples = tuple(
@@ -91,7 +87,7 @@ def full_step(config: RunConfig, longest_prompt: int) -> StepBatch:
         step=0,
         minibatches=(samples,),
         payloads=dict.fromkeys(groups),
-        versions=dict.fromkeys(groups, (START, START)),
+        versions=dict.fromkeys(groups, (_START, _START)),
     )
 
 
@@ -112,7 +108,7 @@ def _full_update(
     total = sum(len(rows) * max(rows) for rows in lengths)
     return FullUpdate(
         microbatches=len(plan),
-        # Shorter samples fill a microbatch better than those of full length, up to its budget.
+        # Shorter samples fill a microbatch better than full ones, up to its budget.
         tokens=max(longest, min(total, tokens_per_microbatch)),
         longest=longest,
         copied=max(copied) if layout == "packed" else 0,

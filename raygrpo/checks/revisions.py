@@ -1,4 +1,4 @@
-"""Which revision of a model or data set a run uses: found at its start, recorded, then kept."""
+"""The revisions of models and data sets: found at the first start, recorded, then kept."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Pinned:
     """A configuration whose hub models and data sets name their commits.
 
     ``revisions`` maps a role (model, data, data.mixture.0, eval) to ``name@commit``, or to
-    ``name:fingerprint`` for a local model; what could not be found out is missing. ``changed``
-    says what differs from the record, as text.
+    ``name:fingerprint`` for a local model; unknown revisions are missing. ``changed`` lists the
+    differences to the record, such as ``"model: a/b@12.. -> a/b@34.."``.
     """
 
     config: RunConfig
@@ -45,14 +45,14 @@ def pin(
     recorded: Mapping[str, str] | None = None,
     passed: Collection[str] = (),
 ) -> Pinned:
-    """Fills in the revisions: those that a run recorded, else those that the hub has now.
+    """Fills in the revisions that the run recorded, or else the hub's newest.
 
-    Without a hub that answers, the one in the local cache is taken. ``passed`` names the roles
-    (data, eval) whose data set was passed in Python.
+    If the hub does not answer, the revision in the local cache is taken. ``passed`` names the
+    roles (data, eval) whose data set was passed in Python.
 
     Raises:
-        ConfigError: the hub has no such revision, or (offline) the cache holds another one than
-            the run recorded.
+        ConfigError: the hub has no such revision, or (offline) the cache holds another revision
+            than the run recorded.
     """
     pins = _Pins(recorded or {})
     model = config.model
@@ -102,7 +102,7 @@ class _Pins:
         self.found: dict[str, str] = {}
 
     def commit(self, role: str, kind: str, name: str, asked: str | None) -> str | None:
-        """The commit of ``name`` that this run uses; None where nobody knows."""
+        """The commit of ``name`` that this run uses; None if it is unknown."""
         sha: str | None
         before = self.recorded.get(role, "").rpartition("@")
         if before[0] == name:
@@ -138,7 +138,7 @@ def _pinned(pins: _Pins, role: str, keys: K, inherited: str) -> K:
 
 
 def _hub_commit(kind: str, name: str, asked: str | None) -> str | None:
-    """What the hub says; None where it does not answer, or knows no such repository."""
+    """The hub's commit; None if the hub does not answer, or has no such repository."""
     try:
         info = HfApi().repo_info(name, repo_type=kind, revision=asked, timeout=_TIMEOUT_S)
     except RevisionNotFoundError:
@@ -146,7 +146,7 @@ def _hub_commit(kind: str, name: str, asked: str | None) -> str | None:
             f"{name} has no revision {asked!r}", "name a branch, tag or commit that it has"
         ) from None
     except (RepositoryNotFoundError, _HTTP_ERROR, OSError, ValueError):
-        return None  # what loads it says what is wrong, or takes it from the cache
+        return None  # the library that loads it explains the error, or uses the cache
     return info.sha
 
 
@@ -158,14 +158,14 @@ def _cached_commit(kind: str, name: str, asked: str | None) -> str | None:
     if reference.is_file():
         sha = reference.read_text().strip()
         return sha if (folder / "snapshots" / sha).is_dir() and _SHA.fullmatch(sha) else None
-    # Files fetched by their commit, as pinned ones are, leave no reference behind.
+    # Files that were fetched by their commit leave no reference behind.
     return _newest(folder.glob("snapshots/*")) if asked is None else None
 
 
 def _dataset_copies(name: str) -> Iterable[Path]:
-    """Where `datasets` has prepared commits of a data set.
+    """The folders of a data set's commits that the library `datasets` has prepared.
 
-    It keeps them by commit and, without a hub, takes the newest, whatever revision is asked for.
+    Without a hub the library takes the newest folder, whatever revision is asked for.
     """
     from datasets import config
     from datasets.naming import camelcase_to_snakecase
@@ -176,7 +176,7 @@ def _dataset_copies(name: str) -> Iterable[Path]:
 
 
 def _newest(copies: Iterable[Path]) -> str | None:
-    """The commit of the newest of these folders, which are named by theirs."""
+    """The commit of the newest folder; a folder has its commit as its name."""
     named = [path for path in copies if path.is_dir() and _SHA.fullmatch(path.name)]
     return max(named, key=lambda path: path.stat().st_mtime).name if named else None
 
@@ -186,5 +186,5 @@ def _refuse_other_copy(name: str, sha: str) -> None:
     if newest not in (None, sha):
         raise ConfigError(
             f"the run uses {name} at {sha}, and the newest copy here is of {newest}",
-            "unset HF_HUB_OFFLINE, so that the right one can be fetched",
+            "unset HF_HUB_OFFLINE, so that the right copy can be fetched",
         )

@@ -21,10 +21,10 @@ def export_checkpoint(
     example: Any = None,
     hub_id: str | None = None,
 ) -> Path:
-    """Makes ``export/``: the model of a checkpoint with its card; an older export is replaced.
+    """Writes ``export/``: the model of a checkpoint with its card; replaces an older export.
 
-    ``example`` is a prompt (text or messages) for the card's quick start; ``hub_id`` is where the
-    model is going to be published.
+    ``example`` is a prompt (text or messages) for the card's quick start; ``hub_id`` is the model's
+    name on the hub, such as ``me/out``.
 
     Raises:
         StorageError: the checkpoint does not verify, or the export cannot be written.
@@ -54,7 +54,7 @@ def export_checkpoint(
 
 
 def export_run(root: Path, step: int | None = None, hub_id: str | None = None) -> Path:
-    """Exports a checkpoint of a run on disk: the one of ``step``, else the best or the newest.
+    """Exports the checkpoint of ``step`` of a run on disk, or by default the best or newest one.
 
     Raises:
         ConfigError: no run or no such checkpoint.

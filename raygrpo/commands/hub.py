@@ -18,15 +18,15 @@ from raygrpo.storage.checkpoint import find_checkpoint, open_run
 from raygrpo.storage.run_dir import RunDir
 from raygrpo.tracking.files import read_metrics
 
-# What a model consists of. Pickles (.bin, .pt, .pkl) are left out on purpose.
-PUBLISHED = (".safetensors", ".json", ".jinja", ".txt", ".model", ".tiktoken", ".md", ".py")
+# The files of a model. Pickles (.bin, .pt, .pkl) are left out: loading one runs code.
+PUSHED = (".safetensors", ".json", ".jinja", ".txt", ".model", ".tiktoken", ".md", ".py")
 _WEIGHTS = (".safetensors", ".safetensors.index.json")
 # The HTTP client's own error, whose library differs between versions of huggingface_hub.
 _HTTP_ERROR: Any = HfHubHTTPError.__bases__[0]
 _RETRY_LATER = (408, 425, 429)
 
 
-def publish_run(
+def push_run(
     root: Path,
     hub_id: str,
     *,
@@ -37,7 +37,7 @@ def publish_run(
     """Exports a checkpoint of a run and uploads it to ``hub_id``; returns its address.
 
     Raises:
-        ConfigError: no such run or checkpoint, no right to write there.
+        ConfigError: there is no such run or checkpoint, or no right to write to ``hub_id``.
         InfraError: the hub cannot be reached or fails.
         StorageError: the checkpoint does not verify.
     """
@@ -57,7 +57,7 @@ def publish_run(
 def push(
     export: Path, hub_id: str, message: str, *, public: bool = False, branch: str | None = None
 ) -> str:
-    """Uploads an export in one commit: all of it, or nothing that the hub shows.
+    """Uploads an export in one commit: the hub shows all of the export, or nothing of it.
 
     A new repository is private unless ``public``. Weights of an earlier upload that this one does
     not replace are deleted by the same commit.
@@ -94,7 +94,7 @@ def push(
 def _operations(
     export: Path, there: Sequence[str]
 ) -> list[CommitOperationAdd | CommitOperationDelete]:
-    files = [path for path in sorted(export.iterdir()) if is_published(path)]
+    files = [path for path in sorted(export.iterdir()) if is_pushed(path)]
     names = {path.name for path in files}
     top = [name for name in there if "/" not in name]  # an export has no folders
     stale = [name for name in top if name.endswith(_WEIGHTS) and name not in names]
@@ -102,9 +102,9 @@ def _operations(
     return [*adds, *(CommitOperationDelete(name) for name in stale)]
 
 
-def is_published(path: Path) -> bool:
+def is_pushed(path: Path) -> bool:
     """Whether a file of an export goes to the hub; links and pickles never do."""
-    return path.is_file() and not path.is_symlink() and path.name.endswith(PUBLISHED)
+    return path.is_file() and not path.is_symlink() and path.name.endswith(PUSHED)
 
 
 def commit_message(run_dir: RunDir, step: int) -> str:
@@ -123,12 +123,12 @@ def commit_message(run_dir: RunDir, step: int) -> str:
 
 
 def _explained(error: Any, hub_id: str) -> RayGrpoError:
-    """What the hub's answer means for the user."""
+    """The error for the user that the hub's answer means."""
     status = next((code for e in _causes(error) if (code := _status(e)) is not None), None)
     first = list(_causes(error))[-1]
     reason = str(first).strip().partition("\n")[0] or type(first).__name__
     if any(isinstance(e, OfflineModeIsEnabled) for e in _causes(error)):
-        return ConfigError("HF_HUB_OFFLINE is set: nothing can be published", "unset it")
+        return ConfigError("HF_HUB_OFFLINE is set: nothing can be pushed", "unset it")
     if status == 401:
         return ConfigError(
             "the hub does not accept the token",
@@ -166,5 +166,5 @@ def _message(error: Any) -> str | None:
 
 
 def _is_garbled(error: BaseException) -> bool:
-    """Whether the answer was no JSON: a proxy's page, or a server that is not the hub."""
+    """Whether the answer was no JSON: a proxy's page, or another server's than the hub's."""
     return isinstance(error, json.JSONDecodeError)

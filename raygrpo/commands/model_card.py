@@ -115,7 +115,7 @@ def write_model_card(
 
     Args:
         example: the prompt of the quick start, text or messages; None: a made-up one.
-        hub_id: where the model will be published, such as ``me/out``; None: nowhere.
+        hub_id: the model's name on the hub, such as ``me/out``; None: it stays on disk.
 
     Raises:
         StorageError: run.json or metrics.jsonl cannot be read, or the card cannot be written.
@@ -191,7 +191,7 @@ def _base_model(config: RunConfig, facts: Mapping[str, Any]) -> tuple[str, str |
 
 
 def framework_versions() -> dict[str, str]:
-    """Installed versions of what a run is made with."""
+    """The installed versions of the libraries that a run uses."""
     versions = {}
     for shown, package in _FRAMEWORKS.items():
         try:
@@ -214,7 +214,7 @@ def quick_start_snippet(card_text: str) -> str:
 
 
 def _made_up_example(config: RunConfig, tokenizer: Any) -> Example:
-    """A prompt of the form that the run's prompts have, as far as its configuration tells."""
+    """A prompt in the form of the run's prompts, as far as the configuration tells the form."""
     data, asked = config.data, "What is 3 plus 4?"
     chats = data.chat or (data.chat is None and data.template is None)
     if not chats or getattr(tokenizer, "chat_template", None) is None:
@@ -224,13 +224,13 @@ def _made_up_example(config: RunConfig, tokenizer: Any) -> Example:
 
 
 def _datasets(config: RunConfig) -> dict[str, bool]:
-    """The names of all sources, and whether each is the hub's."""
+    """The names of all sources, and whether each is on the hub."""
     parts = [config.data.source, *(part.source for part in config.data.mixture)]
     return {_name_of(source): is_on_hub(source) for source in map(str, parts) if source}
 
 
 def _evaluated(run_dir: RunDir, config: RunConfig, step: int) -> list[EvalResult]:
-    """What was measured of the exported step itself, for the hub's own table."""
+    """The results of the exported step itself, for the hub's own table."""
     rows = read_metrics(run_dir.metrics_path) if run_dir.metrics_path.is_file() else []
     values = {
         name: row[name]
@@ -273,7 +273,7 @@ def _name_of(path: str) -> str:
 
 
 def _read_front_matter(path: str) -> dict[str, Any]:
-    """What the base model's card says of itself, from its directory or the hub's local cache."""
+    """The front matter of the base model's card, from its directory or the hub's local cache."""
     readme: Any = Path(path).expanduser() / "README.md"
     if not _is_local(path):
         looks_like_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path)
@@ -289,7 +289,7 @@ def _read_front_matter(path: str) -> dict[str, Any]:
 
 
 def _results(metrics_path: Path, step: int) -> tuple[tuple[str, float, float], ...]:
-    """First and last value of the evaluation's results up to ``step``, if both were measured."""
+    """The first and last value of each result up to ``step``, if there are two."""
     if not metrics_path.is_file():
         return ()
     rows = [row for row in read_metrics(metrics_path) if row["step"] <= step]
@@ -313,7 +313,7 @@ def _shown_config(config: RunConfig) -> str:
 
 
 def _without_paths(value: Any) -> Any:
-    """Absolute paths are cut to their last part; ``json`` keeps the rest as it is."""
+    """``value`` as JSON has it, absolute paths cut to their last part."""
     if isinstance(value, Mapping):
         return {name: _without_paths(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -5,7 +5,6 @@ The driver checks (`check_reward`) without running any user code; a child loads 
 
 from __future__ import annotations
 
-import ast
 import importlib
 import importlib.util
 import inspect
@@ -291,41 +290,13 @@ def _check_file(path: Path, attribute: str) -> None:
     if not path.is_file():
         raise ConfigError(f"no reward file at {path}", "check the path")
     try:
-        tree = ast.parse(path.read_bytes(), str(path))
+        # Compiled, not run; the code names all that its top level binds or uses.
+        code = compile(path.read_bytes(), str(path), "exec", dont_inherit=True)
     except (SyntaxError, ValueError) as error:
         raise ConfigError(f"{path} is no valid Python: {error}") from None
-    names = _top_level_names(tree.body)
-    if attribute.partition(".")[0] not in names and "*" not in names:
-        known = [name for name in names if not name.startswith("_")]
+    if attribute.partition(".")[0] not in code.co_names and ("*",) not in code.co_consts:
+        known = [name for name in code.co_names if not name.startswith("_")]
         raise ConfigError(
             f"{path} defines no {attribute!r}",
             nearest(attribute, known) if known else "it defines nothing",
         )
-
-
-def _top_level_names(body: Sequence[ast.stmt]) -> set[str]:
-    """Names that a module's statements bind, those under if, try and with included."""
-    names: set[str] = set()
-    for statement in body:
-        match statement:
-            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
-                names.add(name)
-            case ast.ClassDef(name=name):
-                names.add(name)
-            case ast.Import(names=aliases) | ast.ImportFrom(names=aliases):
-                names.update((alias.asname or alias.name).partition(".")[0] for alias in aliases)
-            case ast.Assign(targets=targets):
-                names.update(_bound(targets))
-            case ast.AnnAssign(target=target, value=ast.expr()):
-                names.update(_bound([target]))
-            case ast.If() | ast.Try() | ast.With():
-                for block in ("body", "orelse", "finalbody"):
-                    names |= _top_level_names(getattr(statement, block, []))
-                for handler in getattr(statement, "handlers", []):
-                    names |= _top_level_names(handler.body)
-    return names
-
-
-def _bound(targets: Sequence[ast.expr]) -> set[str]:
-    nodes = (node for target in targets for node in ast.walk(target))
-    return {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}

@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
 from raygrpo.cli import app
-from raygrpo.commands.hub import commit_message, publish_run, push
+from raygrpo.commands.hub import commit_message, push, push_run
 from raygrpo.config.file import load_config
 from raygrpo.errors import ConfigError, InfraError, RayGrpoError
 from raygrpo.storage.run_dir import RunDir
@@ -81,7 +81,7 @@ def published(hub: FakeHub, name: str = "me/out", branch: str = "main") -> Commi
 
 
 def test_the_hub_gets_the_export_byte_for_byte(trained: Path, hub: FakeHub) -> None:
-    assert publish_run(trained, "me/out") == f"{hub.url}/me/out"
+    assert push_run(trained, "me/out") == f"{hub.url}/me/out"
     commit = published(hub)
     export = trained / "export"
     expected = {p.name: p.read_bytes() for p in export.iterdir() if p.suffix != ".bin"}
@@ -106,7 +106,7 @@ def test_the_hub_gets_the_export_byte_for_byte(trained: Path, hub: FakeHub) -> N
 
 
 def test_the_token_travels_in_one_header_and_nowhere_else(trained: Path, hub: FakeHub) -> None:
-    publish_run(trained, "me/out")
+    push_run(trained, "me/out")
     assert any(seen.headers.get("authorization") == f"Bearer {TOKEN}" for seen in hub.seen)
     for seen in hub.seen:
         others = {k: v for k, v in seen.headers.items() if k.lower() != "authorization"}
@@ -132,9 +132,9 @@ def test_public_and_branch_on_the_command_line(trained: Path, hub: FakeHub) -> N
 def test_a_public_repository_is_not_filled_by_accident(trained: Path, hub: FakeHub) -> None:
     hub.repos["models/me/seen"] = Repo(private=False)
     with pytest.raises(ConfigError, match="public"):
-        publish_run(trained, "me/seen")
+        push_run(trained, "me/seen")
     assert not published(hub, "me/seen").files
-    publish_run(trained, "me/seen", public=True)
+    push_run(trained, "me/seen", public=True)
     assert published(hub, "me/seen").files
 
 
@@ -143,7 +143,7 @@ def test_weights_that_are_replaced_go_in_the_same_commit(trained: Path, hub: Fak
     old = {"model-00001-of-00002.safetensors": b"1", "model.safetensors.index.json": b"{}"}
     kept = {"notes.md": b"mine", "onnx/model.safetensors": b"mine too"}
     hub.commit("models/me/out", {**old, **kept})
-    publish_run(trained, "me/out")
+    push_run(trained, "me/out")
     files = published(hub).files
     assert not old.keys() & files.keys()
     assert {name: files[name] for name in kept} == kept
@@ -153,7 +153,7 @@ def test_weights_that_are_replaced_go_in_the_same_commit(trained: Path, hub: Fak
 @pytest.mark.parametrize("where", ["/lfs/", "preupload"])
 def test_one_failure_in_the_middle_is_retried(trained: Path, hub: FakeHub, where: str) -> None:
     hub.failures[where] = [500]
-    publish_run(trained, "me/out")
+    push_run(trained, "me/out")
     assert published(hub).files["model.safetensors"]
     assert not hub.failures[where]
 
@@ -164,18 +164,18 @@ def test_what_is_not_retried_shows_nothing_and_can_be_repeated(
 ) -> None:
     hub.failures[where] = [500]
     with pytest.raises(InfraError, match="500") as caught:
-        publish_run(trained, "me/out")
+        push_run(trained, "me/out")
     assert "again" in caught.value.fix
     if "models/me/out" in hub.repos:
         assert not published(hub).files
     hub.failures.clear()
-    publish_run(trained, "me/out")
+    push_run(trained, "me/out")
     assert published(hub).files["model.safetensors"]
 
 
 def refusal(trained: Path, name: str = "me/out") -> RayGrpoError:
     with pytest.raises(RayGrpoError) as caught:
-        publish_run(trained, name, public=True)
+        push_run(trained, name, public=True)
     assert caught.value.fix
     assert TOKEN not in str(caught.value)
     return caught.value

@@ -513,7 +513,7 @@ def test_a_store_that_dies_during_a_publish_gets_it_all(cluster: Cluster) -> Non
     cluster.publisher = cluster.new_publisher()
 
 
-def test_a_corrupt_version_is_published_again(cluster: Cluster) -> None:
+def test_a_corrupt_version_is_pushed_again(cluster: Cluster) -> None:
     store = SpoiledStore(cluster, corrupt=True)
     cluster.publisher = cluster.new_publisher(store)
     cluster.publish()

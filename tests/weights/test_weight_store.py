@@ -152,7 +152,7 @@ def test_the_first_version_is_whole_and_deltas_are_small(store: Store) -> None:
     assert second.changed_frac == pytest.approx(0.01, rel=0.3)
 
 
-def test_what_changed_everywhere_is_published_whole(store: Store) -> None:
+def test_what_changed_everywhere_is_pushed_whole(store: Store) -> None:
     learner, replica = Learner(store), Replica()
     learner.publish()
     pull(store, replica)
