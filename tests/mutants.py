@@ -70,6 +70,16 @@ EQUIVALENT = {
     "algorithm/surrogates stat: values.detach() -> values.clone() (dropped)": (
         "the result is floats; without detach there would only be a graph for nothing"
     ),
+    "algorithm/surrogates sequence_stat: values.detach() -> values.clone() (dropped) #2": (
+        "the same"
+    ),
+    "algorithm/loss gradient: logprobs.detach() -> logprobs.clone() (dropped) #2": (
+        "the head calls it with tensors that have no graph"
+    ),
+    "algorithm/loss _loss_and_stats: _trained(inputs.ref_logprobs, mask) -> "
+    "_trained(inputs.ref_logprobs, torch.ones_like(mask)) (mask dropped)": (
+        "the loss and the policy's logprobs pass through where() with the mask, too"
+    ),
 }
 # Modules that tests import beside the project, so that they are imported once.
 PRELOADED = (

@@ -1,4 +1,4 @@
-"""What counts as a right answer, and rates over several completions of a prompt."""
+"""Right answers: which completions are correct, and rates over the completions of a prompt."""
 
 from __future__ import annotations
 
@@ -19,22 +19,23 @@ def is_correct(score: Score) -> bool | None:
 
 
 def judged(summary: GroupSummary) -> list[bool]:
-    """Whether each completion is correct, those without a judgement left out."""
+    """Whether each judged completion is correct; completions without a judgement are left out."""
     verdicts = map(is_correct, summary.scores)
     return [right for right in verdicts if right is not None]
 
 
 def pass_rate(summary: GroupSummary) -> float | None:
-    """Share of correct completions among those that were judged; None where none was."""
+    """The share of correct completions among the judged ones; None if none was judged."""
     verdicts = judged(summary)
     return sum(verdicts) / len(verdicts) if verdicts else None
 
 
 def pass_at_k(num: int, num_correct: int, k: int) -> float | None:
-    """The chance that k of ``num`` completions, drawn without repetition, hold a correct one.
+    """The chance that k of ``num`` completions, drawn without repetition, include a correct one.
 
-    Averaged over prompts it estimates pass@k without bias: 1 - C(n - c, k) / C(n, k), formed as a
-    product of k ratios (appendix B of arXiv 2107.03374 has the estimator). None where num < k.
+    The mean over prompts estimates pass@k without bias (appendix B of arXiv 2107.03374). A product
+    of k ratios gives 1 - C(n - c, k) / C(n, k). None where num < k. Example: 1 correct of 4 gives
+    0.25 for k = 1 and 0.5 for k = 2.
     """
     if num < k:
         return None
@@ -47,8 +48,8 @@ def pass_at_k(num: int, num_correct: int, k: int) -> float | None:
 def majority_correct(summary: GroupSummary) -> float | None:
     """The chance that the most frequent answer is correct, ties broken at random.
 
-    Judged completions vote by their answer; those with an empty one only where nobody has another.
-    None where none was judged.
+    Each judged completion votes for its answer. An empty answer counts only if there is no other
+    answer. None if no completion was judged.
     """
     votes: dict[str, list[bool]] = {}
     for answer, score in zip(summary.answers, summary.scores, strict=True):
@@ -63,10 +64,10 @@ def majority_correct(summary: GroupSummary) -> float | None:
 
 
 def answers_of(texts: Sequence[str], extras: Mapping[str, Sequence[Any]]) -> tuple[str, ...]:
-    """What each completion answers: the column ``answer`` a reward logged, else its whole text.
+    """The answer of each completion: the column ``answer`` that a reward logged, else the text.
 
-    Equal answers stay equal and different ones different, but long ones become a checksum; a
-    completion whose answer the reward gave as None has an empty one.
+    A long answer becomes a checksum, so that equal answers stay equal. An answer of None becomes
+    the empty string.
     """
     given = extras.get("answer", texts)
     return tuple("" if answer is None else _shortened(str(answer).strip()) for answer in given)

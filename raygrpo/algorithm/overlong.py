@@ -1,4 +1,7 @@
-"""The soft overlong penalty of DAPO (2503.14476, equation 13). Imports nothing: rewards use it."""
+"""The soft overlong penalty of DAPO (2503.14476, equation 13).
+
+This module imports nothing, torch least of all: processes of rewards use it.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,8 @@ from __future__ import annotations
 def overlong_penalty(length: int, max_length: float, buffer: float) -> float:
     """0 up to ``max_length - buffer`` tokens, then linearly down to -1 at ``max_length``; -1 above.
 
-    Lengths in tokens; DAPO has a buffer of a fifth of ``max_length``.
+    Lengths are in tokens. DAPO's buffer is a fifth of ``max_length``. Example: with 100 and 20, 90
+    tokens cost 0.5.
     """
     over = length - (max_length - buffer)
     if over <= 0:

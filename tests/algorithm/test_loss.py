@@ -238,7 +238,7 @@ def test_untrained_positions_may_hold_anything(loss: str) -> None:
     )
     config = config_of(options_for(loss, "all", "token"))
     inputs = with_policy_mask(inputs, oracle.entropy_bar(sequences, config.top_entropy_frac))
-    plain, _ = policy_loss(inputs, config)
+    plain, expected_stats = policy_loss(inputs, config)
     plain.backward()
     assert inputs.logprobs.grad is not None
     expected = inputs.logprobs.grad.clone()
@@ -256,6 +256,7 @@ def test_untrained_positions_may_hold_anything(loss: str) -> None:
     value.backward()
     assert value.item() == plain.item()
     assert torch.equal(inputs.logprobs.grad, expected)
+    assert stats == expected_stats
     assert stats["ratio"].count == inputs.loss_mask.sum()
 
 
