@@ -68,7 +68,7 @@ class CountingEngine:
 
     def step(self) -> list[Group]:
         """A step of the engine, its tokens counted where it says them."""
-        if (table := getattr(self._engine, "_rows", None)) is not None:
+        if (table := getattr(self._engine, "rows", None)) is not None:
             self.num_tokens += table.num_rows  # each running completion gets one
         return self._engine.step()
 
