@@ -1,25 +1,42 @@
-"""Makes prompts of a source's rows, within ``data.max_prompt_length``."""
+"""Makes prompts of a source's rows: names, renders, tokenises and measures them."""
 
 from __future__ import annotations
 
-import json
+import difflib
+import string
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import jinja2
 import numpy as np
 
 from raygrpo.config import DataSection
-from raygrpo.data.columns import PROMPT
-from raygrpo.data.rendering import Renderer
 from raygrpo.data.sources import GYM, decode_metadata
-from raygrpo.errors import DataError
-from raygrpo.types import Prompt
+from raygrpo.errors import ConfigError, DataError, nearest
+from raygrpo.types import Message, Prompt
+
+PROMPT = "prompt"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rendered:
+    """A row's prompt: ``text`` or ``messages``, and the ``string`` that is tokenised.
+
+    Example: messages ``({"role": "user", "content": "hi"},)``, string ``"<user>hi\\n<assistant>"``.
+    """
+
+    text: str | None
+    messages: tuple[Message, ...] | None
+    string: str
 
 
 class PromptMaker:
-    """Makes prompts of rows; rows have the source's own column names.
+    """Makes prompts of rows as a `DataSection` says; rows have the source's own column names.
 
     A prompt has the row's columns without the column ``prompt``, as TRL hands them to rewards.
+    Text gets the special tokens that the tokenizer puts in front, and none that it appends, such as
+    an end-of-sequence token. Chat templates write their own special tokens.
 
     Attributes:
         num_dropped: rows that `fits` left out because their prompt is too long.
@@ -31,74 +48,232 @@ class PromptMaker:
     """
 
     def __init__(self, section: DataSection, columns: Sequence[str], tokenizer: Any) -> None:
-        self._section = section
-        self._renderer = Renderer(section, columns, tokenizer)
+        self._section, self._tokenizer = section, tokenizer
+        names = list(renamed(section.columns, dict.fromkeys(columns)))
+        if section.template is not None:
+            _check_template(section.template, names)
+        elif PROMPT not in names:
+            raise _missing_prompt(names)
+        if section.chat:
+            self._check_chat("data.chat is true")
+        self._num_appended = _num_appended(tokenizer)
         self.num_dropped = 0
         self.num_truncated = 0
 
-    def tokenize(self, rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[list[int]]:
-        """Token ids of the rows' prompts, uncut; errors call a row by its name."""
-        rendered = [
-            self._renderer.render(self._renderer.name_columns(row), name)
-            for row, name in zip(rows, names, strict=True)
-        ]
-        return self._renderer.tokenize(rendered)
+    def token_ids(self, rows: Sequence[Mapping[str, Any]], first: int) -> list[list[int]]:
+        """Token ids of the prompts of consecutive rows, uncut; ``first`` numbers the first row."""
+        return self._tokenize([self.render(row, n) for n, row in enumerate(rows, first)])
 
-    def fits(self, name: str, length: int) -> bool:
-        """Whether a prompt of ``length`` tokens is used; counts prompts that are too long.
+    def fits(self, number: int, length: int) -> bool:
+        """Whether row ``number``, a prompt of ``length`` tokens, is used; counts long prompts.
 
         Raises:
             DataError: the prompt is empty, or too long with ``overlong: error``.
         """
         limit, action = self._section.max_prompt_length, self._section.overlong
         if not length:
-            raise DataError(f"{name} has a prompt without tokens", "remove the row")
+            raise DataError(f"row {number} has a prompt without tokens", "remove the row")
         if length <= limit:
             return True
         if action == "error":
             raise DataError(
-                f"{name} has a prompt of {length} tokens, over data.max_prompt_length ({limit})",
+                f"row {number} has a prompt of {length} tokens, over data.max_prompt_length "
+                f"({limit})",
                 f"raise it to {length}, or set data.overlong to drop or truncate_left",
             )
         self.num_truncated += action == "truncate_left"
         self.num_dropped += action == "drop"
         return action == "truncate_left"
 
-    def make(self, row: Mapping[str, Any], prompt_id: str, name: str) -> Prompt | None:
+    def make(self, row: Mapping[str, Any], number: int) -> Prompt | None:
         """The prompt of a row; None if the prompt is dropped."""
-        row = self._renderer.name_columns(row)
-        rendered = self._renderer.render(row, name)
-        ids = self._renderer.tokenize([rendered])[0]
-        if not self.fits(name, len(ids)):
+        rendered = self.render(row, number)
+        ids = self._tokenize([rendered])[0]
+        if not self.fits(number, len(ids)):
             return None
-        columns = {column: value for column, value in row.items() if column != PROMPT}
+        columns = renamed(self._section.columns, row)
+        columns.pop(PROMPT, None)
         if self._section.source.startswith(GYM) and isinstance(columns.get("metadata"), str):
             columns["metadata"] = decode_metadata(columns["metadata"])
         return Prompt(
-            id=prompt_id,
+            id=f"row-{number}",
             token_ids=np.array(ids[-self._section.max_prompt_length :], dtype=np.int32),
             text=rendered.text,
             messages=rendered.messages,
             columns=columns,
         )
 
+    def render(self, row: Mapping[str, Any], number: int) -> Rendered:
+        """The prompt of a row, which errors name by its number.
 
-def row_bytes(row: Mapping[str, Any]) -> bytes:
-    """A row's content as bytes for checksums; the order of columns does not matter."""
-    return json.dumps(row, sort_keys=True, default=repr).encode()
+        Raises:
+            DataError: the row's prompt is neither text nor a list of chat messages, or is empty.
+            ConfigError: the prompt does not go with data.chat or data.system.
+        """
+        section, name = self._section, f"row {number}"
+        row = renamed(section.columns, row)
+        if section.template is not None:
+            content: Any = _fill(section.template, row, name)
+        else:
+            content = row.get(PROMPT)
+        if isinstance(content, str):
+            if not content:
+                raise DataError(f"{name} has an empty prompt", "remove the row, or give it text")
+            if not section.chat:
+                self._check_no_system(name)
+                return Rendered(text=content, messages=None, string=content)
+            content = [{"role": "user", "content": content}]
+        return self._render_messages(self._with_system(_messages(content, name)), name)
+
+    def _tokenize(self, prompts: Sequence[Rendered]) -> list[list[int]]:
+        ids: list[list[int]] = [[] for _ in prompts]
+        marked = [self._brings_its_marks(item) for item in prompts]
+        for is_marked in (False, True):
+            chosen = [i for i, has_marks in enumerate(marked) if has_marks == is_marked]
+            if not chosen:
+                continue
+            encoded = self._tokenizer(
+                [prompts[i].string for i in chosen],
+                add_special_tokens=not is_marked,
+                return_attention_mask=False,
+                verbose=False,
+            )
+            appended = 0 if is_marked else self._num_appended
+            for i, tokens in zip(chosen, encoded["input_ids"], strict=True):
+                ids[i] = list(tokens[: len(tokens) - appended])
+        return ids
+
+    def _brings_its_marks(self, prompt: Rendered) -> bool:
+        """Whether the string holds its special tokens: a chat, or text made from a chat."""
+        bos = getattr(self._tokenizer, "bos_token", None)
+        return prompt.messages is not None or bool(bos and prompt.string.startswith(bos))
+
+    def _render_messages(self, messages: tuple[Message, ...], name: str) -> Rendered:
+        if self._section.chat is False:
+            raise ConfigError(
+                f"{name} is a list of messages but data.chat is false",
+                "leave data.chat out, or make text of them with data.template",
+            )
+        self._check_chat(f"{name} is a list of messages")
+        # A last message of the assistant's is a beginning that the policy goes on with, as in TRL.
+        continues = messages[-1]["role"] == "assistant"
+        try:
+            string = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                tokenize=False,
+                add_generation_prompt=not continues,
+                continue_final_message=continues,
+                **self._section.chat_params,
+            )
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            raise DataError(f"the chat template refuses {name}: {error}") from error
+        return Rendered(text=None, messages=messages, string=string)
+
+    def _with_system(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
+        system = self._section.system
+        if system is None or any(message["role"] == "system" for message in messages):
+            return messages
+        return ({"role": "system", "content": system}, *messages)
+
+    def _check_no_system(self, name: str) -> None:
+        if self._section.system is not None:
+            raise ConfigError(
+                f"data.system is set, but the prompt of {name} is plain text, which has no roles",
+                "set data.chat: true to make it a user turn, or write the system's text into a "
+                "data.template",
+            )
+
+    def _check_chat(self, reason: str) -> None:
+        if getattr(self._tokenizer, "chat_template", None) is None:
+            raise ConfigError(
+                f"{reason}, but the model's tokenizer has no chat template",
+                "set data.chat: false with a data.template that makes text, or use a chat model",
+            )
 
 
-def nothing_fits(section: DataSection) -> DataError:
-    """The error of a source whose prompts are all too long."""
-    limit = section.max_prompt_length
+def renamed(columns: Mapping[str, str], row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row with renamed columns; ``columns`` maps new names to old names.
+
+    A new name replaces a column of the same name. The column that becomes ``prompt`` keeps its old
+    name too: rewards get every column but ``prompt``, and a dataset's own rewards read the column
+    under its old name.
+
+    Example: ``{"prompt": "question"}`` turns the row ``{"question": "1+1=", "answer": "2"}`` into
+    ``{"question": "1+1=", "answer": "2", "prompt": "1+1="}``.
+
+    Raises:
+        DataError: the row has no such column.
+    """
+    for new, old in columns.items():
+        if old not in row:
+            raise DataError(
+                f"data.columns: there is no column {old!r} to call {new!r}", nearest(old, row)
+            )
+    moved = {old for new, old in columns.items() if new != PROMPT}
+    kept = {name: value for name, value in row.items() if name not in moved}
+    return kept | {new: row[old] for new, old in columns.items()}
+
+
+def _missing_prompt(names: Sequence[str]) -> DataError:
+    """The error of a dataset without a column ``prompt``; it names the likeliest column."""
+    close = difflib.get_close_matches(PROMPT, names, n=1, cutoff=0.4) or names[:1] or ["..."]
     return DataError(
-        f"no prompt is within data.max_prompt_length ({limit})", "raise data.max_prompt_length"
+        f"the dataset has no column {PROMPT!r}",
+        f"name the one that holds it, data.columns: {{{PROMPT}: {close[0]}}}, or write a "
+        f"data.template (columns: {', '.join(names)})",
     )
 
 
-def changed_rows(section: DataSection) -> DataError:
-    """The error of a cursor that was taken over other rows."""
-    return DataError(
-        f"the prompts of data.source {section.source!r} changed since the checkpoint",
-        "restore the data to resume, or start again in another run_dir",
+def _messages(content: Any, name: str) -> tuple[Message, ...]:
+    fits = isinstance(content, (list, tuple)) and all(
+        isinstance(item, Mapping) and isinstance(item.get("role"), str) for item in content
     )
+    if not fits or not content:
+        raise DataError(
+            f"{name}: column {PROMPT!r} holds {_shorten(content)}, "
+            "neither text nor a list of chat messages with roles",
+            "correct the row, or name another column in data.columns",
+        )
+    # Arrow fills the keys that only some rows' messages have with None.
+    return tuple({k: v for k, v in item.items() if v is not None} for item in content)
+
+
+def _shorten(content: Any) -> str:
+    shown = repr(content)
+    return shown if len(shown) <= 60 else f"{shown[:60]}..."
+
+
+def _check_template(template: str, columns: Sequence[str]) -> None:
+    try:
+        fields = [field for _, field, _, _ in string.Formatter().parse(template)]
+    except ValueError as error:
+        raise ConfigError(
+            f"data.template: {error}", "write {{ and }} for braces that are no field"
+        ) from None
+    for field in fields:
+        root = None if field is None else field.partition(".")[0].partition("[")[0]
+        if root is not None and root not in columns:
+            raise DataError(
+                f"data.template has a field {{{field}}}, which is no column",
+                f"{nearest(root, columns)} (columns: {', '.join(columns)}); "
+                "write {{ and }} for braces that are no field",
+            )
+
+
+def _fill(template: str, row: Mapping[str, Any], name: str) -> str:
+    try:
+        return template.format_map(row)
+    except (KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
+        raise DataError(f"data.template does not fit {name}: {error!r}") from error
+
+
+def _num_appended(tokenizer: Any) -> int:
+    """The number of special tokens that the tokenizer appends to a text."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    if not plain:  # a vocabulary without this letter, which tells nothing
+        return 0
+    full = tokenizer("a", add_special_tokens=True)["input_ids"]
+    for start in range(len(full) - len(plain) + 1):
+        if full[start : start + len(plain)] == plain:
+            return len(full) - len(plain) - start
+    return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -11,8 +12,9 @@ import xxhash
 
 from raygrpo.algorithm.correctness import pass_rate
 from raygrpo.config import DataSection
-from raygrpo.data.maker import PromptMaker, changed_rows, nothing_fits, row_bytes
+from raygrpo.data.maker import PromptMaker
 from raygrpo.data.pass_rate import Rows, SolvedRows
+from raygrpo.errors import DataError
 from raygrpo.types import GroupSummary, Prompt, Stream
 
 _BATCH = 1000
@@ -156,14 +158,12 @@ class PromptSource:
         kept: list[int] = []
         digest = xxhash.xxh3_64()
         for start in range(0, len(self._rows), _BATCH):
-            numbers = range(start, min(start + _BATCH, len(self._rows)))
-            rows = [self._rows[number] for number in numbers]
-            names = [f"row {number}" for number in numbers]
-            prompts = zip(numbers, names, rows, self._maker.tokenize(rows, names), strict=True)
-            for number, name, row, ids in prompts:
+            rows = list(self._rows.select(range(start, min(start + _BATCH, len(self._rows)))))
+            prompts = zip(rows, self._maker.token_ids(rows, start), strict=True)
+            for number, (row, ids) in enumerate(prompts, start):
                 digest.update(np.array([len(ids), *ids], dtype=np.int64).tobytes())
                 digest.update(row_bytes(row))
-                if self._maker.fits(name, len(ids)):
+                if self._maker.fits(number, len(ids)):
                     kept.append(number)
         if not kept:
             raise nothing_fits(self._section)
@@ -177,6 +177,27 @@ class PromptSource:
         return self._solved.left_of(order)
 
     def _prompt(self, number: int) -> Prompt:
-        prompt = self._maker.make(self._rows[number], f"row-{number}", f"row {number}")
+        prompt = self._maker.make(self._rows[number], number)
         assert prompt is not None, "only rows that fit are drawn"
         return prompt
+
+
+def row_bytes(row: Mapping[str, Any]) -> bytes:
+    """A row's content as bytes for checksums; the order of columns does not matter."""
+    return json.dumps(row, sort_keys=True, default=repr).encode()
+
+
+def nothing_fits(section: DataSection) -> DataError:
+    """The error of a source whose prompts are all too long."""
+    limit = section.max_prompt_length
+    return DataError(
+        f"no prompt is within data.max_prompt_length ({limit})", "raise data.max_prompt_length"
+    )
+
+
+def changed_rows(section: DataSection) -> DataError:
+    """The error of a cursor that was taken over other rows."""
+    return DataError(
+        f"the prompts of data.source {section.source!r} changed since the checkpoint",
+        "restore the data to resume, or start again in another run_dir",
+    )

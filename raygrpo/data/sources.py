@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import inspect
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -122,12 +122,9 @@ def _load_file(section: DataSection) -> Any:
     if not path.stat().st_size:
         raise DataError(f"data.source {section.source!r} is an empty file", "write rows into it")
     builder, files = BUILDERS[path.suffix], str(path.absolute())
-
-    def load() -> Any:
-        return datasets.load_dataset(builder, data_files=files, split="train", **section.params)
-
     try:
-        return _quietly(load, section.source)
+        with _reading(section.source):
+            return datasets.load_dataset(builder, data_files=files, split="train", **section.params)
     except TypeError as error:
         raise ConfigError(
             f"data.params of {section.source!r}: {error}",
@@ -140,30 +137,28 @@ def _load_file(section: DataSection) -> Any:
 
 
 def _load_hub(section: DataSection) -> Any:
-    def load() -> Any:
-        return datasets.load_dataset(section.source, **{"split": "train", **section.params})
-
     try:
-        return _quietly(load, section.source)
+        with _reading(section.source):
+            return datasets.load_dataset(section.source, **{"split": "train", **section.params})
     except (ValueError, TypeError) as error:  # an unknown split, name, revision or argument
         raise ConfigError(f"data.source {section.source!r}: {error}", "set data.params") from error
 
 
-def _quietly(load: Callable[[], Any], source: str) -> Any:
-    """Loads without progress bars; turns the library's errors into ours."""
+@contextlib.contextmanager
+def _reading(source: str) -> Iterator[None]:
+    """Hides progress bars; turns the library's errors into ours."""
     bars = not datasets.utils.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
-        return load()
+        yield
     except (FileNotFoundError, ConnectionError) as error:
         raise ConfigError(
             f"data.source {source!r} was found neither here nor on the hub: {error}",
             f"name a hub dataset, a local {'/'.join(BUILDERS)} file, or {GYM}<task>",
         ) from error
     except (datasets.exceptions.DatasetGenerationError, OSError) as error:
-        raise DataError(f"data.source {source!r} cannot be read: {error.__cause__ or error}") from (
-            error
-        )
+        reason = error.__cause__ or error
+        raise DataError(f"data.source {source!r} cannot be read: {reason}") from error
     finally:
         if bars:
             datasets.enable_progress_bars()
@@ -177,7 +172,7 @@ def _load_gym(section: DataSection, seed: int) -> datasets.Dataset:
     if task not in DATASETS:
         raise ConfigError(f"reasoning-gym has no task {task!r}", nearest(task, DATASETS))
     params = {"size": GYM_SIZE, "seed": seed, **section.params}
-    known = _gym_params(DATASETS[task][1])
+    known = inspect.signature(DATASETS[task][1]).parameters
     if unknown := [name for name in params if name not in known]:
         raise ConfigError(
             f"data.params: {task} has no parameter {unknown[0]!r}", nearest(unknown[0], known)
@@ -187,19 +182,9 @@ def _load_gym(section: DataSection, seed: int) -> datasets.Dataset:
         rows = [items[index] for index in range(len(items))]
     except (AssertionError, ValueError, TypeError) as error:
         raise ConfigError(f"data.params of {task}: {error}", "correct the parameters") from error
-    return datasets.Dataset.from_dict(
-        {
-            "question": [row["question"] for row in rows],
-            "answer": [row["answer"] for row in rows],
-            "metadata": [encode_metadata(row["metadata"]) for row in rows],
-        }
-    )
-
-
-def _gym_params(config: type[Any]) -> list[str]:
-    if dataclasses.is_dataclass(config):
-        return [field.name for field in dataclasses.fields(config) if field.init]
-    return list(inspect.signature(config).parameters)
+    columns = {name: [row[name] for row in rows] for name in ("question", "answer")}
+    columns["metadata"] = [encode_metadata(row["metadata"]) for row in rows]
+    return datasets.Dataset.from_dict(columns)
 
 
 def encode_metadata(metadata: Any) -> str:

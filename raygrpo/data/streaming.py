@@ -8,6 +8,7 @@ resumed run reads again, and the number of rows drawn from the block.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from itertools import islice
 from typing import Any
 
@@ -16,13 +17,12 @@ import numpy as np
 import xxhash
 
 from raygrpo.config import DataSection
-from raygrpo.data.maker import PromptMaker, changed_rows, nothing_fits, row_bytes
-from raygrpo.data.prompts import STREAM_KEYS
+from raygrpo.data.maker import PromptMaker
+from raygrpo.data.prompts import STREAM_KEYS, changed_rows, nothing_fits, row_bytes
 from raygrpo.errors import ConfigError, DataError
 from raygrpo.types import GroupSummary, Prompt, Stream
 
 BLOCK = 1000
-_COUNTS = ("num_dropped", "num_truncated")
 
 
 class StreamingSource:
@@ -58,7 +58,7 @@ class StreamingSource:
             raise DataError(f"data.source {section.source!r} has no rows", "name one with rows")
         number, row = min(self._block, key=lambda numbered: numbered[0])
         self._maker = PromptMaker(section, list(row), tokenizer)
-        self._maker.tokenize([row], [f"row {number}"])
+        self._maker.token_ids([row], number)
 
     @property
     def num_dropped(self) -> int:
@@ -87,7 +87,8 @@ class StreamingSource:
                 self._advance()
                 if self.epoch > began + 1:
                     raise nothing_fits(self._section)
-            prompt = self._make(*self._block[self._drawn])
+            number, row = self._block[self._drawn]
+            prompt = self._maker.make(row, number)
             self._drawn += 1
         return prompt
 
@@ -96,13 +97,9 @@ class StreamingSource:
 
         The train stream counts dropped rows when it draws them, so they are not counted here.
         """
-        counts = {name: getattr(self._maker, name) for name in _COUNTS}
-        made = (self._make(number, row) for number, row in self._numbered(self._fresh(), 0))
-        prompts = list(islice((prompt for prompt in made if prompt is not None), num_prompts))
-        if self._key[1] == STREAM_KEYS["train"]:
-            for name, count in counts.items():
-                setattr(self._maker, name, count)
-        return prompts
+        maker = copy(self._maker) if self._key[1] == STREAM_KEYS["train"] else self._maker
+        made = (maker.make(row, number) for number, row in self._numbered(self._fresh(), 0))
+        return list(islice((prompt for prompt in made if prompt is not None), num_prompts))
 
     def observe(self, summaries: Sequence[GroupSummary]) -> None:
         """Does nothing: a stream draws every row again."""
@@ -116,7 +113,7 @@ class StreamingSource:
 
     def state(self) -> dict[str, Any]:
         """The cursor for `restore`; plain data."""
-        counts = {name: getattr(self._maker, name) for name in _COUNTS}
+        counts = {"num_dropped": self.num_dropped, "num_truncated": self.num_truncated}
         return {**self._place, **counts, "drawn": self._drawn, "checksum": self._checksum}
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -125,14 +122,14 @@ class StreamingSource:
         Raises:
             DataError: the block has other rows now.
         """
-        streamed = "library" in state
-        if streamed:
-            self._begin({name: state[name] for name in self._place})
-        if not streamed or state["checksum"] != self._checksum:
+        if "library" not in state:  # of a source that was not streamed
+            raise changed_rows(self._section)
+        self._begin({name: state[name] for name in self._place})
+        if state["checksum"] != self._checksum:
             raise changed_rows(self._section)
         self._drawn = state["drawn"]
-        for name in _COUNTS:
-            setattr(self._maker, name, state[name])
+        self._maker.num_dropped = state["num_dropped"]
+        self._maker.num_truncated = state["num_truncated"]
 
     def _advance(self) -> None:
         """The next block; after the last block of an epoch, the first block of a new epoch."""
@@ -175,6 +172,3 @@ class StreamingSource:
             raise DataError(
                 f"data.source {self._section.source!r} cannot be read from row {number} on: {error}"
             ) from error
-
-    def _make(self, number: int, row: Mapping[str, Any]) -> Prompt | None:
-        return self._maker.make(row, f"row-{number}", f"row {number}")

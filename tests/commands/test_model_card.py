@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard
 from raygrpo.commands.model_card import Example, quick_start_snippet, write_model_card
 from raygrpo.config import RunConfig
 from raygrpo.config.file import load_config
-from raygrpo.data.rendering import Renderer
+from raygrpo.data.maker import PromptMaker
 from raygrpo.storage.run_dir import RunDir
 from tests.tiny import save_tiny_model, tiny_tokenizer
 
@@ -247,9 +247,9 @@ def test_the_quick_start_talks_as_the_run_did(tmp_path: Path) -> None:
     assert "tokenizer_encode_kwargs={'mark': '<me>'}" in snippet
     # What the pipeline hands to the model is what the run's own renderer makes.
     namespace = run_snippet(snippet, export)
-    renderer = Renderer(config.data, ["prompt"], tokenizer)
+    maker = PromptMaker(config.data, ["prompt"], tokenizer)
     (first, asked) = namespace["messages"]
-    ours = renderer.render({"prompt": [asked]}, "row 0")
+    ours = maker.render({"prompt": [asked]}, 0)
     assert ours.messages == (first, asked)
     chat = tokenizer.apply_chat_template(
         namespace["messages"], tokenize=False, add_generation_prompt=True, mark="<me>"

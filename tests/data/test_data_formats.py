@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raygrpo.config import DataSection
-from raygrpo.data.columns import renamed
+from raygrpo.data.maker import renamed
 from raygrpo.data.mixture import mixture_parts
 from raygrpo.errors import ConfigError, DataError
 from tests.data.data_cases import chat_tokenizer, ids_of, source_of
