@@ -80,6 +80,13 @@ EQUIVALENT = {
     "_trained(inputs.ref_logprobs, torch.ones_like(mask)) (mask dropped)": (
         "the loss and the policy's logprobs pass through where() with the mask, too"
     ),
+    "algorithm/advantages _centre: scored.sum(1, keepdim=True).clamp(min=1) -> "
+    "scored.sum(1, keepdim=True).clone() (dropped)": (
+        "a group without scores has no usable advantage"
+    ),
+    "algorithm/advantages batch_normalised: values - mean -> values + mean (operator) #2": (
+        "normalised sums have a mean of 0 in every group"
+    ),
 }
 # Modules that tests import beside the project, so that they are imported once.
 PRELOADED = (

@@ -46,6 +46,7 @@ REWARD = st.one_of(st.none(), st.floats(-5, 5, allow_nan=False, width=32))
 )
 def test_published_numbers(baseline: str, scale: str, expected: float) -> None:
     got = group_advantages([[1.0, 0.0, 0.0, 1.0]], baseline=baseline, scale=scale)  # type: ignore[arg-type]
+    assert got.dtype == torch.float32
     # Four printed digits.
     assert got[0].tolist() == pytest.approx([expected, -expected, -expected, expected], abs=5e-5)
 
