@@ -276,19 +276,22 @@ def _offloaded(config: RunConfig) -> frozenset[str]:
 def _bucket_bytes(config: RunConfig, size: ModelSize) -> int:
     """Bytes of the buckets between ranks, in float32 but for weights.
 
-    Several ranks sum a copy of a bucket of gradients. Stage 3 adds a rank's share of the sum, and
-    gathers weights in one tensor. A CPU touches no more of a bucket than the model's size.
+    DeepSpeed allocates a whole bucket, of which a CPU touches the used elements alone. Several
+    ranks sum a copy of them. Stage 3 adds a rank's share of the sum, and gathers weights in one
+    tensor.
     """
     stage, ranks, zero = config.learner.zero_stage, config.learner.num_ranks, _zero(config)
     if not stage:
         return 0
-    elements = min(int(zero.get("reduce_bucket_size", BUCKET_ELEMENTS)), size.trained)
+    bucket = int(zero.get("reduce_bucket_size", BUCKET_ELEMENTS))
+    used = min(bucket, size.trained)
+    allocated = 4 * (bucket if config.ray.gpus.learner else used)
     if ranks == 1:
-        return 4 * elements
+        return allocated
     if stage < 3:
-        return 4 * 2 * elements
+        return allocated + 4 * used
     prefetched = min(int(zero.get("stage3_prefetch_bucket_size", BUCKET_ELEMENTS)), size.parameters)
-    return 4 * (2 * elements + elements // ranks) + prefetched * size.dtype_bytes
+    return allocated + 4 * (used + used // ranks) + prefetched * size.dtype_bytes
 
 
 def _gathered(config: RunConfig, size: ModelSize) -> int:
