@@ -99,7 +99,7 @@ def test_wandb_offline_continues_one_run_and_holds_no_secret(
 def test_wandb_that_cannot_start_is_an_event(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("raygrpo.tracking.wandb_logger.INIT_TIMEOUT_S", 2.0)
+    monkeypatch.setattr("raygrpo.tracking.wandb_logger.INIT_TIMEOUT_S", 1.0)
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens there
     config = run_config(tmp_path, wandb="online")
@@ -288,7 +288,7 @@ from raygrpo.config.file import load_config
 from raygrpo.storage.run_dir import RunDir
 from raygrpo.tracking import wandb_logger
 from raygrpo.tracking.tracker import Tracker
-wandb_logger.FINISH_TIMEOUT_S = 3.0
+wandb_logger.FINISH_TIMEOUT_S = 1.0
 config = load_config({{
     "run_dir": {str(tmp_path / "run")!r}, "model": {{"path": "m"}}, "data": {{"source": "d"}},
     "tracking": {{"wandb": "offline"}}, "train": {{"steps": 40}},
