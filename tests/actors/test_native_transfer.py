@@ -92,6 +92,7 @@ class FakeEngine:
     def __init__(self) -> None:
         self.receiver = FakeReceiver()
         self.version: Version | None = None
+        self.held: list[Version | None] = []
         self.proven: list[Version] = []
         self.num_wakes = 0
         self.can_free = True
@@ -101,6 +102,7 @@ class FakeEngine:
 
     def hold(self, version: Version | None) -> None:
         self.version = version
+        self.held.append(version)
 
     @property
     def can_step(self) -> bool:
@@ -234,6 +236,8 @@ def test_a_version_from_the_learner_is_proven_once_and_not_pulled(store: Store) 
                 report = handle.load()
                 assert (report.version, report.kind, report.num_bytes) == (version, "none", 0)
     assert [h.engine.proven for h in handles.values()] == [[Version(1, 1), Version(1, 2)]] * 2
+    held_by = [handle.engine.held for handle in handles.values()]
+    assert held_by == [[None, Version(1, 1), None, Version(1, 2)]] * 2, "none during a transfer"
     assert len(sender.groups) == 1  # same actors, same group, though the probes are others
     transfer.close()
 
@@ -250,10 +254,14 @@ def test_a_newer_version_in_the_store_is_pulled(store: Store, transfer: NativeTr
 def test_a_version_that_fails_its_probe_ends_the_load(
     store: Store, transfer: NativeTransfer
 ) -> None:
+    """A group that was written meanwhile is not answered."""
     handle = Handle(store)
+    answer = handle.call(handle.actor.generate(builders.request(0)))
     sync(transfer, Version(1, 9), {"a": handle})
+    assert handle.engine.written.wait(TIMEOUT_S)
     with pytest.raises(ProbeFailed):
         handle.load()
+    assert not answer.done()
 
 
 def test_a_transfer_that_is_not_finished_leaves_nothing_that_serves(store: Store) -> None:
