@@ -1,9 +1,9 @@
-"""From what happened in a step to flat metrics. Names are TRL's where TRL has one.
+"""The metrics of a step and of an evaluation, such as ``{"reward": 0.5}``, under TRL's names.
 
 ``reward*``, ``completions/*``, ``rewards/*`` and ``frac_*`` describe all groups that finished for
-the step, dropped ones included: with refill, the trained ones alone would hide what the policy has
-learned. ``trained/*`` describes the groups that the step trained on. A standard deviation has ddof
-1, as TRL's.
+the step, dropped groups too: with refill, the trained groups alone would hide the policy's
+progress. ``trained/*`` describes the groups that the step trained on. A standard deviation has
+ddof 1, as TRL's.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from raygrpo.algorithm.correctness import judged, majority_correct, pass_at_k, pass_rate
 from raygrpo.types import GroupSummary, Stat
 
-# As torch.isclose(x, 0), with which TRL decides that a group's rewards do not differ.
+# TRL compares by torch.isclose(x, 0) whether a group's rewards differ.
 _ZERO_STD = 1e-8
 _RATIO, _RATIO_SQUARED = "sampling/token_ratio", "sampling/token_ratio_squared"
 _GAP = "sampling/sampling_logp_difference"
@@ -24,12 +24,12 @@ _GAP = "sampling/sampling_logp_difference"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepFacts:
-    """What a step was made of.
+    """The facts of a step that its metrics are made of.
 
-    ``finished``: every group that came back since the last step was taken; ``trained``: those that
-    the step trained on. ``num_teaching`` of the finished ones have signal. ``num_tokens``: prompt
-    and completion tokens of the whole run so far. ``step_s``: from the last step's end to this
-    one's; ``update_s``: the learner's part of it.
+    ``finished``: the groups that came back since the last step, ``num_teaching`` of them with
+    signal; ``trained``: the groups that the step trained on. ``num_tokens``: prompt and completion
+    tokens of the whole run so far. ``step_s``: the seconds between the ends of two steps;
+    ``update_s``: the learner's part of them.
     """
 
     step: int
@@ -44,7 +44,7 @@ class StepFacts:
 
 
 def step_metrics(facts: StepFacts) -> dict[str, float]:
-    """All metrics of a step; what has no value in it (a mean over nothing) is left out."""
+    """All metrics of a step; a metric without a value (a mean over nothing) is left out."""
     finished, trained = facts.finished, facts.trained
     num_completion_tokens = sum(sum(group.lengths) for group in finished)
     metrics = {
@@ -77,7 +77,7 @@ def reward_metrics(groups: Sequence[GroupSummary]) -> dict[str, float]:
 
     ``reward``, ``reward_std``: mean and deviation over completions. ``group_reward_std``: mean over
     groups of the group's deviation; groups with fewer than two rewards have none.
-    ``frac_reward_zero_std``: share of all groups whose rewards are all alike.
+    ``frac_reward_zero_std``: share of all groups whose rewards are equal.
     ``reward/error_frac``: share of errored completions.
     """
     scores = [score for group in groups for score in group.scores]
@@ -102,7 +102,7 @@ def reward_metrics(groups: Sequence[GroupSummary]) -> dict[str, float]:
 
 
 def source_metrics(groups: Sequence[GroupSummary]) -> dict[str, float]:
-    """Each part of a mixture alone: its groups, ``reward`` and ``frac_reward_zero_std``."""
+    """The number of groups, ``reward`` and ``frac_reward_zero_std`` of each part of a mixture."""
     metrics: dict[str, float] = {}
     for source in sorted({group.source for group in groups if group.source}):
         own = [group for group in groups if group.source == source]
@@ -123,7 +123,7 @@ def reward_times(groups: Sequence[GroupSummary]) -> dict[str, float]:
 
 
 def completion_metrics(groups: Sequence[GroupSummary]) -> dict[str, float]:
-    """Lengths in tokens, of all completions and of those that ended by themselves (terminated)."""
+    """Lengths in tokens: of all completions, and of terminated ones, which ended by themselves."""
     pairs = [pair for g in groups for pair in zip(g.lengths, g.finishes, strict=True)]
     if not pairs:
         return {}
@@ -143,9 +143,9 @@ def completion_metrics(groups: Sequence[GroupSummary]) -> dict[str, float]:
 
 
 def stat_metrics(stats: Mapping[str, Stat]) -> dict[str, float]:
-    """The learner's statistics: means by name, except ``*_min`` and ``*_max``; ``sampling/*`` with
-    mean, min and max, as TRL's.
+    """The learner's statistics: the mean of each, but for ``*_min`` and ``*_max``.
 
+    ``sampling/*`` has mean, min and max, as TRL's.
     ``ess`` is the effective sample size of the sampler's ratios as a share of the tokens:
     (sum w)^2 / (n sum w^2), 1 when sampler and learner agree.
     """
@@ -168,7 +168,7 @@ def stat_metrics(stats: Mapping[str, Stat]) -> dict[str, float]:
 
 
 def staleness_metrics(step: int, groups: Sequence[GroupSummary]) -> dict[str, float]:
-    """How many versions the trained completions' oldest tokens lag behind version ``step``."""
+    """The lag of each trained completion's oldest token behind version ``step``, in versions."""
     lags = [float(step - version.step) for group in groups for version in group.oldest]
     if not lags:
         return {}
@@ -176,7 +176,7 @@ def staleness_metrics(step: int, groups: Sequence[GroupSummary]) -> dict[str, fl
 
 
 def _reported_metrics(groups: Sequence[GroupSummary]) -> dict[str, float]:
-    """Means of what reward functions gave to ``log_metric``."""
+    """Means of the values that reward functions gave to ``log_metric``."""
     values: dict[str, list[float]] = {}
     for group in groups:
         for name, reported in group.metrics.items():
@@ -201,8 +201,8 @@ def evaluation_metrics(
 ) -> dict[str, float]:
     """Metrics of an evaluation with ``num_completions`` sampled completions of each prompt.
 
-    Completions without a judgement are in no rate; a prompt with fewer than k judged ones is left
-    out of pass@k and counted in ``eval/pass@k/num_left_out``.
+    Completions without a judgement are in no rate. A prompt with fewer than k judged completions
+    is left out of pass@k, and counted in ``eval/pass@k/num_left_out``.
     """
     metrics = _means("eval/", sampled) | _means("eval/greedy/", greedy)
     metrics |= _mean("eval/greedy/accuracy", map(pass_rate, greedy))
@@ -228,10 +228,8 @@ def _means(prefix: str, summaries: Sequence[GroupSummary]) -> dict[str, float]:
     metrics = {
         "num_completions": float(len(scores)),
         "num_errored": float(sum(score.error is not None for score in scores)),
-        **reward_metrics(summaries),
-        **completion_metrics(summaries),
     }
-    return {prefix + name: value for name, value in metrics.items()}
+    return _prefixed(prefix, metrics | reward_metrics(summaries) | completion_metrics(summaries))
 
 
 def _mean(name: str, values: Iterable[float | None]) -> dict[str, float]:
