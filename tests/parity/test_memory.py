@@ -49,18 +49,13 @@ SHARED: Sections = {
 }
 CASES: dict[str, Sections] = {
     "shared prompts": {"learner": zero(1), **SHARED},
-    "adapter, bf16, reference": {
-        "model": BF16,
-        "learner": zero(1, lora=LORA),
-        "loss": {"beta": 0.1},
-    },
+    "adapter": {"learner": zero(1, lora=LORA)},
     "two ranks": {"learner": zero(2, 2), "train": TWO_GROUPS},
     "generator": {},
 }
 # Cases that the ordinary suite has no time for.
 SLOW: dict[str, Sections] = {
     "bf16": {"model": BF16, "learner": zero(1)},
-    "adapter": {"learner": zero(1, lora=LORA)},
     "reference": {"learner": zero(1), "loss": {"beta": 0.1}},
     "offload 2": {"learner": zero(2, **offload("offload_optimizer"))},
     "generator, bf16": {"model": BF16},
