@@ -14,6 +14,7 @@ from rich.table import Table
 from transformers import AutoConfig
 
 from raygrpo.actors.cluster.placement import address_of, check_local_labels, demand_of
+from raygrpo.algorithm.window import train_request
 from raygrpo.checks.arithmetic import Lines, batch_facts, fullest_step
 from raygrpo.checks.checked import Checked, check
 from raygrpo.checks.resolved import resolve, this_machine
@@ -28,7 +29,7 @@ from raygrpo.rewards.contract import TrainerState
 from raygrpo.rewards.host import RewardHost
 from raygrpo.rewards.loading import REWARD_MODEL
 from raygrpo.storage.run_dir import RunDir
-from raygrpo.types import Completion, Group, GroupRequest, Prompt, Version
+from raygrpo.types import Completion, Group, Prompt, Version
 
 MAX_ROWS = 1000
 _SHOWN_CHARACTERS = 600
@@ -191,15 +192,8 @@ def fake_group(checked: Checked, prompt: Prompt) -> Group:
     """A group of one completion that nobody sampled: the row's answer where it has one."""
     found = (prompt.columns.get(name) for name in _ANSWERS)
     text = next((value for value in found if isinstance(value, str) and value), _FALLBACK)
-    sampling = replace(checked.config.sampling.settings(), num_completions=1)
-    request = GroupRequest(
-        stream="train",
-        group_id=0,
-        prompt=prompt,
-        seed=checked.config.seed,
-        sampling=sampling,
-        min_version=Version(0, 0),
-    )
+    request = train_request(checked.config, 0, prompt, Version(0, 0))
+    request = replace(request, sampling=replace(request.sampling, num_completions=1))
     return Group(request=request, completions=(_written(text, checked.tokenizer),))
 
 
