@@ -53,7 +53,7 @@ def first_pass(
     found = [[(*forward(inputs), inputs.loss_mask.bool()) for inputs in batch] for batch in batches]
     threshold = 0.0
     if needs_mask:
-        trained = [entropies[mask].float() for batch in found for _, entropies, mask in batch]
+        trained = [entropies[mask] for batch in found for _, entropies, mask in batch]
         everything = torch.cat(trained) if trained else torch.zeros(0)
         threshold = entropy_threshold(everything, config.top_entropy_frac, sum_over_ranks)
     return [

@@ -8,7 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raygrpo.algorithm.packing import RowLayout, make_microbatch, place, row_length, trees_of
+from raygrpo.algorithm.packing import (
+    RowLayout,
+    attention_pairs,
+    make_microbatch,
+    place,
+    row_length,
+    trees_of,
+)
 from raygrpo.algorithm.step_plan import make_step_batch
 from raygrpo.types import FinishedGroup, Group, PlannedSample, StepBatch
 from tests import builders
@@ -107,6 +114,12 @@ def test_sharing_is_chosen_where_it_saves_work() -> None:
     # attention that separate rows do not.
     short_prompt = place(plan_of([(2, [500] * 8)]), 1, tokens_per_microbatch=10**6, hidden_size=50)
     assert {len(row) for m in short_prompt[0][0] for row in m} == {1}
+
+
+def test_attention_pairs_by_hand() -> None:
+    """A prompt of 3 sees 1 + 2 + 3 tokens; a completion of 2 sees it twice, and itself 1 + 2."""
+    ((tree,),) = place(plan_of([(3, [2, 1])]), 1, tokens_per_microbatch=99)[0][0]
+    assert attention_pairs(tree) == 6 + (2 * 3 + 3) + (3 + 1)
 
 
 def test_arrays_of_plain_and_shared_rows() -> None:

@@ -164,6 +164,16 @@ def test_the_coefficient_follows_the_entropy(model: Path) -> None:
     assert seen == [0.0] * 3
 
 
+def test_a_constant_coefficient_is_the_configurations(model: Path, tmp_path: Path) -> None:
+    """Also after a checkpoint of a run that had another."""
+    saved, learner = (
+        ReferenceLearner(make_config(model, loss={"entropy_coef": coef})) for coef in (0.1, 0.2)
+    )
+    saved.save(tmp_path)
+    learner.load(tmp_path)
+    assert learner.update(make_steps(1, 1, 1)[0][0])["entropy_coef"].mean == 0.2
+
+
 def test_the_reference_moves_every_few_steps(model: Path) -> None:
     """Against the average written out, step by step; the KL is then to the moved reference."""
     config = make_config(

@@ -154,8 +154,11 @@ def test_a_gradient_other_than_expected_is_recomputed() -> None:
     """What was formed in the forward pass is not used, so nothing is ever silently wrong."""
     given, head = problem(30), CASES["plain"]
     calls: list[int] = []
-    wrong = chunked(given, head, expected_grad=predict(given, calls, wrong=0.01))
-    assert_same(results(given, wrong), results(given, full(given, head)))
+    # Tolerance goes by the gradients' own size.
+    for scale in (1.0, 1e-4):
+        scaled = {**given, **{k: given[k] * scale for k in ("by_logprob", "by_entropy")}}
+        wrong = chunked(given, head, expected_grad=predict(scaled, calls, wrong=0.01 * scale))
+        assert_same(results(scaled, wrong), results(scaled, full(scaled, head)))
     assert calls
     none = {**given, "by_logprob": torch.zeros(30), "by_entropy": torch.zeros(30)}
     assert_same(
