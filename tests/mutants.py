@@ -97,6 +97,10 @@ EQUIVALENT = {
     "(operator)": "needs several ranks: parity/test_memory_modes.py",
     "learner/base data_share: self.config.learner.num_ranks // size -> "
     "self.config.learner.num_ranks * size (operator)": "the same",
+    "learner/base data_share: self.rank // size -> self.rank * size (operator)": "the same",
+    "algorithm/advantages _centre: (count - 1).clamp(min=1) -> (count - 1).clone() (dropped)": (
+        "a group with one score has no usable advantage"
+    ),
 }
 # Modules that tests import beside the project, so that they are imported once.
 PRELOADED = (

@@ -336,6 +336,7 @@ def test_the_off_policy_mask_drops_whole_sequences(advantage: float, dropped: bo
 
 def test_weights_by_hand() -> None:
     lengths, groups = [4, 0, 6, 10], [5, 5, 9, 9]
+    assert loss_weights_for("token", lengths).dtype == torch.float32
     assert loss_weights_for("token", lengths).tolist() == pytest.approx([1 / 20] * 4)
     assert loss_weights_for("sequence", lengths).tolist() == pytest.approx(
         [1 / 16, 0, 1 / 24, 1 / 40]
