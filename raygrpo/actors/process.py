@@ -1,10 +1,10 @@
-"""The heap of processes whose tensors are on the CPU.
+"""An actor's process: its start, its log, its threads, its heap and its end.
 
-glibc maps each large tensor anew and gives it back when it is freed, and the system fills its pages
-with zeros once more: a fifth of an update's time. So malloc is told to keep what was freed for the
-tensors to come, and to have one arena, since those of other threads map what exceeds their 64 MB.
-A process then stays at its peak. Where the environment says something of the heap, that holds.
-Sources: mallopt(3), malloc/arena.c of glibc 2.36.
+The heap matters on a CPU. glibc maps each large tensor afresh and unmaps it when it is freed, and
+the system fills the pages with zeros each time. So malloc is told to keep freed memory for later
+tensors, and to have one arena: arenas of other threads map whatever exceeds their 64 MB. A process
+then stays at its peak. Settings of the heap in the environment win. Sources: mallopt(3),
+malloc/arena.c of glibc 2.36.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
+from ray._private import worker
 
 # Read by glibc when a process starts; thresholds in bytes, larger than any tensor.
 KEPT = {
@@ -73,7 +74,7 @@ T = TypeVar("T")
 
 
 def in_new_thread(call: Callable[[], T], name: str) -> Future[T]:
-    """Runs ``call`` on a thread of its own, and ends the thread."""
+    """Runs ``call`` on a new thread, which then ends."""
     pool = ThreadPoolExecutor(1, name)
     future = pool.submit(call)
     pool.shutdown(wait=False)
@@ -83,15 +84,15 @@ def in_new_thread(call: Callable[[], T], name: str) -> Future[T]:
 def spawn(cls: type, *arguments: Any, **options: Any) -> Any:
     """Starts an actor of ``cls`` and returns its handle.
 
-    It never restarts by itself, unless ``options`` say so: a blank actor would pass for one that
-    holds weights.
+    The actor never restarts by itself, unless ``options`` say so: a blank actor would pass for a
+    loaded one.
     """
     limits = {"max_restarts": 0, "max_task_retries": 0}
     return _actor_class(cls).options(**{**limits, **options}).remote(*arguments)
 
 
 def log_to(path: str | None) -> None:
-    """Sends this process's output, and that of children it starts, to a file; None leaves it."""
+    """Sends the output of this process and of its children to a file; None leaves it."""
     if path is None:
         return
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -112,20 +113,16 @@ def _actor_class(cls: type) -> Any:
 
 
 def on_sigterm(prepare: Callable[[], Any]) -> None:
-    """Has ``prepare`` run as a SIGTERM reaches this actor's process, before Ray ends it.
+    """Has ``prepare`` run when a SIGTERM reaches this actor's process, before Ray ends it.
 
-    Ray then takes no more calls, but lets those that run end and answers them. Handlers belong to
-    the main thread, which no code of an actor runs on, so this hooks into what Ray's own ends in.
+    After a SIGTERM Ray takes no more calls, but answers those that run. Only the main thread may
+    install a signal handler, and no code of an actor runs there. So this function wraps the last
+    call of Ray's own handler; a test fails if Ray renames that call.
     """
-    from ray._private import worker
-
-    name = "raise_sys_exit_with_custom_error_message"
-    end = getattr(worker, name, None)
-    if end is None:
-        return
+    end = worker.raise_sys_exit_with_custom_error_message
 
     def prepare_and_end(*arguments: Any, **options: Any) -> None:
         prepare()
         end(*arguments, **options)
 
-    setattr(worker, name, prepare_and_end)
+    worker.raise_sys_exit_with_custom_error_message = prepare_and_end

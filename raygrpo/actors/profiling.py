@@ -1,4 +1,4 @@
-"""Traces of one step by torch's profiler: what the learner and a generator spend its time on."""
+"""Traces of one step by torch's profiler, in the learner and in a generator."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _TABLE_ROWS = 60
 class ProfileRequest:
     """An order to trace ``step`` (the one that makes version ``step``) into ``directory``.
 
-    Only where the directory exists: a node that does not share the run directory writes nothing.
+    A node that does not share the run directory lacks the directory, and writes nothing.
     """
 
     step: int
     directory: Path
 
     def path(self, name: str) -> Path:
-        """Where the trace of a process goes; it is there only once it is whole."""
+        """The path of a process's trace; a file appears there when it is whole."""
         return self.directory / f"{name}.json.gz"
 
 
@@ -34,7 +34,7 @@ def order_profile(root: Path, step: int, *, done: int, steps: int) -> ProfileReq
     """An order for a run directory in which ``done`` of ``steps`` steps are trained.
 
     Raises:
-        ConfigError: ``step`` is none of those that are left.
+        ConfigError: ``step`` is trained already, or after the last one.
     """
     if not done < step <= steps:
         raise ConfigError(
@@ -47,10 +47,10 @@ def order_profile(root: Path, step: int, *, done: int, steps: int) -> ProfileReq
 
 
 class Tracer:
-    """Records what the calling thread runs inside its ``with`` block, once.
+    """Records the calling thread's work inside the ``with`` block, once.
 
-    Writes NAME.json.gz (Chrome's trace format) and NAME.txt (time by operator). What the profiler
-    itself cannot do is printed, so that a trace never costs a step.
+    Writes NAME.json.gz (Chrome's trace format) and NAME.txt (time by operator). A failure of the
+    profiler is printed, so that a trace never costs a step.
     """
 
     def __init__(self, request: ProfileRequest, name: str) -> None:
@@ -91,10 +91,10 @@ class Tracer:
 
 
 class EngineTracer:
-    """Traces an engine from the first request of a step until it has none left, or 200 steps.
+    """Traces an engine from a step's first request until nothing is left, or for 200 steps.
 
-    A request is of the step whose predecessor's version it asks for. All calls come from the
-    engine's own thread.
+    A request belongs to step N if it asks for version N - 1. All calls come from the engine's own
+    thread.
     """
 
     def __init__(self, engine: Engine, request: ProfileRequest, name: str) -> None:

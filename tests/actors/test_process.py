@@ -1,14 +1,17 @@
-"""Freed memory is used again, instead of being given back and zeroed anew."""
+"""An actor's process: freed memory is used again, and a SIGTERM is prepared for."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from ray._private import worker
 
-from raygrpo.actors.process import KEPT, children_keep_heaps
+from raygrpo.actors.process import KEPT, children_keep_heaps, on_sigterm
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the heap of glibc")
 # Page faults of the third time that large blocks are taken, written to and freed: by the main
@@ -87,3 +90,18 @@ def test_the_environment_is_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     with children_keep_heaps():
         assert os.environ["MALLOC_ARENA_MAX"] == "4"
         assert "MALLOC_TRIM_THRESHOLD_" not in os.environ
+
+
+def test_rays_own_handler_of_a_sigterm_prepares_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In Ray's own code, whose private names this depends on."""
+    calls: list[str] = []
+    handlers: list[Any] = []
+    end = "raise_sys_exit_with_custom_error_message"
+    monkeypatch.setattr(worker, end, lambda *_, **__: calls.append("end"))
+    monkeypatch.setattr("ray._private.utils.set_sigterm_handler", handlers.append)
+    on_sigterm(lambda: calls.append("prepare"))
+    process = SimpleNamespace(core_worker=SimpleNamespace(run_task_loop=lambda: None))
+    with pytest.raises(SystemExit):
+        worker.Worker.main_loop(process)
+    handlers[0](15, None)
+    assert calls == ["prepare", "end"]
