@@ -1,4 +1,4 @@
-"""Publishing: what arrives at a hub on loopback, what is refused, and what survives a failure."""
+"""Pushing: what arrives at a hub on loopback, what is refused, and what survives a failure."""
 
 from __future__ import annotations
 
