@@ -30,7 +30,10 @@ _MAX_ATTEMPTS = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WriteOrder:
-    """The groups of one file, and the step's plan where a step trained them."""
+    """The groups of one file, and the step's plan where a step trained them.
+
+    The order's references keep the groups alive until the file is written.
+    """
 
     kind: store.Kind
     facts: store.FileFacts
@@ -92,14 +95,6 @@ class _Attempt(Pending[WriteReport]):
             return True
 
 
-@dataclass(slots=True)
-class _Write:
-    """A file still to be written. The order's references keep the groups alive until then."""
-
-    order: WriteOrder
-    attempts: int = 0
-
-
 class RolloutLog:
     """Takes groups once their fates are decided, and has each step's groups written as one file.
 
@@ -126,8 +121,9 @@ class RolloutLog:
         self._is_full = False
         self._num_bytes = store.total_bytes(directory)
         self._held: dict[Stream, dict[int, FinishedGroup]] = {"train": {}, "eval": {}}
-        self._waiting: deque[_Write] = deque()
+        self._waiting: deque[WriteOrder] = deque()
         self._attempt: _Attempt | None = None
+        self._num_attempts = 0  # at the first of them
         self._actor: Handle | None = None
         self._num_rows = self._num_unstored = 0
 
@@ -143,7 +139,7 @@ class RolloutLog:
 
     def settled(self, step: int) -> bool:
         """Whether every group that a checkpoint of ``step`` counts as done is on disk."""
-        return all(w.order.facts.step > step and w.order.minibatches for w in self._waiting)
+        return all(order.facts.step > step and order.minibatches for order in self._waiting)
 
     def take(self, decided: Iterable[FinishedGroup]) -> None:
         """Takes groups whose fate is decided; a ``kept`` one waits for the step that trains it."""
@@ -170,16 +166,17 @@ class RolloutLog:
         """
         if pending is not self._attempt or self._attempt is None:
             return
-        attempt, self._attempt, write = self._attempt, None, self._waiting[0]
+        attempt, self._attempt, order = self._attempt, None, self._waiting[0]
         if attempt.error is not None:
-            self._lose_writer(write, attempt.error)
+            self._lose_writer(order.facts.step, attempt.error)
         else:
             self._waiting.popleft()
-            step, report = write.order.facts.step, attempt.value
+            self._num_attempts = 0
+            step, report = order.facts.step, attempt.value
             self._num_bytes = report.num_bytes
             if report.lost:
                 self._on_event("completions_lost", step=step, groups=report.lost)
-            if write.order.minibatches:
+            if order.minibatches:
                 self._on_sample(step, report.sample)
         self._send()
 
@@ -214,16 +211,15 @@ class RolloutLog:
             has_signal=batch.has_signal,
         )
         order = WriteOrder(kind=kind, facts=facts, groups=groups, minibatches=batch.minibatches)
-        self._waiting.append(_Write(order))
+        self._waiting.append(order)
         self._send()
 
     def _send(self) -> None:
         if self._attempt is not None or not self._waiting:
             return
-        write = self._waiting[0]
-        write.attempts += 1
+        self._num_attempts += 1
         self._actor = self._actor or self._new_writer()
-        ref = self._actor.write.remote(write.order)
+        ref = self._actor.write.remote(self._waiting[0])
         self._attempt = _Attempt("rollout-writer", [ref], self._timeout_s, lambda values: values[0])
 
     def _new_writer(self) -> Handle:
@@ -232,17 +228,16 @@ class RolloutLog:
         arguments = (str(self._directory), self._timeout_s, log_path(self._logs, "rollout-writer"))
         return spawn(RolloutWriterActor, *arguments, num_cpus=0, scheduling_strategy=node)
 
-    def _lose_writer(self, write: _Write, error: InfraError) -> None:
-        step = write.order.facts.step
-        if write.attempts >= _MAX_ATTEMPTS:
+    def _lose_writer(self, step: int, error: InfraError) -> None:
+        if self._num_attempts >= _MAX_ATTEMPTS:
             raise StorageError(
-                f"{write.attempts} writers failed at the completions of step {step}: {error}",
+                f"{self._num_attempts} writers failed at the completions of step {step}: {error}",
                 "see logs/ for the reason (out of memory is the usual one)",
             ) from error
         ray.kill(self._actor)
         self._actor = None
-        event = {"worker": "rollout-writer", "groups": [], "error": str(error)}
-        self._on_event("worker_replaced", step=step, **event)
+        fields = {"worker": "rollout-writer", "groups": [], "error": str(error)}
+        self._on_event("worker_replaced", step=step, **fields)
 
 
 def put_groups(groups: Mapping[int, Group]) -> dict[int, Ref]:

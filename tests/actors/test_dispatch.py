@@ -239,13 +239,13 @@ def test_a_stream_that_is_forgotten_is_served_no_more() -> None:
     assert list(dispatcher.flights) == [("train", 2)]
 
 
-def finish(fake: FakeRay, made: RolloutPool) -> tuple[FinishedGroup, ...]:
+def finish(fake: FakeRay, made: RolloutPool) -> list[FinishedGroup]:
     """The groups of the waits in which a group is generated, then scored."""
     scores = ScoreReport(
         summary=builders.summary(7, [1.0, 0.0]), traceback="raised", extras={"note": ("a", "b")}
     )
     fake.answers = {"report": GenerationReport(group_id=7)}
-    assert made.wait([], 0, STATE).groups == ()
+    assert made.wait([], 0, STATE).groups == []
     fake.answers = {"scores": scores}
     return made.wait([], 0, STATE).groups
 
@@ -263,7 +263,7 @@ def test_a_dead_generators_group_is_sent_again_and_reported(fake: FakeRay) -> No
     made.submit(request(7))
     fake.answers = {"report": RayActorError()}
     events = made.wait([], 0, STATE)
-    assert events.lost == (("train", 7),)
+    assert events.lost == [("train", 7)]
     assert [kind for kind, _ in events.events] == ["worker_replaced"]
     order, partials = made.generators[0].actor.generate.options().remote.call_args[0]
     assert (order.group_id, order.attempt, partials) == (7, 1, ())

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from raygrpo.actors.cluster.placement import (
-    actor_options,
     check_local_labels,
     check_run_dir,
     cluster_threads,
@@ -16,6 +15,7 @@ from raygrpo.actors.cluster.placement import (
     nodes_with,
     unplaceable,
 )
+from raygrpo.actors.cluster.site import Site
 from raygrpo.config import RunConfig
 from raygrpo.errors import ConfigError
 from tests import builders
@@ -114,8 +114,8 @@ def test_what_is_missing_is_named() -> None:
 
 
 def test_a_local_cluster_reserves_no_cores() -> None:
-    assert actor_options(local=True, threads=4) == {"num_cpus": 0, "num_gpus": 0.0}
-    options = actor_options(local=False, threads=4, gpus=1, labels={"role": "learner"})
+    assert Site(local=True).options(None, threads=4) == {"num_cpus": 0, "num_gpus": 0.0}
+    options = Site(local=False).options(0, threads=4, gpus=1, labels={"role": "learner"})
     assert options == {"num_cpus": 4, "num_gpus": 1, "label_selector": {"role": "learner"}}
 
 

@@ -44,8 +44,8 @@ class Pool:
         sent, self._sent = self._sent, []
         served = [request for request in sent if request.group_id not in self._dropped]
         return PoolEvents(
-            groups=tuple(self._finish(request) for request in served),
-            dropped=tuple((r.stream, r.group_id) for r in sent if r not in served),
+            groups=[self._finish(request) for request in served],
+            dropped=[(r.stream, r.group_id) for r in sent if r not in served],
         )
 
     def _finish(self, request: GroupRequest) -> FinishedGroup:

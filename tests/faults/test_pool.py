@@ -147,8 +147,8 @@ def test_a_group_that_takes_its_workers_down_is_given_up(cluster: Cluster) -> No
         os.kill(pool.pids["generator-0"], signal.SIGKILL)
         done = cluster.wait_until(lambda d: bool(d.lost or d.dropped))[-1]
         if death < MAX_GROUP_DEATHS - 1:
-            assert done.lost == (("train", 9),)
-    assert done.dropped == (("train", 9),)
+            assert done.lost == [("train", 9)]
+    assert done.dropped == [("train", 9)]
     assert "group_dropped" in [kind for kind, _ in done.events]
 
 

@@ -93,8 +93,8 @@ class Parts:
     def come(self, pendings: Sequence[Pending[Any]]) -> PoolEvents:
         """All that was asked for: groups, and calls that are not held open."""
         sent, self.sent = self.sent, []
-        done = tuple(pending for pending in pendings if not pending.open_refs)
-        return PoolEvents(groups=tuple(map(finished, sent)), completed=done)
+        done = [pending for pending in pendings if not pending.open_refs]
+        return PoolEvents(groups=list(map(finished, sent)), completed=done)
 
     # The learner.
 
@@ -235,7 +235,7 @@ def test_a_run_from_start_to_end(run_dir: RunDir) -> None:
 
 def everything(pendings: Sequence[Pending[Any]]) -> PoolEvents:
     """All calls have ended; no group has come."""
-    return PoolEvents(completed=tuple(pendings))
+    return PoolEvents(completed=list(pendings))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ from importlib.util import find_spec
 
 import ray
 
-from raygrpo.actors.cluster.placement import actor_options, labels_of
+from raygrpo.actors.cluster.placement import labels_of
+from raygrpo.actors.cluster.site import Site
 from raygrpo.config import RunConfig
 from raygrpo.engines.select import EngineChoice, choose_engine, engine_device
 from raygrpo.engines.vllm.options import NOT_INSTALLED, vllm_problem
@@ -28,12 +29,8 @@ def settle_engine(config: RunConfig, recorded: str | None, *, local: bool) -> En
 def _ask(config: RunConfig, local: bool) -> str | None:
     if find_spec("vllm") is None:  # the run's processes have this one's environment
         return NOT_INSTALLED
-    options = actor_options(
-        local=local,
-        threads=1,
-        gpus=config.ray.gpus.generator,
-        labels=labels_of(config, "generator"),
-    )
+    gpus, labels = config.ray.gpus.generator, labels_of(config, "generator")
+    options = Site(local=local).options(None, threads=1, gpus=gpus, labels=labels)
     # In a process of its own, so that no other process has vLLM imported.
     probe = ray.remote(max_calls=1)(vllm_problem).options(**options)
     answer = probe.remote(engine_device(config), config.model)

@@ -63,19 +63,6 @@ def local_threads(config: RunConfig, cores: int) -> Threads:
     )
 
 
-def actor_options(
-    *, local: bool, threads: int, gpus: float = 0.0, labels: Mapping[str, str] | None = None
-) -> dict[str, Any]:
-    """Ray options of an actor. On the run's own local cluster CPUs are shared, not reserved.
-
-    ``labels`` select the nodes that may run the actor (Ray's ``label_selector``). Threads are set
-    inside the actor: a runtime environment would start a new process beside those that Ray keeps
-    ready.
-    """
-    options: dict[str, Any] = {"num_cpus": 0 if local else threads, "num_gpus": gpus}
-    return {**options, "label_selector": dict(labels)} if labels else options
-
-
 def address_of(config: RunConfig) -> str:
     """``local`` for a Ray of the run's own, else the address of a cluster."""
     address = config.ray.address

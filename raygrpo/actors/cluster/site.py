@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from raygrpo.actors.cluster.colocation import Colocation
-from raygrpo.actors.cluster.placement import actor_options
 from raygrpo.actors.profiling import ProfileRequest
 
 
@@ -39,8 +38,14 @@ class Site:
         gpus: float = 0.0,
         labels: Mapping[str, str] | None = None,
     ) -> dict[str, Any]:
-        """Ray options of an actor; ``index`` is that of a rank or generator, None of any other."""
-        options = actor_options(local=self.local, threads=threads, gpus=gpus, labels=labels)
+        """Ray options of an actor; ``index`` is that of a rank or generator, None of any other.
+
+        ``labels`` select the nodes that may run the actor. Threads are set inside the actor: a
+        runtime environment would start a new process beside those that Ray keeps ready.
+        """
+        options: dict[str, Any] = {"num_cpus": 0 if self.local else threads, "num_gpus": gpus}
+        if labels:
+            options["label_selector"] = dict(labels)
         if self.places is None or index is None:
             return options
         return options | self.places.options(index)

@@ -38,11 +38,6 @@ class WorkerFactory:
         models = reward_models(config.rewards)
         self._models = [item for item in models.items() for _ in range(item[1].count)]
 
-    def forget_weights(self) -> None:
-        """Has the store drop its versions, which are corrupt."""
-        assert self._store is not None
-        self._store.forget()
-
     def all(self, role: Role) -> list[Worker]:
         """All workers of a role, as the configuration asks for."""
         config = self._config
@@ -55,36 +50,19 @@ class WorkerFactory:
 
     def make(self, role: Role, index: int) -> Worker:
         """A worker of a role: number ``index``, the first one or its successor."""
-        make = {
-            "generator": self._generator,
-            "scorer": self._scorer,
-            "reward_model": self._reward_model,
-        }[role]
-        worker = make(index)
+        makers = {"generator": self._generator, "scorer": self._scorer}
+        worker = makers.get(role, self._reward_model)(index)
         worker.starting = worker.actor.start.remote(log_path(self._site.logs, worker.name))
         worker.deadline = time.monotonic() + self._config.ray.timeouts_s.start
         return worker
 
     def _generator(self, index: int) -> Worker:
-        config = self._config
-        threads = config.ray.threads.generator
-        options = self._site.options(
-            index,
-            threads=threads,
-            gpus=config.ray.gpus.generator,
-            labels=labels_of(config, "generator"),
-        )
+        config, threads = self._config, self._config.ray.threads.generator
+        gpus, labels = config.ray.gpus.generator, labels_of(config, "generator")
+        options = self._site.options(index, threads=threads, gpus=gpus, labels=labels)
         profile = self._site.profile if index == 0 else None
-        actor = spawn(
-            GeneratorActor,
-            config,
-            self._store,
-            threads,
-            profile,
-            self._make_engine,
-            max_concurrency=10_000,
-            **options,
-        )
+        arguments = (config, self._store, threads, profile, self._make_engine)
+        actor = spawn(GeneratorActor, *arguments, max_concurrency=10_000, **options)
         return Worker("generator", f"generator-{index}", actor)
 
     def _scorer(self, index: int) -> Worker:

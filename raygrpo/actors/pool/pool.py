@@ -31,7 +31,7 @@ from raygrpo.actors.generator import GenerationReport
 from raygrpo.actors.pool.dispatch import Dispatcher
 from raygrpo.actors.pool.factory import WorkerFactory
 from raygrpo.actors.pool.failures import MAX_GROUP_DEATHS, Action, History, decide
-from raygrpo.actors.pool.workers import Flight, GroupKey, Happened, PoolEvents, Worker
+from raygrpo.actors.pool.workers import Flight, GroupKey, PoolEvents, Worker
 from raygrpo.actors.scorer import ModelLost, ScoreReport
 from raygrpo.actors.weight_store import StoreHandle
 from raygrpo.algorithm.step_plan import teaches
@@ -71,8 +71,7 @@ class RolloutPool:
         make_engine: Callable[..., Engine] | None = None,
     ) -> None:
         """The arguments are those of `WorkerFactory`."""
-        self._config = config
-        self._local = site.local
+        self._config, self._store, self._local = config, store, site.local
         self._factory = WorkerFactory(config, store, functions, site, make_engine)
         self.generators = self._factory.all("generator")
         self._scorers = self._factory.all("scorer")
@@ -85,7 +84,7 @@ class RolloutPool:
         self._sleeping = False
         self._deaths_in_a_row = 0
         self._drains_checked = 0.0
-        self._happened = Happened()
+        self._happened = PoolEvents()
         self.normal_gap: float | None = None
 
     @property
@@ -175,8 +174,8 @@ class RolloutPool:
         refs = self._refs() + [ref for pending in pendings for ref in pending.open_refs]
         started = time.monotonic()
         ready = _wait_for(refs, timeout_s)
-        waited_s = time.monotonic() - started
-        completed = tuple(pending for pending in pendings if pending.collect(ready))
+        self._happened.waited_s = time.monotonic() - started
+        self._happened.completed = [pending for pending in pendings if pending.collect(ready)]
         for worker in self._workers:
             self._collect_worker(worker, ready)
         for key, flight in list(self._flights.items()):
@@ -187,10 +186,10 @@ class RolloutPool:
         self._replace_left()
         self._dispatcher.generate(self.generators)
         self._dispatcher.score(self._scorers, self._models, trainer_state)
-        happened, self._happened = self._happened, Happened()
-        return happened.events_with(completed=completed, waited_s=waited_s)
+        happened, self._happened = self._happened, PoolEvents()
+        return happened
 
-    def _note(self, kind: str, fields: Mapping[str, Any]) -> None:
+    def _note(self, kind: str, /, **fields: Any) -> None:
         self._happened.events.append((kind, fields))
 
     def _refs(self) -> list[Ref]:
@@ -228,7 +227,7 @@ class RolloutPool:
             raise
         except InfraError as error:
             if isinstance(error, ProbeFailed):
-                self._note("probe_failed", {"worker": worker.name, **error.figures})
+                self._note("probe_failed", worker=worker.name, **error.figures)
             elif isinstance(error, WeightsCorrupt):
                 self._forget_weights(worker, error)
             self._bury(worker, error)
@@ -249,16 +248,17 @@ class RolloutPool:
         except WeightsLost as error:  # not the generator's fault: it keeps the weights that it has
             if newest:
                 self._happened.weights_lost = True
-                self._note("weights_lost", {"worker": worker.name, "error": str(error)})
+                self._note("weights_lost", worker=worker.name, error=str(error))
         if not newest:
             self._start_loading(worker)
 
     def _forget_weights(self, worker: Worker, error: WeightsCorrupt) -> None:
         """Has the learner publish all weights again, unless newer ones have come meanwhile."""
         if worker.loading_publish == self._num_publishes:
-            self._factory.forget_weights()
+            assert self._store is not None
+            self._store.forget()  # its versions are corrupt
             self._happened.weights_lost = True
-        self._note("weights_corrupt", {"worker": worker.name, "error": str(error)})
+        self._note("weights_corrupt", worker=worker.name, error=str(error))
 
     def _collect_flight(self, key: GroupKey, flight: Flight) -> None:
         worker = flight.worker
@@ -312,8 +312,7 @@ class RolloutPool:
         if action is Action.DROP_GROUP:
             self._drop(key, str(error))
         else:
-            event = {"stream": key[0], "group_id": key[1], "error": str(error)}
-            self._note("group_lost", event)
+            self._note("group_lost", stream=key[0], group_id=key[1], error=str(error))
             self._send_again(key)
 
     def _bury(self, worker: Worker, error: Exception) -> None:
@@ -352,8 +351,8 @@ class RolloutPool:
         worker.groups.clear()
         for key in lost:
             self._give_back(key)
-        event = {"worker": worker.name, "groups": [list(k) for k in lost], "error": reason}
-        self._note("worker_replaced", event)
+        groups = [list(key) for key in lost]
+        self._note("worker_replaced", worker=worker.name, groups=groups, error=reason)
         pool = next(p for p in (self.generators, self._scorers, self._models) if worker in p)
         index = pool.index(worker)
         pool[index] = self._factory.make(worker.role, index)
@@ -383,8 +382,7 @@ class RolloutPool:
     def _drop(self, key: GroupKey, reason: str) -> None:
         self._count_aborted(key, self._dispatcher.drop(key).kept_tokens)
         self._happened.dropped.append(key)
-        event = {"stream": key[0], "group_id": key[1], "error": reason}
-        self._note("group_dropped", event)
+        self._note("group_dropped", stream=key[0], group_id=key[1], error=reason)
 
     def _count_aborted(self, key: GroupKey, num_tokens: int) -> None:
         if key[0] == "train":
@@ -404,8 +402,8 @@ class RolloutPool:
         worker.leaving = reason
         worker.deadline = time.monotonic() + _ABORT_S
         worker.actor.abort.remote()
-        event = {"worker": worker.name, "groups": len(worker.groups), "reason": reason}
-        self._note("worker_leaving", event)
+        num_groups = len(worker.groups)
+        self._note("worker_leaving", worker=worker.name, groups=num_groups, reason=reason)
 
     def _replace_left(self) -> None:
         left = [worker for worker in self.generators if worker.leaving and not worker.groups]

@@ -98,9 +98,9 @@ class Flight:
         return prompt.size + sampling.num_completions * sampling.max_tokens
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class PoolEvents:
-    """What one wait brought.
+    """What one wait brought; the pool fills it in until the wait ends.
 
     ``lost`` groups died with a worker, and the pool has sent them again. ``dropped`` groups cannot
     be served. ``weights_lost``: the weight store is empty, so the learner must publish again.
@@ -108,42 +108,15 @@ class PoolEvents:
     ``waited_s``: how long the wait blocked.
     """
 
-    groups: tuple[FinishedGroup, ...] = ()
-    lost: tuple[GroupKey, ...] = ()
-    dropped: tuple[GroupKey, ...] = ()
-    completed: tuple[Pending[Any], ...] = ()
-    loads: tuple[LoadReport, ...] = ()
-    events: tuple[tuple[str, Mapping[str, Any]], ...] = ()
-    weights_lost: bool = False
-    aborted_tokens: int = 0
-    waited_s: float = 0.0
-
-
-@dataclass(slots=True)
-class Happened:
-    """What has happened since the last wait ended; see `PoolEvents` for the fields."""
-
     groups: list[FinishedGroup] = field(default_factory=list)
     lost: list[GroupKey] = field(default_factory=list)
     dropped: list[GroupKey] = field(default_factory=list)
+    completed: list[Pending[Any]] = field(default_factory=list)
     loads: list[LoadReport] = field(default_factory=list)
     events: list[tuple[str, Mapping[str, Any]]] = field(default_factory=list)
     weights_lost: bool = False
     aborted_tokens: int = 0
-
-    def events_with(self, *, completed: tuple[Pending[Any], ...], waited_s: float) -> PoolEvents:
-        """All of it, for the driver."""
-        return PoolEvents(
-            groups=tuple(self.groups),
-            lost=tuple(self.lost),
-            dropped=tuple(self.dropped),
-            completed=completed,
-            loads=tuple(self.loads),
-            events=tuple(self.events),
-            weights_lost=self.weights_lost,
-            aborted_tokens=self.aborted_tokens,
-            waited_s=waited_s,
-        )
+    waited_s: float = 0.0
 
 
 def least_loaded(workers: Sequence[Worker], rows: int, capacity: int, queue: int) -> Worker | None:
