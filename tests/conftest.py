@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import secrets
 from typing import Any
 
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
+# Ray reads these when it is imported; all processes of the suite are clients of each other's Ray.
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+os.environ.pop("RAY_ADDRESS", None)  # tests name the Ray that they join
 # Whole runs, whose processes keep a machine busy: one at a time.
 RUNS = ("tests/e2e/",)
+# The slowest folders come first, so that both processes end together.
+SLOWEST = ("tests/e2e/", "tests/parity/", "tests/faults/")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -16,12 +24,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=_place)
     if config.getoption("--slow"):
         return
     skip = pytest.mark.skip(reason="takes minutes; run with --slow")
     for item in items:
         if "slow" in item.keywords:
             item.add_marker(skip)
+
+
+def _place(item: pytest.Item) -> int:
+    places = [i for i, folder in enumerate(SLOWEST) if item.nodeid.startswith(folder)]
+    return places[0] if places else len(SLOWEST)
 
 
 class ByFile(LoadScopeScheduling):

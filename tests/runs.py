@@ -16,10 +16,13 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from typer.testing import CliRunner, Result
 
+from raygrpo.cli import app
 from tests.tiny import save_tiny_model
 
 DEADLINE_S = 280.0  # below pytest's own, on cores that other tests use too
+SHARED: dict[str, str] = {}  # RAY_ADDRESS while a module's runs share a Ray (e2e/conftest.py)
 # What Ray, and what it leaves behind when a test ends, says in the process of the tests.
 RAY_IN_PROCESS = [
     pytest.mark.filterwarnings(f"ignore::{category}")
@@ -62,7 +65,7 @@ def write_run(directory: Path, name: str, **changes: Any) -> Path:
         "optimizer": {"lr": 1e-2, "schedule": "linear"},
         "scorers": {"count": 1},
         "ray": {
-            "address": "local",
+            "address": "auto",
             "timeouts_s": {"start": 120.0, "generate": 60.0},
             "threads": {"learner": 1, "generator": 1},
         },
@@ -79,6 +82,7 @@ def start(config: Path, *overrides: str, command: str = "train") -> subprocess.P
     """Starts ``raygrpo`` on a configuration; its output goes to a file beside it."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     environment.pop("RAY_ADDRESS", None)
+    environment |= SHARED
     with config.with_suffix(".log").open("a") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "raygrpo", command, str(config), *overrides],
@@ -127,6 +131,14 @@ def serial(config: Path) -> tuple[dict[str, torch.Tensor], str]:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return load_file(directory / "serial" / "model.safetensors"), done.stdout
+
+
+def invoke(*arguments: str) -> Result:
+    """Runs a command of ``raygrpo`` in this process, which has the libraries loaded."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in SHARED.items():
+            patch.setenv(name, value)
+        return CliRunner().invoke(app, arguments)
 
 
 def wait_for(process: subprocess.Popen[str], condition: Callable[[], bool], what: str) -> None:

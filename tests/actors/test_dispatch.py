@@ -18,7 +18,7 @@ from raygrpo.actors.cluster.site import Site
 from raygrpo.actors.generator import GenerationReport
 from raygrpo.actors.idle import IdleClock, IdleReading, IdleShare
 from raygrpo.actors.pool.dispatch import Dispatcher
-from raygrpo.actors.pool.failures import MAX_DEATHS_IN_A_ROW
+from raygrpo.actors.pool.failures import MAX_DEATHS_IN_A_ROW, MAX_GROUP_DEATHS
 from raygrpo.actors.pool.pool import RolloutPool
 from raygrpo.actors.pool.workers import Role, Worker, least_loaded
 from raygrpo.actors.scorer import ScoreReport
@@ -268,6 +268,17 @@ def test_a_dead_generators_group_is_sent_again_and_reported(fake: FakeRay) -> No
     order, partials = made.generators[0].actor.generate.options().remote.call_args[0]
     assert (order.group_id, order.attempt, partials) == (7, 1, ())
     assert len(finish(fake, made)) == 1
+
+
+def test_a_group_that_takes_its_workers_down_is_given_up(fake: FakeRay) -> None:
+    made = pool()
+    made.submit(request(7))
+    fake.answers = {"report": RayActorError()}
+    for _ in range(MAX_GROUP_DEATHS - 1):
+        assert made.wait([], 0, STATE).lost == [("train", 7)]
+    events = made.wait([], 0, STATE)
+    assert (events.lost, events.dropped) == ([], [("train", 7)])
+    assert [kind for kind, _ in events.events] == ["group_dropped", "worker_replaced"]
 
 
 def test_deaths_stop_the_run_only_while_no_group_finishes(fake: FakeRay) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from tests import runs
 
+pytestmark = pytest.mark.usefixtures("shared_ray")
 STALENESS, STEPS = 2, 8
 
 

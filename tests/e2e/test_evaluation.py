@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import statistics
-import subprocess
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +22,7 @@ from safetensors.torch import load_file
 from raygrpo.storage.checkpoint import Checkpoints, verify
 from tests import runs
 
+pytestmark = [*runs.RAY_IN_PROCESS, pytest.mark.usefixtures("shared_ray")]
 LEVELS = (0.25, 0.75, 0.5, 0.5, 2.0)
 STEPS, LAST, BEST, SAMPLES = 4, 3, 1, 4
 REWARD = f"""
@@ -199,25 +197,12 @@ def test_generate_makes_the_groups_that_training_starts_with(finished: Path) -> 
         assert {name: ours[name] for name in same} == {name: theirs[name] for name in same}
     assert "frac_groups_with_signal" in text
     assert "tokens_per_s" in text
-    refused = start_command("generate", str(finished), "--out", str(out))
-    assert refused.returncode == 2, refused.stderr
-    assert "name another --out" in refused.stderr
+    refused = runs.invoke("generate", str(finished), "--out", str(out))
+    assert refused.exit_code == 2, refused.output
+    assert "name another --out" in refused.output
 
 
 def command(*arguments: str) -> str:
-    done = start_command(*arguments)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
-
-
-def start_command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    return subprocess.run(
-        [sys.executable, "-m", "raygrpo", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=runs.DEADLINE_S,
-        env={**environment, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        cwd=Path(__file__).parents[2],
-        check=False,
-    )
+    result = runs.invoke(*arguments)
+    assert result.exit_code == 0, result.output[-3000:]
+    return result.output

@@ -88,7 +88,8 @@ def test_a_killed_scorer_costs_nothing(directory: Path, undisturbed: Path) -> No
     assert [e["worker"] for e in runs.events(config, "worker_replaced")] == ["scorer-0"]
 
 
-@pytest.mark.parametrize("times", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow  # test_rollouts.py resumes a killed run and compares its bits too
+@pytest.mark.parametrize("times", [1, 2])
 def test_killed_and_resumed_is_the_same_run(directory: Path, undisturbed: Path, times: int) -> None:
     """Killed once, it loses its generator before."""
     config = runs.write_run(directory, f"driver_killed_{times}", **SAVES)

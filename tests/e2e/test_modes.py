@@ -8,6 +8,8 @@ import pytest
 
 from tests import runs
 
+pytestmark = pytest.mark.usefixtures("shared_ray")
+
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -10,6 +10,8 @@ import pytest
 from tests import runs
 from tests.tiny import save_tiny_model
 
+pytestmark = pytest.mark.usefixtures("shared_ray")
+
 
 def test_smoke_trains_two_steps_and_leaves_nothing(tmp_path: Path) -> None:
     save_tiny_model(tmp_path / "gemma", "gemma3", seed=1)

@@ -27,7 +27,7 @@ from tests import runs
 from tests.faults.test_reward_children import make_group
 from tests.tiny_reward import save_tiny_reward_model
 
-pytestmark = runs.RAY_IN_PROCESS
+pytestmark = [*runs.RAY_IN_PROCESS, pytest.mark.usefixtures("shared_ray")]
 
 
 @pytest.fixture(scope="module")

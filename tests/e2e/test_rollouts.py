@@ -29,8 +29,9 @@ from raygrpo.errors import ConfigError, StorageError
 from raygrpo.storage.rollouts import files, read_facts, read_step
 from raygrpo.types import Fate, FinishedGroup, PlannedSample, StepBatch
 from tests import builders, runs
+from tests.e2e.head import Head
 
-pytestmark = runs.RAY_IN_PROCESS
+pytestmark = [*runs.RAY_IN_PROCESS, pytest.mark.usefixtures("shared_ray")]
 
 # Coarse, so that some groups have no signal; and without a value for some completions.
 COARSE = '''
@@ -45,8 +46,8 @@ NUM_EVALUATED = 4 * (1 + 3)
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose writer was killed, which was killed itself after step 4, and resumed."""
+def config(tmp_path_factory: pytest.TempPathFactory, shared_ray: Head) -> Path:
+    """A run whose generator and writer were killed, killed itself after step 4, and resumed."""
     directory = tmp_path_factory.mktemp("rollouts")
     (directory / "coarse.py").write_text(COARSE)
     path = runs.write_run(
@@ -60,9 +61,15 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     store = runs.run_dir(path) / "completions"
     process = runs.start(path)
     runs.wait_for(process, lambda: bool(files(store, "step")), "the first file")
-    (writer,) = _writers(process.pid)
+    (writer,) = _writers(shared_ray.process.pid)
     writer.kill()
-    runs.wait_for(process, lambda: bool(runs.events(path, "worker_replaced")), "a new writer")
+    (started,) = runs.events(path, "started")
+    os.kill(started["pids"]["generator-0"], signal.SIGKILL)
+    runs.wait_for(
+        process,
+        lambda: len(runs.events(path, "worker_replaced")) == 2,
+        "a new writer and generator",
+    )
     checkpoint = runs.run_dir(path) / "checkpoints" / "step-00000004"
     runs.wait_for(process, checkpoint.is_dir, "checkpoint 4")
     assert set(files(store, "step")) >= {1, 2, 3, 4}, "a checkpoint comes after its files"
@@ -73,8 +80,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def _writers(driver: int) -> list[psutil.Process]:
-    below = psutil.Process(driver).children(recursive=True)
+def _writers(ancestor: int) -> list[psutil.Process]:
+    below = psutil.Process(ancestor).children(recursive=True)
     return [process for process in below if "RolloutWriterActor" in _title(process)]
 
 
@@ -89,9 +96,15 @@ def _frame(config: Path, step: int) -> pandas.DataFrame:
     return pandas.read_parquet(files(runs.run_dir(config) / "completions", "step")[step])
 
 
+def test_killed_and_resumed_it_equals_the_serial_example_bit_for_bit(config: Path) -> None:
+    weights, _ = runs.serial(config)
+    runs.assert_same_weights(runs.weights(config), weights)
+
+
 def test_every_group_is_in_one_file(config: Path) -> None:
     store = runs.run_dir(config) / "completions"
-    assert [e["worker"] for e in runs.events(config, "worker_replaced")] == ["rollout-writer"]
+    replaced = {event["worker"] for event in runs.events(config, "worker_replaced")}
+    assert replaced == {"generator-0", "rollout-writer"}
     names = [path.name for path in store.iterdir()]
     assert len(names) == STEPS + 3, names
     assert list(files(store, "step")) == list(range(1, STEPS + 1))

@@ -329,6 +329,7 @@ def test_a_generator_killed_during_a_sync(cluster: Cluster) -> None:
     assert cluster.take_events() == ["worker_replaced"]
 
 
+@pytest.mark.slow
 def test_a_generator_killed_between_sync_and_decode(cluster: Cluster) -> None:
     version = cluster.publish()
     cluster.pool.load()
@@ -380,7 +381,7 @@ def test_a_late_joiner_is_held_to_the_gap_of_the_runs_first_version(cluster: Clu
     cluster.take_events()
 
 
-@pytest.mark.parametrize("what", ["stage", "step"])
+@pytest.mark.parametrize("what", ["stage", pytest.param("step", marks=pytest.mark.slow)])
 def test_an_engine_that_fails_is_replaced(cluster: Cluster, what: str) -> None:
     """In a load by something untyped, in a step as when vLLM's core dies: not the group's fault."""
     cluster.publish()
@@ -394,6 +395,7 @@ def test_an_engine_that_fails_is_replaced(cluster: Cluster, what: str) -> None:
     assert cluster.take_events() == ["worker_replaced"]
 
 
+@pytest.mark.slow
 def test_a_generator_stopped_in_the_midst_of_a_load(cluster: Cluster) -> None:
     cluster.hold("stage")
     cluster.publish()
