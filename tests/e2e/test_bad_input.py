@@ -72,6 +72,7 @@ def test_export_of_what_is_no_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("shared_ray")
 def test_more_gpus_than_the_cluster_has(directory: Path) -> None:
     config = runs.write_run(
         directory, "gpus", generators={"count": 2}, ray={"gpus": {"generator": 4}}
@@ -82,6 +83,7 @@ def test_more_gpus_than_the_cluster_has(directory: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("shared_ray")
 def test_reward_that_cannot_be_imported(directory: Path) -> None:
     (directory / "broken.py").write_text("import no_such_module\n\ndef f(**_):\n    return []\n")
     config = runs.write_run(directory, "broken", rewards=[{"func": f"{directory / 'broken.py'}:f"}])
@@ -91,6 +93,7 @@ def test_reward_that_cannot_be_imported(directory: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("shared_ray")
 def test_reward_that_fails_stops_the_run_with_its_traceback(directory: Path) -> None:
     (directory / "fails.py").write_text(
         "def f(completions, **_):\n    raise RuntimeError('the judge is out to lunch')\n"

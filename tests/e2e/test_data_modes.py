@@ -17,7 +17,7 @@ from tests import runs
 from tests.data.test_pass_rate import judged
 
 STEPS = 8
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("shared_ray")]
 REWARD = '''
 """Some prompts are solved at once; elsewhere groups differ, and no completion is right."""
 

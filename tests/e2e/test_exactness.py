@@ -1,4 +1,7 @@
-"""Deterministic runs equal examples/serial.py, a run with killed workers, and a resumed run."""
+"""Deterministic runs equal examples/serial.py, a run with killed workers, and a resumed run.
+
+Each run is a process with a Ray of its own, as a user starts it; most of them are killed.
+"""
 
 from __future__ import annotations
 

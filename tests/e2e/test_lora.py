@@ -14,6 +14,8 @@ from tests import runs
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
 STEPS = 40
 
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("shared_ray")]
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -31,7 +33,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return config
 
 
-@pytest.mark.slow
 def test_the_reward_rises_and_adapters_travel(trained: Path) -> None:
     steps = runs.metrics(trained)
     rewards = [row["reward"] for row in steps if "reward" in row]
@@ -45,7 +46,6 @@ def test_the_reward_rises_and_adapters_travel(trained: Path) -> None:
     assert max(gaps) < 1e-3, "fp32: merged weights compute what base and adapter do"
 
 
-@pytest.mark.slow
 def test_the_export_is_base_and_adapter_merged(trained: Path) -> None:
     base = load_file(trained.parent / "model" / "model.safetensors")
     merged = dict(merged_weights(base.items(), adapter_of(trained), LORA))
