@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -64,12 +65,13 @@ def completion(
     mask: Sequence[bool] | None = None,
     finish: Finish = "stop",
     step: int = 0,
+    text: str = "x",
 ) -> Completion:
     return Completion(
         token_ids=np.array(tokens, np.int32),
         logprobs=np.array(logprobs if logprobs is not None else [-0.5] * len(tokens), np.float32),
         loss_mask=np.array(mask if mask is not None else [True] * len(tokens), np.bool_),
-        text="x",
+        text=text,
         finish=finish,
         version_runs=((Version(1, step), len(tokens)),),
     )
@@ -77,6 +79,21 @@ def completion(
 
 def group(order: GroupRequest, completions: Sequence[Completion]) -> Group:
     return Group(request=order, completions=tuple(completions))
+
+
+def written(
+    texts: Sequence[str], columns: dict[str, Any] | None = None, chat: bool = False
+) -> Group:
+    """A group of these texts, each of as many tokens as letters, after ``1 + 1 =``."""
+    asked = "1 + 1 ="
+    question = replace(
+        prompt(),
+        text=None if chat else asked,
+        messages=({"role": "user", "content": asked},) if chat else None,
+        columns=columns or {},
+    )
+    order = replace(request(num_completions=len(texts)), prompt=question)
+    return group(order, [completion(range(max(1, len(text))), text=text) for text in texts])
 
 
 def score(value: float | None, error: str | None = None) -> Score:

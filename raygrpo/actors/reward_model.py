@@ -6,14 +6,13 @@ import asyncio
 import os
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
 import ray.exceptions
 
-from raygrpo.actors.futures import resolve
+from raygrpo.actors.futures import Handle, resolve
 from raygrpo.actors.process import keep_heap, log_to
 from raygrpo.errors import WorkerDied
 from raygrpo.rewards.contract import Call, Reply
@@ -97,35 +96,28 @@ class RemoteReward:
 
     def __init__(self, name: str, timeout_s: float) -> None:
         self.name = name
-        self.use(None)
+        self.is_late = False
+        self._model: Handle = None
         self._timeout_s = timeout_s
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"reward-{name}")
 
-    def use(self, model: Any) -> None:
+    def use(self, model: Handle) -> None:
         """Sends the next group to this actor."""
         self._model = model
         self.is_late = False
 
-    def start(self) -> Future[None]:
-        """Nothing to do: the pool starts the actors."""
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
-
-    def call(self, call: Call) -> Future[tuple[Reply, float]]:
-        """Scores a group; the reply and its seconds."""
-        return self._thread.submit(self._score, call, self._model)
+    def start(self) -> None:
+        """Does nothing: the pool starts the actors."""
 
     def close(self) -> None:
-        """Stops waiting for an answer."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        """Does nothing: the pool ends the actors."""
 
-    def _score(self, call: Call, model: Any) -> tuple[Reply, float]:
+    def call(self, call: Call) -> Reply:
+        """Scores a group."""
         started = time.monotonic()
-        reply = self._ask(call, model)
-        return reply, time.monotonic() - started
+        reply = self._ask(call, self._model)
+        return replace(reply, seconds=time.monotonic() - started)
 
-    def _ask(self, call: Call, model: Any) -> Reply:
+    def _ask(self, call: Call, model: Handle) -> Reply:
         size = len(call.completions)
         ref = model.score.remote(call.prompt, call.completions)
         ready, _ = ray.wait([ref], timeout=self._timeout_s)

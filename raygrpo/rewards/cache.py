@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
-import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -40,70 +38,46 @@ class CachedReward:
         self._inner = inner
         self._capacity = capacity
         self._entries: OrderedDict[bytes, _Entry] = OrderedDict()
-        self._lock = threading.Lock()
 
-    def start(self) -> Future[None]:
+    def start(self) -> None:
         """Starts the cached reward."""
-        return self._inner.start()
+        self._inner.start()
 
     def close(self) -> None:
         """Ends the cached reward."""
         self._inner.close()
 
-    def call(self, call: Call) -> Future[tuple[Reply, float]]:
+    def call(self, call: Call) -> Reply:
         """Scores the completions that are not in the cache; the reply is of the whole group."""
         keys = completion_keys(call)
-        known = self._look_up(keys)
-        wanted = {key: index for index, key in reversed(list(enumerate(keys))) if key not in known}
-        indices = sorted(wanted.values())
-        answer: Future[tuple[Reply, float]] = Future()
-        if not indices:
-            reply = Reply(parts=(), errors=())
-            answer.set_result((self._merge(keys, known, [], reply), 0.0))
-            return answer
-
-        def finish(done: Future[tuple[Reply, float]]) -> None:
-            if (error := done.exception()) is not None:
-                answer.set_exception(error)
-                return
-            reply, seconds = done.result()
-            answer.set_result((self._merge(keys, known, indices, reply), seconds))
-
-        self._inner.call(_part_of(call, indices)).add_done_callback(finish)
-        return answer
-
-    def _look_up(self, keys: Sequence[bytes]) -> dict[bytes, _Entry]:
-        with self._lock:
-            known = {key: self._entries[key] for key in keys if key in self._entries}
-            for key in known:
+        known = {key: self._entries[key] for key in keys if key in self._entries}
+        wanted: dict[bytes, int] = {}
+        for index, key in enumerate(keys):
+            if key in known:
                 self._entries.move_to_end(key)
-        return known
-
-    def _merge(
-        self,
-        keys: Sequence[bytes],
-        known: Mapping[bytes, _Entry],
-        indices: Sequence[int],
-        reply: Reply,
-    ) -> Reply:
-        fresh = {keys[index]: _entry(reply, place) for place, index in enumerate(indices)}
-        self._keep({key: entry for key, entry in fresh.items() if _is_kept(entry)})
-        entries = [fresh.get(key) or known[key] for key in keys]
+            else:
+                wanted.setdefault(key, index)
+        reply = Reply(parts=(), errors=())
+        if wanted:
+            reply = self._inner.call(_part_of(call, list(wanted.values())))
+        fresh = {key: _entry(reply, place) for place, key in enumerate(wanted)}
+        self._keep(fresh)
+        known |= fresh
+        entries = [known[key] for key in keys]
         columns = sorted({column for entry in entries for column in entry.extras})
-        hit_frac = 1 - len(indices) / len(keys)
-        return Reply(
+        hit_frac = 1 - len(wanted) / len(keys)
+        return replace(
+            reply,
             parts=tuple(entry.part for entry in entries),
             errors=tuple(entry.error for entry in entries),
             metrics={**reply.metrics, f"rewards/{self.name}/cache_hit_frac": (hit_frac,)},
             extras={name: tuple(entry.extras.get(name) for entry in entries) for name in columns},
-            traceback=reply.traceback,
         )
 
     def _keep(self, fresh: Mapping[bytes, _Entry]) -> None:
-        with self._lock:
-            self._entries.update(fresh)
-            while len(self._entries) > self._capacity:
-                self._entries.popitem(last=False)
+        self._entries.update((key, entry) for key, entry in fresh.items() if _is_kept(entry))
+        while len(self._entries) > self._capacity:
+            self._entries.popitem(last=False)
 
 
 def completion_keys(call: Call) -> list[bytes]:

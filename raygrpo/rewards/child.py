@@ -20,11 +20,12 @@ import socket
 import sys
 import traceback
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Iterator
+from dataclasses import asdict
 from typing import Any
 
-from raygrpo.rewards.contract import Call, Setup
-from raygrpo.rewards.loading import accepted_arguments, call_params, hidden_columns, load_reward
+from raygrpo.rewards.contract import Call, Reply, Setup
+from raygrpo.rewards.loading import accepted_arguments, load_reward
 from raygrpo.rewards.values import MAX_ERROR_CHARS, clean, number, read_values
 from raygrpo.rewards.wire import Channel
 
@@ -47,8 +48,12 @@ def main(fd: int, trace_fd: int, guard_pid: int) -> None:
         setup: Setup = pickle.loads(channel.receive(None))
         sys.path += [path for path in setup.paths if path not in sys.path]
         with _keeping_stack(trace_fd, setup.start_timeout_s):
-            reward = _load(setup, channel)
-        while reward is not None:
+            try:
+                reward = ServedReward(setup)
+            except BaseException as error:  # the user's module may raise anything, SystemExit too
+                return _send(channel, _failure(setup.name, 1, "cannot be loaded", error))
+        _send(channel, Reply(parts=(), errors=()))
+        while True:
             call: Call = pickle.loads(channel.receive(None))
             with _keeping_stack(trace_fd, setup.timeout_s):
                 reply = reward.answer(call)
@@ -67,57 +72,41 @@ def _keeping_stack(trace_fd: int, timeout_s: float) -> Iterator[None]:
         faulthandler.cancel_dump_traceback_later()
 
 
-def _load(setup: Setup, channel: Channel) -> ServedReward | None:
-    try:
-        reward = ServedReward(setup, load_reward(setup))
-    except BaseException as error:  # the user's module may raise anything, SystemExit included
-        _send(channel, _failure(setup.name, "cannot be loaded", error))
-        return None
-    _send(channel, {})
-    return reward
-
-
-def _send(channel: Channel, reply: Mapping[str, Any]) -> None:
+def _send(channel: Channel, reply: Reply) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
-    channel.send(json.dumps(reply).encode(), None)
+    channel.send(json.dumps(asdict(reply)).encode(), None)
 
 
 class ServedReward:
     """A loaded reward function and how to call it."""
 
-    def __init__(self, setup: Setup, function: Callable[..., Any]) -> None:
+    def __init__(self, setup: Setup) -> None:
         self._name = setup.name
-        self._function = function
-        self._params = call_params(setup)
-        self._hidden = hidden_columns(setup)
-        self._accepted = accepted_arguments(function)
+        self._function, self._params = load_reward(setup)
+        self._accepted = accepted_arguments(self._function)
         self._runner = asyncio.Runner()
         self._pid = os.getpid()
 
-    def answer(self, call: Call) -> Mapping[str, Any]:
-        """The reply to one call: ``parts`` and ``errors`` [G], ``metrics``, ``extras``."""
-        reports = Reports()
+    def answer(self, call: Call) -> Reply:
+        """The reply to one call."""
+        size, reports = len(call.completions), Reports()
         try:
-            values = self._call(call, reports)
-            parts, errors = read_values(self._name, values, len(call.completions))
+            parts, errors = read_values(self._name, self._call(call, reports), size)
         except BaseException as error:  # user code may raise anything, SystemExit included
             if os.getpid() == self._pid:
-                return _failure(self._name, "raised", error)
+                return _failure(self._name, size, "raised", error)
         finally:
             # A process that the function forked, and which came back here, is not the child.
             if os.getpid() != self._pid:
                 os._exit(1)
-        return {"parts": parts, "errors": errors, **reports.to_json(len(call.completions))}
+        metrics, extras = reports.read(size)
+        return Reply(parts=tuple(parts), errors=tuple(errors), metrics=metrics, extras=extras)
 
     def _call(self, call: Call, reports: Reports) -> Any:
         size = len(call.completions)
         arguments: dict[str, Any] = {
-            name: _repeat(value, size)
-            for name, value in call.columns.items()
-            if name not in self._hidden
-        }
-        arguments |= {
+            **{name: _repeat(value, size) for name, value in call.columns.items()},
             "prompts": _repeat(call.prompt, size),
             "completions": list(call.completions),
             "completion_ids": list(call.completion_ids),
@@ -148,14 +137,14 @@ class Reports:
         """Adds values to a column beside the completions."""
         self._extras[str(column)].extend(_plain(value) for value in values)
 
-    def to_json(self, size: int) -> dict[str, Any]:
+    def read(self, size: int) -> tuple[dict[str, tuple[float, ...]], dict[str, tuple[Any, ...]]]:
         """Finite metrics, and columns of the group's size; all others are named on stderr."""
-        finite = {k: [v for v in values if math.isfinite(v)] for k, values in self._metrics.items()}
+        finite = {k: tuple(filter(math.isfinite, v)) for k, v in self._metrics.items()}
         metrics = {name: values for name, values in finite.items() if values}
-        extras = {name: values for name, values in self._extras.items() if len(values) == size}
+        extras = {k: tuple(v) for k, v in self._extras.items() if len(v) == size}
         for name in (self._metrics.keys() - metrics) | (self._extras.keys() - extras):
             print(f"log of {name!r} left out: not finite, or not {size} values", file=sys.stderr)
-        return {"metrics": metrics, "extras": extras}
+        return metrics, extras
 
 
 async def _wait(values: Awaitable[Any]) -> Any:
@@ -175,12 +164,13 @@ def _plain(value: Any) -> str | int | float | bool | None:
     return clean(value if isinstance(value, str) else repr(value))
 
 
-def _failure(name: str, what: str, error: BaseException) -> Mapping[str, Any]:
+def _failure(name: str, size: int, what: str, error: BaseException) -> Reply:
     last = traceback.format_exception_only(error)[-1].strip()
-    return {
-        "error": clean(f"{name}: {what}: {last}")[:MAX_ERROR_CHARS],
-        "traceback": clean("".join(traceback.format_exception(error))),
-    }
+    return Reply.failed(
+        size,
+        clean(f"{name}: {what}: {last}")[:MAX_ERROR_CHARS],
+        clean("".join(traceback.format_exception(error))),
+    )
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ log_metric=, **columns) -> list[float | None]``.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -70,14 +69,15 @@ class Call:
 def make_call(group: Group, trainer_state: TrainerState) -> Call:
     """A group as rewards see it: messages for prompts that are messages, else text."""
     prompt = group.request.prompt
-    texts = [completion.text for completion in group.completions]
-    conversational = prompt.messages is not None
+    shown: Any = prompt.text
+    completions: list[Any] = [completion.text for completion in group.completions]
+    if prompt.messages is not None:
+        shown = [dict(message) for message in prompt.messages]
+        completions = [[{"role": "assistant", "content": text}] for text in completions]
     return Call(
-        prompt=[dict(m) for m in prompt.messages] if prompt.messages is not None else prompt.text,
+        prompt=shown,
         columns={k: v for k, v in prompt.columns.items() if k not in RESERVED_COLUMNS},
-        completions=[[{"role": "assistant", "content": t}] for t in texts]
-        if conversational
-        else texts,
+        completions=completions,
         completion_ids=[completion.token_ids.tolist() for completion in group.completions],
         trainer_state=trainer_state,
     )
@@ -89,6 +89,7 @@ class Reply:
 
     ``parts`` [G] and ``errors`` [G]: a completion's value, or None with or without an error. When
     the call failed as a whole, every completion carries the error and ``traceback`` is set.
+    ``seconds`` is the wall time of the call.
     """
 
     parts: tuple[float | None, ...]
@@ -96,6 +97,7 @@ class Reply:
     metrics: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     extras: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     traceback: str | None = None
+    seconds: float = 0.0
 
     @staticmethod
     def failed(size: int, error: str, traceback: str) -> Reply:
@@ -104,15 +106,15 @@ class Reply:
 
 
 class RewardBackend(Protocol):
-    """A place that computes a reward: a child process, or a service. Calls are made in order."""
+    """A place that computes a reward: a child process, or an actor. Calls are made in order."""
 
     name: str
 
-    def start(self) -> Future[None]:
-        """Makes the backend ready."""
+    def start(self) -> None:
+        """Makes the backend ready, unless it is."""
 
-    def call(self, call: Call) -> Future[tuple[Reply, float]]:
-        """Scores a group; returns the reply and its seconds. A failing reward gives a reply too."""
+    def call(self, call: Call) -> Reply:
+        """Scores a group; a failing reward gives a reply too."""
 
     def close(self) -> None:
         """Ends the backend; a call under way fails."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -11,6 +10,7 @@ from typing import Any
 from reasoning_gym.factory import DATASETS, get_score_answer_fn
 from reasoning_gym.utils import extract_answer
 
+from raygrpo.errors import nearest
 from raygrpo.rewards.text import LogExtra, completion_text, report_answers
 
 Scorer = Callable[[str, dict[str, Any]], float]
@@ -75,8 +75,6 @@ def score(task: str, text: str, entry: dict[str, Any]) -> float:
 @lru_cache
 def _scorer(task: str) -> Scorer:
     if task not in DATASETS:
-        close = difflib.get_close_matches(task, DATASETS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"reasoning-gym has no task {task!r}{hint}")
+        raise ValueError(f"reasoning-gym has no task {task!r}; {nearest(task, DATASETS)}")
     scorer: Scorer = get_score_answer_fn(task)
     return scorer

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import pickle
@@ -15,10 +14,12 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
+
+from pydantic import TypeAdapter
 
 from raygrpo.config import RewardSection
 from raygrpo.config.sections import reward_name
@@ -41,89 +42,72 @@ GUARD = Path(__file__).with_name("guard.py")
 START_TIMEOUT_S = 60.0
 END_TIMEOUT_S = 5.0
 MAX_STACK_BYTES = 1 << 16
+REPLY = TypeAdapter(Reply)
 
 
-class _ChildFailed(Exception):
+class ChildFailed(RewardError):
     """A child missed a deadline, died, or could not load its function."""
 
-    def __init__(self, error: str, traceback: str) -> None:
-        super().__init__(error)
+    def __init__(self, error: str, traceback: str = "") -> None:
+        super().__init__(f"{error}\n{traceback}".rstrip())
         self.error = error
-        self.traceback = traceback
+        self.traceback = traceback or error
 
 
 class RewardChild:
     """One reward function in a process of its own; a failing process is ended with its descendants.
 
-    One thread of the host does its work in order, so a fresh child warms up while callers go on.
+    All methods but `close` are called by one thread.
     """
 
     def __init__(self, setup: Setup) -> None:
         self.name = setup.name
-        self._setup = pickle.dumps(setup)
-        self._timeout_s = setup.timeout_s
-        self._start_timeout_s = setup.start_timeout_s
+        self._setup = setup
         # Where the child leaves its stack when a deadline is near: shared memory outlives it.
         self._trace_fd = os.memfd_create("reward-stack")
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"reward-{setup.name}")
         self._lock = threading.Lock()
         self._closed = False
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: Channel | None = None
 
-    def start(self) -> Future[None]:
-        """Starts the process and loads the function."""
-        return self._thread.submit(self._warm)
+    def start(self) -> None:
+        """Starts a process and loads the function, unless a process waits for a call.
 
-    def call(self, call: Call) -> Future[tuple[Reply, float]]:
-        """Scores a group; the reply and its seconds.
-
-        A failure gives a reply too, and the next call meets a fresh process.
+        Raises:
+            ChildFailed: the function cannot be loaded.
         """
-        return self._thread.submit(self._answer, pickle.dumps(call), len(call.completions))
+        channel = self._channel
+        if channel is not None and channel.is_idle():
+            return
+        self._end()
+        try:
+            self._spawn()
+            reply = self._exchange(self._setup, self._setup.start_timeout_s, "was not loaded")
+            if reply.traceback is not None:
+                raise ChildFailed(str(reply.errors[0]), reply.traceback)
+        except ChildFailed:
+            self._end()
+            raise
+
+    def call(self, call: Call) -> Reply:
+        """Scores a group, by a fresh process if there is none; a failure gives a reply too."""
+        started = time.monotonic()
+        try:
+            self.start()
+            started = time.monotonic()
+            reply = self._exchange(call, self._setup.timeout_s, "gave no answer")
+        except ChildFailed as failure:
+            reply = Reply.failed(len(call.completions), failure.error, failure.traceback)
+            self._end()
+        return replace(reply, seconds=time.monotonic() - started)
 
     def close(self) -> None:
         """Ends the process and its descendants; a call under way fails."""
         with self._lock:
+            if not self._closed:
+                os.close(self._trace_fd)
             self._closed = True
         self._end()
-        self._thread.shutdown()
-        if self._trace_fd >= 0:
-            os.close(self._trace_fd)
-            self._trace_fd = -1
-
-    def _answer(self, request: bytes, size: int) -> tuple[Reply, float]:
-        started = time.monotonic()
-        try:
-            channel = self._channel
-            if channel is None or not channel.is_idle():  # never started, or died between calls
-                self._warm()
-                started = time.monotonic()
-            message = self._exchange(request, started + self._timeout_s)
-            reply = _read_reply(message, size)
-        except _ChildFailed as failure:
-            reply = Reply.failed(size, failure.error, failure.traceback)
-            self._end()
-            with contextlib.suppress(RuntimeError):  # closed in the meantime
-                self._thread.submit(self._warm_quietly)
-        return reply, time.monotonic() - started
-
-    def _warm_quietly(self) -> None:
-        # A call that finds no process warms one up again, and reports why that fails.
-        with contextlib.suppress(_ChildFailed):
-            self._warm()
-
-    def _warm(self) -> None:
-        self._end()
-        deadline = time.monotonic() + self._start_timeout_s
-        self._spawn()
-        try:
-            message = self._exchange(self._setup, deadline)
-            if "error" in message:
-                raise _ChildFailed(message["error"], message["traceback"])
-        except _ChildFailed:
-            self._end()
-            raise
 
     def _spawn(self) -> None:
         ours, theirs = socket.socketpair()
@@ -131,40 +115,40 @@ class RewardChild:
         command = [sys.executable, "-I", "-S", str(GUARD), str(os.getpid()), *map(str, fds)]
         command += [sys.executable, "-m", "raygrpo.rewards.child"]
         with self._lock, theirs:
+            self._channel = Channel(ours)
             if self._closed:
-                ours.close()
-                raise _ChildFailed(f"{self.name}: the scorer is closed", "")
+                raise ChildFailed(f"{self.name}: the scorer is closed")
             try:
                 self._process = subprocess.Popen(
                     command, pass_fds=fds, stdin=subprocess.DEVNULL, start_new_session=True
                 )
             except OSError as error:
-                ours.close()
-                raise _ChildFailed(
-                    f"{self.name}: no process could be started: {error}", ""
-                ) from None
-            self._channel = Channel(ours)
+                raise ChildFailed(f"{self.name}: no process could be started: {error}") from None
 
-    def _exchange(self, request: bytes, deadline: float) -> Mapping[str, Any]:
+    def _exchange(self, message: Setup | Call, timeout_s: float, missed: str) -> Reply:
+        """The child's reply; ``missed`` says what a child that is late did not do."""
+        deadline = time.monotonic() + timeout_s
         channel = self._channel
         if channel is None:
-            raise _ChildFailed(f"{self.name}: the scorer is closed", "")
+            raise ChildFailed(f"{self.name}: the scorer is closed")
         try:
-            channel.send(request, deadline)
-            message: Mapping[str, Any] = json.loads(channel.receive(deadline))
+            channel.send(pickle.dumps(message), deadline)
+            return REPLY.validate_json(channel.receive(deadline))
         except TimeoutError:
-            limit = self._start_timeout_s if request is self._setup else self._timeout_s
-            doing = "was not loaded" if request is self._setup else "gave no answer"
-            error = f"{self.name}: {doing} within {limit:g} s"
-            stack = os.pread(self._trace_fd, MAX_STACK_BYTES, 0).decode(errors="replace")
-            raise _ChildFailed(error, f"{error}; it was at\n{stack}" if stack else error) from None
+            error = f"{self.name}: {missed} within {timeout_s:g} s"
+            stack = self._read_stack()
+            raise ChildFailed(error, f"{error}; it was at\n{stack}" if stack else "") from None
         except (EOFError, OSError):
-            error = f"{self.name}: its process ended {self._describe_end()}"
-            raise _ChildFailed(error, error) from None
+            end = self._describe_end()
+            raise ChildFailed(f"{self.name}: its process ended {end}") from None
         except ValueError as broken:
-            error = f"{self.name}: its process broke the protocol: {broken}"
-            raise _ChildFailed(error, error) from None
-        return message
+            raise ChildFailed(f"{self.name}: its process broke the protocol: {broken}") from None
+
+    def _read_stack(self) -> str:
+        with self._lock:
+            if self._closed:
+                return ""
+            return os.pread(self._trace_fd, MAX_STACK_BYTES, 0).decode(errors="replace")
 
     def _describe_end(self) -> str:
         process = self._process
@@ -194,17 +178,6 @@ class RewardChild:
             channel.close()
 
 
-def _read_reply(message: Mapping[str, Any], size: int) -> Reply:
-    if "error" in message:
-        return Reply.failed(size, message["error"], message["traceback"])
-    return Reply(
-        parts=tuple(message["parts"]),
-        errors=tuple(message["errors"]),
-        metrics={name: tuple(values) for name, values in message["metrics"].items()},
-        extras={name: tuple(values) for name, values in message["extras"].items()},
-    )
-
-
 class RewardHost:
     """All reward functions of one scorer; a context manager.
 
@@ -231,7 +204,8 @@ class RewardHost:
         here = (directory or Path.cwd()).absolute()
         paths = (*(str(Path(path).absolute()) for path in sys.path), str(here))
         self._weights = {reward_name(reward): reward.weight for reward in rewards}
-        self._backends: list[RewardBackend] = []
+        # One thread a reward, which does its work in order.
+        self._rewards: list[tuple[RewardBackend, ThreadPoolExecutor]] = []
         for reward, name in zip(rewards, names, strict=True):
             setup = Setup(
                 name=name,
@@ -243,7 +217,8 @@ class RewardHost:
                 start_timeout_s=start_timeout_s,
             )
             backend = (backends or {}).get(name) or RewardChild(setup)
-            self._backends.append(CachedReward(backend) if reward.cache else backend)
+            thread = ThreadPoolExecutor(1, thread_name_prefix=f"reward-{name}")
+            self._rewards.append((CachedReward(backend) if reward.cache else backend, thread))
 
     def start(self) -> None:
         """Starts all rewards and waits until their functions are loaded.
@@ -251,52 +226,43 @@ class RewardHost:
         Raises:
             RewardError: a function cannot be loaded, with its traceback; all children are ended.
         """
-        starts = [backend.start() for backend in self._backends]
+        starts = [thread.submit(backend.start) for backend, thread in self._rewards]
         failures = [error for start in starts if (error := start.exception()) is not None]
-        if not failures:
-            return
-        self.close()
-        first = failures[0]
-        if not isinstance(first, _ChildFailed):
-            raise first
-        raise RewardError(f"{first.error}\n{first.traceback}".rstrip())
+        if failures:
+            self.close()
+            raise failures[0]
 
     def score(self, group: Group, trainer_state: TrainerState) -> ScoredGroup:
         """Scores a group by all rewards at once; a failing reward is an errored score."""
         call = make_call(group, trainer_state)
-        calls = {backend.name: backend.call(call) for backend in self._backends}
-        answers = {name: answer.result() for name, answer in calls.items()}
-        return combine(
-            {name: reply for name, (reply, _) in answers.items()},
-            self._weights,
-            {name: seconds for name, (_, seconds) in answers.items()},
-            len(group.completions),
-        )
+        calls = [thread.submit(backend.call, call) for backend, thread in self._rewards]
+        replies = {
+            backend.name: answer.result()
+            for (backend, _), answer in zip(self._rewards, calls, strict=True)
+        }
+        for backend, thread in self._rewards:
+            if replies[backend.name].traceback is not None:
+                # A fresh child warms up while the caller goes on; its next call tells a failure.
+                with contextlib.suppress(RuntimeError):  # closed in the meantime
+                    thread.submit(backend.start)
+        return combine(replies, self._weights, len(group.completions))
 
     def close(self) -> None:
         """Ends all children and their descendants."""
-        for backend in self._backends:
+        for backend, _ in self._rewards:
             backend.close()
+        for _, thread in self._rewards:
+            thread.shutdown()
 
     def __enter__(self) -> Self:
         self.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
-def combine(
-    replies: Mapping[str, Reply],
-    weights: Mapping[str, float],
-    reward_s: Mapping[str, float],
-    size: int,
-) -> ScoredGroup:
+def combine(replies: Mapping[str, Reply], weights: Mapping[str, float], size: int) -> ScoredGroup:
     """The scores [size]: weighted sums of the parts that are not None.
 
     A completion has no value if all its parts are None, or if one has an error. The metric
@@ -316,7 +282,7 @@ def combine(
         metrics=dict(metrics),
         extras=extras,
         traceback=next(tracebacks, None),
-        reward_s=reward_s,
+        reward_s={name: reply.seconds for name, reply in replies.items()},
     )
 
 

@@ -11,13 +11,22 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from raygrpo.rewards.contract import Setup
 from raygrpo.rewards.params import JudgeParams, rubric_fields
-from raygrpo.rewards.service import LogMetric, ServiceError, ServiceReward, quoted, secret
+from raygrpo.rewards.service import (
+    Columns,
+    Items,
+    LogMetric,
+    ServiceError,
+    ServiceReward,
+    quoted,
+    secret,
+)
 from raygrpo.rewards.text import completion_text
+from raygrpo.rewards.values import clean
 
 LAST_LINE = re.compile(r"SCORE:\s*([-+]?[0-9]+(?:\.[0-9]+)?)")
 SYSTEM = (
@@ -50,11 +59,7 @@ class JudgeReward(ServiceReward[JudgeParams]):
         self._fields = rubric_fields(params.rubric)
 
     async def _score(
-        self,
-        prompts: Sequence[Any],
-        completions: Sequence[Any],
-        columns: Mapping[str, Sequence[Any]],
-        log_metric: LogMetric,
+        self, prompts: Items, completions: Items, columns: Columns, log_metric: LogMetric
     ) -> list[Any]:
         if missing := sorted(self._fields - {"prompt", "completion"} - set(columns)):
             raise ValueError(f"the rubric names {', '.join(missing)}, which is no column")
@@ -64,7 +69,7 @@ class JudgeReward(ServiceReward[JudgeParams]):
             row = {name: columns[name][index] for name in self._fields & set(columns)}
             row["prompt"] = _prompt_text(prompts[index])
             calls.append(self._grade(row, completion_text(completion), reminders))
-        grades = await self._service.gather(calls)
+        grades = await self._gather(calls)
         log_metric(f"rewards/{self._name}/reminded_frac", len(reminders) / len(completions))
         return list(grades)
 
@@ -90,15 +95,10 @@ class JudgeReward(ServiceReward[JudgeParams]):
 
     async def _ask(self, messages: list[dict[str, str]]) -> str:
         params = self._params
-        chosen = {
-            "max_tokens": params.max_tokens,
-            "temperature": params.temperature,
-            "seed": params.seed,
-        }
-        body: dict[str, Any] = {"model": params.model, "messages": messages}
-        body |= {name: value for name, value in chosen.items() if value is not None}
+        sent = {"model", "max_tokens", "temperature", "seed"}
+        body = params.model_dump(include=sent, exclude_none=True) | {"messages": messages}
         url = f"{params.base_url}/chat/completions"
-        answer = await self._service.post(url, body | params.extra_body)
+        answer = await self._post(url, body | params.extra_body)
         try:
             choice = answer["choices"][0]
             content, end = choice["message"]["content"], choice.get("finish_reason")
@@ -118,8 +118,8 @@ def judge_messages(
     system = SYSTEM.format(mark=mark, worst=worst, best=best)
     user = params.rubric.format(**{**row, "completion": fenced})
     return [
-        {"role": "system", "content": _sendable(system)},
-        {"role": "user", "content": _sendable(user)},
+        {"role": "system", "content": clean(system)},
+        {"role": "user", "content": clean(user)},
     ]
 
 
@@ -145,8 +145,3 @@ def _prompt_text(prompt: Any) -> str:
     if isinstance(prompt, str):
         return prompt
     return "\n".join(f"{message['role']}: {completion_text([message])}" for message in prompt)
-
-
-def _sendable(text: str) -> str:
-    """Text as UTF-8 can carry it: a completion may hold half a surrogate pair."""
-    return text.encode("utf-8", "replace").decode()

@@ -8,55 +8,59 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import operator
 import pickle
 import re
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cloudpickle
 
 from raygrpo.config import RewardSection
 from raygrpo.config.sections import reward_name
 from raygrpo.errors import ConfigError, RewardError, nearest
-from raygrpo.rewards.contract import RESERVED_COLUMNS, Setup
-from raygrpo.rewards.params import HttpParams, JudgeParams, Params, RewardModelParams, read_params
+from raygrpo.rewards.contract import Setup
+from raygrpo.rewards.params import (
+    ColumnParams,
+    ExactParams,
+    FormatParams,
+    GymParams,
+    HttpParams,
+    JudgeParams,
+    LengthParams,
+    Params,
+    RewardModelParams,
+    ServiceParams,
+    read_params,
+)
 
 REWARD_MODEL = "reward_model"
 
 
-@dataclass(frozen=True, slots=True)
-class Builtin:
-    """A built-in reward's place and the parameters it takes.
+class Builtin(NamedTuple):
+    """A built-in reward: its place, as module:name, and the parameters it takes.
 
-    With a ``model`` of its parameters, the target is a class: an object made of (parameters,
-    `Setup`) is called. `reward_model` has no target: its actors are `RewardModel`s.
+    A function gets its parameters with every call. The class of a service is made of (parameters,
+    `Setup`), and the object is called. `reward_model` has no place: its actors are `RewardModel`s.
     """
 
     target: str
-    required: tuple[str, ...] = ()
-    optional: tuple[str, ...] = ()
-    model: type[Params] | None = None
-
-    @property
-    def params(self) -> tuple[str, ...]:
-        """All parameters."""
-        return self.required + self.optional
+    params: type[Params]
 
 
 BUILTINS: Mapping[str, Builtin] = {
-    "exact": Builtin("raygrpo.rewards.text:exact", (), ("column", "strip", "first_line")),
-    "number": Builtin("raygrpo.rewards.text:number", (), ("column",)),
-    "format": Builtin("raygrpo.rewards.text:format", ("pattern",)),
-    "length": Builtin("raygrpo.rewards.text:length", ("max_length", "buffer")),
-    "math": Builtin("raygrpo.rewards.math_answer:math", (), ("column",)),
-    "reasoning_gym": Builtin("raygrpo.rewards.gym:reasoning_gym", (), ("task",)),
-    "http": Builtin("raygrpo.rewards.http:HttpReward", model=HttpParams),
-    "judge": Builtin("raygrpo.rewards.judge:JudgeReward", model=JudgeParams),
-    REWARD_MODEL: Builtin("", model=RewardModelParams),
+    "exact": Builtin("raygrpo.rewards.text:exact", ExactParams),
+    "number": Builtin("raygrpo.rewards.text:number", ColumnParams),
+    "format": Builtin("raygrpo.rewards.text:format", FormatParams),
+    "length": Builtin("raygrpo.rewards.text:length", LengthParams),
+    "math": Builtin("raygrpo.rewards.math_answer:math", ColumnParams),
+    "reasoning_gym": Builtin("raygrpo.rewards.gym:reasoning_gym", GymParams),
+    "http": Builtin("raygrpo.rewards.service:HttpReward", HttpParams),
+    "judge": Builtin("raygrpo.rewards.judge:JudgeReward", JudgeParams),
+    REWARD_MODEL: Builtin("", RewardModelParams),
 }
 
 
@@ -89,21 +93,20 @@ def check_reward(
         ConfigError: an unknown built-in or parameter of one; a missing file or module; a file with
             a syntax error or without that name at its top level.
     """
-    name = reward_name(section)
-    if name in passed:
+    if reward_name(section) in passed:
         return
-    place, colon, attribute = section.func.rpartition(":")
-    if not colon:
+    place, _, attribute = section.func.rpartition(":")
+    if not place:
         _check_builtin(section, directory)
-    elif not attribute.isidentifier() and not _is_file(place):
+    elif _is_file(place):
+        _check_file(_path(place, directory), attribute)
+    elif attribute.isidentifier() and not place.startswith("."):
+        _check_module(place, directory)
+    else:
         raise ConfigError(
             f"reward {section.func!r} names no function",
             "write module:function or file.py:function",
         )
-    elif _is_file(place):
-        _check_file(_path(place, directory), attribute)
-    else:
-        _check_module(place, directory)
 
 
 def reward_models(rewards: Sequence[RewardSection]) -> dict[str, RewardModelParams]:
@@ -128,26 +131,35 @@ def anchor_reward(section: RewardSection, directory: Path | None = None) -> Rewa
     return section.model_copy(update={"func": f"{_path(place, directory)}:{attribute}"})
 
 
-def load_reward(setup: Setup) -> Callable[..., Any]:
-    """Imports a reward function; called in its child process.
+def load_reward(setup: Setup) -> tuple[Callable[..., Any], Mapping[str, Any]]:
+    """A reward function, imported in its child process, and the parameters of every call.
 
     Raises:
         RewardError: the object is not callable, or does not take the configured parameters.
         Exception: whatever importing the user's code raises.
     """
-    function = _resolve(setup)
+    params = setup.params
+    if setup.pickled is not None:
+        function: Any = cloudpickle.loads(setup.pickled)
+    elif setup.func not in BUILTINS:
+        function = _import(setup.func)
+    else:
+        target, model = BUILTINS[setup.func]
+        function, given = _import(target), model.model_validate(params)
+        if issubclass(model, ServiceParams):
+            function, params = function(given, setup), {}
+        else:  # all of them: a column of a parameter's name is no parameter
+            params = given.model_dump()
     if not callable(function) or inspect.isclass(function):
         kind = "a class" if inspect.isclass(function) else f"a {type(function).__name__}"
         raise RewardError(f"reward {setup.name}: {setup.func} is {kind}, not a function")
     accepted = accepted_arguments(function)
-    unknown = sorted(set(setup.params) - accepted) if accepted is not None else []
-    if unknown:
+    if accepted is not None and (unknown := sorted(params.keys() - accepted)):
         raise RewardError(
             f"reward {setup.name}: {setup.func} takes no parameter {', '.join(unknown)}",
             "remove it from rewards[].params, or add it to the function",
         )
-    loaded: Callable[..., Any] = function
-    return loaded
+    return function, params
 
 
 def accepted_arguments(function: Callable[..., Any]) -> frozenset[str] | None:
@@ -162,35 +174,10 @@ def accepted_arguments(function: Callable[..., Any]) -> frozenset[str] | None:
     return frozenset(parameter.name for parameter in parameters if parameter.kind in named)
 
 
-def hidden_columns(setup: Setup) -> frozenset[str]:
-    """Dataset columns that the function must not get: a built-in's parameters are no columns."""
-    builtin = _builtin(setup)
-    return RESERVED_COLUMNS | frozenset(builtin.params if builtin else ())
-
-
-def call_params(setup: Setup) -> Mapping[str, Any]:
-    """The keyword arguments of every call; empty if the function was made of its parameters."""
-    builtin = _builtin(setup)
-    return {} if builtin and builtin.model else setup.params
-
-
-def _builtin(setup: Setup) -> Builtin | None:
-    return BUILTINS.get(setup.func) if setup.pickled is None else None
-
-
-def _resolve(setup: Setup) -> Any:
-    if setup.pickled is not None:
-        return cloudpickle.loads(setup.pickled)
-    func = BUILTINS[setup.func].target if setup.func in BUILTINS else setup.func
+def _import(func: str) -> Any:
     place, _, attribute = func.rpartition(":")
     module = _load_file(Path(place)) if _is_file(place) else importlib.import_module(place)
-    found: Any = module
-    for part in attribute.split("."):
-        found = getattr(found, part)
-    builtin = _builtin(setup)
-    if builtin is not None and builtin.model is not None:
-        found = found(builtin.model.model_validate(setup.params), setup)
-    return found
+    return operator.attrgetter(attribute)(module)
 
 
 def _load_file(path: Path) -> Any:
@@ -231,40 +218,11 @@ def _check_builtin(section: RewardSection, directory: Path | None) -> None:
     if builtin is None:
         raise ConfigError(
             f"unknown reward {section.func!r}",
-            f"{nearest(section.func, list(BUILTINS))} (or write module:function, file.py:function)",
+            f"{nearest(section.func, BUILTINS)} (or write module:function, file.py:function)",
         )
-    if builtin.model is not None:
-        params = read_params(builtin.model, section)
-        if isinstance(params, RewardModelParams):
-            _check_model_path(params.path, directory)
-        return
-    for param in section.params:
-        if param not in builtin.params:
-            raise ConfigError(
-                f"reward {section.func} has no parameter {param!r}",
-                nearest(param, builtin.params),
-            )
-    if missing := [param for param in builtin.required if param not in section.params]:
-        raise ConfigError(
-            f"reward {section.func} needs {', '.join(missing)}", "set it in rewards[].params"
-        )
-    _check_values(section)
-
-
-def _check_values(section: RewardSection) -> None:
-    params = section.params
-    if section.func == "format":
-        try:
-            re.compile(params["pattern"])
-        except (re.error, TypeError) as error:
-            raise ConfigError(f"reward format: pattern is no regular expression: {error}") from None
-    if section.func == "length":
-        longest, buffer = params["max_length"], params["buffer"]
-        if not (isinstance(longest, int) and isinstance(buffer, int) and 0 <= buffer <= longest):
-            raise ConfigError(
-                f"reward length: max_length {longest!r} and buffer {buffer!r} do not fit",
-                "use token counts with 0 <= buffer <= max_length",
-            )
+    params = read_params(builtin.params, section)
+    if isinstance(params, RewardModelParams):
+        _check_model_path(params.path, directory)
 
 
 def _check_module(place: str, directory: Path | None) -> None:
@@ -275,11 +233,8 @@ def _check_module(place: str, directory: Path | None) -> None:
         )
     # Only the top package is looked up: finding a submodule would import its parents.
     here = [str(directory or Path.cwd())]
-    try:
-        found = top in sys.modules or importlib.util.find_spec(top) is not None
-    except (ImportError, ValueError):
-        found = False
-    if not found and PathFinder.find_spec(top, here) is None:
+    found = top in sys.modules or importlib.util.find_spec(top) or PathFinder.find_spec(top, here)
+    if not found:
         raise ConfigError(
             f"no module {top!r} for the reward {place!r}",
             f"install it, put it beside the configuration in {here[0]}, or write its path",

@@ -1,4 +1,4 @@
-"""Parameters of the built-in rewards that have many: strict models, checked before a run starts."""
+"""Parameters of the built-in rewards: strict models, checked before a run starts."""
 
 from __future__ import annotations
 
@@ -24,6 +24,53 @@ class Params(BaseModel):
     """A strict, immutable set of parameters; unknown names are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+
+class ColumnParams(Params):
+    """Parameters of `number` and `math`: the column that holds the answer."""
+
+    column: str = "answer"
+
+
+class ExactParams(ColumnParams):
+    """Parameters of `exact`."""
+
+    strip: bool = True
+    first_line: bool = False
+
+
+class FormatParams(Params):
+    """Parameters of `format`: a regular expression."""
+
+    pattern: str
+
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, value: str) -> str:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"no regular expression: {error}") from None
+        return value
+
+
+class LengthParams(Params):
+    """Parameters of `length`, in tokens."""
+
+    max_length: int
+    buffer: int = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _fits(self) -> LengthParams:
+        if self.buffer > self.max_length:
+            raise ValueError("use token counts with 0 <= buffer <= max_length")
+        return self
+
+
+class GymParams(Params):
+    """Parameters of `reasoning_gym`; without ``task`` a row's metadata name its task."""
+
+    task: str | None = None
 
 
 class ServiceParams(Params):

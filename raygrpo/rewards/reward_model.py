@@ -43,15 +43,12 @@ class RewardModel:
         """The model's token ids of each completion, and the number of completions that are cut."""
         texts, special = self._render(prompt, completions)
         whole = self._tokenizer(texts, add_special_tokens=special)["input_ids"]
-        cut = [index for index, ids in enumerate(whole) if len(ids) > self._max_length]
-        for index in cut:
-            whole[index] = self._tokenizer(
-                texts[index],
-                add_special_tokens=special,
-                truncation=True,
-                max_length=self._max_length,
+        num_cut = sum(len(ids) > self._max_length for ids in whole)
+        if num_cut:
+            whole = self._tokenizer(
+                texts, add_special_tokens=special, truncation=True, max_length=self._max_length
             )["input_ids"]
-        return whole, len(cut)
+        return whole, num_cut
 
     @torch.inference_mode()
     def score(self, sequences: Sequence[Sequence[int]]) -> list[float]:

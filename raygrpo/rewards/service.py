@@ -1,4 +1,9 @@
-"""Calls to services over HTTP: deadlines, retries, and errors that say what the service did."""
+"""Rewards that services give over HTTP: deadlines, retries, and errors that name the service.
+
+The built-in reward `http` asks a service of your own. Request: ``{"prompts": [...],
+"completions": [...], "columns": {name: [...]}}``. Answer: ``{"rewards": [number | null, ...],
+"metrics": {name: number}}``, ``metrics`` optional.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +11,7 @@ import asyncio
 import contextlib
 import email.utils
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -23,11 +29,13 @@ from tenacity import (
 
 from raygrpo.errors import RewardError
 from raygrpo.rewards.contract import Setup
-from raygrpo.rewards.params import ServiceParams
+from raygrpo.rewards.params import HttpParams, ServiceParams
 
 T = TypeVar("T")
 P = TypeVar("P", bound=ServiceParams)
 LogMetric = Callable[[str, float], None]
+Items = Sequence[Any]
+Columns = Mapping[str, Sequence[Any]]
 
 # The share of a reward's deadline within which all requests end, so that the error names the
 # service's last failure. Past the whole deadline the process would be ended with less to say.
@@ -48,26 +56,45 @@ class _Passing(ServiceError):
         self.wait_s = wait_s
 
 
-class Service:
-    """One service and how to call it; used on one event loop.
+class ServiceReward(Generic[P]):
+    """A reward that a service gives, asked on one event loop; `_score` makes the requests.
 
-    Args:
-        headers: sent with every request.
-        timeout_s: the reward's deadline for one group, in seconds.
+    ``headers`` are sent with every request. The requests of a group end within its deadline,
+    ``setup.timeout_s``.
     """
 
-    def __init__(self, params: ServiceParams, headers: Mapping[str, str], timeout_s: float) -> None:
+    def __init__(self, params: P, headers: Mapping[str, str], setup: Setup) -> None:
         self._params = params
-        self._headers = dict(headers)
-        self._budget_s = BUDGET_FRAC * timeout_s
+        self._name = setup.name
+        self._headers = {"Content-Type": "application/json", **headers}
+        self._budget_s = BUDGET_FRAC * setup.timeout_s
         self._client: httpx.AsyncClient | None = None
         self._deadline = 0.0
-        self.num_retries = 0
+        self._num_retries = 0
 
-    async def gather(self, calls: list[Coroutine[Any, Any, T]]) -> list[T | ServiceError]:
-        """Runs the calls of one group, ``concurrency`` at once; a failed call gives its error."""
+    async def __call__(
+        self,
+        prompts: Items,
+        completions: Items,
+        completion_ids: Items,
+        trainer_state: Any,
+        log_extra: Callable[..., None],
+        log_metric: LogMetric,
+        **columns: Items,
+    ) -> list[Any]:
         self._deadline = time.monotonic() + self._budget_s
-        self.num_retries = 0
+        self._num_retries = 0
+        rewards = await self._score(prompts, completions, columns, log_metric)
+        log_metric(f"rewards/{self._name}/retries", self._num_retries)
+        return rewards
+
+    async def _score(
+        self, prompts: Items, completions: Items, columns: Columns, log_metric: LogMetric
+    ) -> list[Any]:
+        raise NotImplementedError
+
+    async def _gather(self, calls: list[Coroutine[Any, Any, T]]) -> list[T | ServiceError]:
+        """Runs calls, ``concurrency`` at once; a failed call gives its error."""
         limit = asyncio.Semaphore(self._params.concurrency)
 
         async def run(call: Coroutine[Any, Any, T]) -> T | ServiceError:
@@ -79,7 +106,7 @@ class Service:
 
         return await asyncio.gather(*(run(call) for call in calls))
 
-    async def post(self, url: str, body: Mapping[str, Any]) -> Any:
+    async def _post(self, url: str, body: Mapping[str, Any]) -> Any:
         """The decoded JSON answer of a request; after a failure that may pass it is sent again.
 
         Raises:
@@ -96,7 +123,7 @@ class Service:
         return await retrying(self._post_once, url, body)
 
     def _count_retry(self, state: RetryCallState) -> None:
-        self.num_retries += 1
+        self._num_retries += 1
 
     async def _post_once(self, url: str, body: Mapping[str, Any]) -> Any:
         content = _encode(url, body)
@@ -105,8 +132,7 @@ class Service:
         if timeout_s <= 0:
             raise ServiceError(f"{url}: no time was left for a request")
         if self._client is None:
-            headers = {"Content-Type": "application/json", **self._headers}
-            self._client = httpx.AsyncClient(headers=headers, timeout=None)
+            self._client = httpx.AsyncClient(headers=self._headers, timeout=None)
         try:
             # httpx's own limits are of inactivity: a service that trickles would never end.
             async with asyncio.timeout(timeout_s):
@@ -118,36 +144,69 @@ class Service:
         return _read(url, response)
 
 
-class ServiceReward(Generic[P]):
-    """A reward that a service gives; `_score` asks it."""
+class HttpReward(ServiceReward[HttpParams]):
+    """Scores a group by requests of ``batch_size`` completions.
 
-    def __init__(self, params: P, headers: Mapping[str, str], setup: Setup) -> None:
-        self._params = params
-        self._name = setup.name
-        self._service = Service(params, headers, setup.timeout_s)
+    A request that fails for good errors its completions; the other completions keep their rewards.
 
-    async def __call__(
-        self,
-        prompts: Sequence[Any],
-        completions: Sequence[Any],
-        completion_ids: Sequence[Any],
-        trainer_state: Any,
-        log_extra: Callable[..., None],
-        log_metric: LogMetric,
-        **columns: Sequence[Any],
-    ) -> list[Any]:
-        rewards = await self._score(prompts, completions, columns, log_metric)
-        log_metric(f"rewards/{self._name}/retries", self._service.num_retries)
-        return rewards
+    Raises:
+        RewardError: an environment variable of ``headers_env`` is not set.
+    """
+
+    def __init__(self, params: HttpParams, setup: Setup) -> None:
+        headers = {header: secret(name) for header, name in params.headers_env.items()}
+        super().__init__(params, headers, setup)
 
     async def _score(
-        self,
-        prompts: Sequence[Any],
-        completions: Sequence[Any],
-        columns: Mapping[str, Sequence[Any]],
-        log_metric: LogMetric,
+        self, prompts: Items, completions: Items, columns: Columns, log_metric: LogMetric
     ) -> list[Any]:
-        raise NotImplementedError
+        chosen = self._choose(columns)
+        size = self._params.batch_size or len(completions)
+        parts = [slice(start, start + size) for start in range(0, len(completions), size)]
+        bodies = [
+            {
+                "prompts": list(prompts[part]),
+                "completions": list(completions[part]),
+                "columns": {name: list(values[part]) for name, values in chosen.items()},
+            }
+            for part in parts
+        ]
+        answers = await self._gather([self._ask(body, log_metric) for body in bodies])
+        rewards: list[Any] = []
+        for body, answer in zip(bodies, answers, strict=True):
+            if isinstance(answer, ServiceError):
+                rewards += [answer] * len(body["completions"])
+            else:
+                rewards += answer
+        return rewards
+
+    def _choose(self, columns: Columns) -> Columns:
+        wanted = self._params.columns
+        if wanted is None:
+            return columns
+        if missing := [name for name in wanted if name not in columns]:
+            raise ValueError(f"the row has no column {', '.join(missing)} to send")
+        return {name: columns[name] for name in wanted}
+
+    async def _ask(self, body: Mapping[str, Any], log_metric: LogMetric) -> list[Any]:
+        url, size = self._params.url, len(body["completions"])
+        answer = await self._post(url, body)
+        rewards = answer.get("rewards") if isinstance(answer, dict) else None
+        if not isinstance(rewards, list):
+            raise ServiceError(f'{url} answered no {{"rewards": [...]}}: {quoted(answer)}')
+        if len(rewards) != size:
+            raise ServiceError(f"{url} answered {len(rewards)} rewards for {size} completions")
+        metrics = answer.get("metrics") or {}
+        if not isinstance(metrics, dict) or not all(map(_is_finite, metrics.values())):
+            raise ServiceError(f"{url} answered metrics that are no numbers: {quoted(metrics)}")
+        for name, value in metrics.items():
+            log_metric(name, value)
+        return rewards
+
+
+def _is_finite(value: Any) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and math.isfinite(value)
 
 
 def _encode(url: str, body: Mapping[str, Any]) -> bytes:

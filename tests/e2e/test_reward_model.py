@@ -24,7 +24,7 @@ from raygrpo.rewards.params import RewardModelParams
 from raygrpo.rewards.reward_model import RewardModel
 from raygrpo.types import Group, GroupRequest, GroupSummary, Version
 from tests import runs
-from tests.faults.test_reward_children import make_group
+from tests.builders import written
 from tests.tiny_reward import save_tiny_reward_model
 
 pytestmark = [*runs.RAY_IN_PROCESS, pytest.mark.usefixtures("shared_ray")]
@@ -106,7 +106,7 @@ class Writer:
 
     def step(self) -> list[Group]:
         done, self._waiting = self._waiting, []
-        return [replace(make_group(TEXTS), request=request) for request in done]
+        return [replace(written(TEXTS), request=request) for request in done]
 
     def close(self) -> None:
         """Holds nothing."""
@@ -114,7 +114,7 @@ class Writer:
 
 def score(pool: RolloutPool, *group_ids: int) -> tuple[list[GroupSummary], list[str]]:
     """The summaries of groups that the pool generates and scores, and its events meanwhile."""
-    template = make_group(TEXTS).request
+    template = written(TEXTS).request
     for group_id in group_ids:
         pool.submit(replace(template, group_id=group_id))
     summaries: list[GroupSummary] = []

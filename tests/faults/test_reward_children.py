@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,47 +21,11 @@ from raygrpo.errors import RewardError
 from raygrpo.rewards.contract import ScoredGroup, TrainerState
 from raygrpo.rewards.host import RewardHost
 from raygrpo.rewards.loading import pack_function
-from raygrpo.types import Completion, Group, GroupRequest, Prompt, Sampling, Version
+from tests.builders import written
 
 STATE = TrainerState(global_step=3, max_steps=10, epoch=0.5)
 # Deadlines of polls for what should take milliseconds; long, because the machine may be busy.
 SOON_S = 20.0
-
-
-def make_group(
-    texts: Sequence[str], columns: dict[str, Any] | None = None, chat: bool = False
-) -> Group:
-    message = {"role": "user", "content": "1 + 1 ="}
-    prompt = Prompt(
-        id="p",
-        token_ids=np.array([1, 2], np.int32),
-        text=None if chat else "1 + 1 =",
-        messages=(message,) if chat else None,
-        columns=columns or {},
-    )
-    version = Version(0, 0)
-    completions = []
-    for text in texts:
-        size = max(1, len(text))
-        completions.append(
-            Completion(
-                token_ids=np.arange(size, dtype=np.int32),
-                logprobs=np.zeros(size, np.float32),
-                loss_mask=np.ones(size, np.bool_),
-                text=text,
-                finish="stop",
-                version_runs=((version, size),),
-            )
-        )
-    request = GroupRequest(
-        stream="train",
-        group_id=0,
-        prompt=prompt,
-        seed=0,
-        sampling=Sampling(num_completions=len(texts), max_tokens=8),
-        min_version=version,
-    )
-    return Group(request=request, completions=tuple(completions))
 
 
 def passed(
@@ -70,10 +34,6 @@ def passed(
     """A host of functions passed in Python."""
     sections = [RewardSection(func=name, timeout_s=timeout_s, **options) for name in functions]
     return RewardHost(sections, {name: pack_function(f) for name, f in functions.items()})
-
-
-def configured(func: str, directory: Path | None = None, **options: Any) -> RewardHost:
-    return RewardHost([RewardSection(func=func, **options)], {}, directory=directory)
 
 
 def values(scored: ScoredGroup) -> list[float | None]:
@@ -166,7 +126,7 @@ class TestContract:
             return [0.0, 1.0, 2.0]
 
         with passed({"spy": spy}) as host:
-            scored = host.score(make_group(["a", "bb", ""], seen_columns), STATE)
+            scored = host.score(written(["a", "bb", ""], seen_columns), STATE)
         assert scored.traceback is None
         assert values(scored) == [0, 1, 2]
         assert scored.metrics == {"hits": (2.0, 3.0), "rewards/spy/error_frac": (0.0,)}
@@ -180,9 +140,9 @@ class TestContract:
             return [1.0, 0.0]
 
         with passed({"spy": spy}) as host:
-            assert values(host.score(make_group(["2", "3"], chat=True), STATE)) == [1, 0]
+            assert values(host.score(written(["2", "3"], chat=True), STATE)) == [1, 0]
 
-    def test_several_with_weights_and_none(self) -> None:
+    def test_several_of_all_kinds_with_weights_and_none(self) -> None:
         offset = 10.0
 
         def closure(completions: list[str]) -> list[float | None]:
@@ -192,13 +152,26 @@ class TestContract:
             await asyncio.sleep(0)
             return [None if c in ("skip", "half") else 1.0 for c in completions]
 
-        functions = {"closure": pack_function(closure), "later": pack_function(later)}
-        sections = [RewardSection(func="closure"), RewardSection(func="later", weight=-0.5)]
-        with RewardHost(sections, functions) as host:
-            scored = host.score(make_group(["full", "half", "skip"]), STATE)
-        assert values(scored) == [9.5, 10.0, None]
+        class Scaled:
+            def __call__(self, completions: list[str], scale: float = 1.0) -> list[float | None]:
+                return [None if c == "skip" else scale for c in completions]
+
+        functions = {
+            "closure": closure,
+            "later": later,
+            "partial": functools.partial(Scaled(), scale=3.0),
+            "object": Scaled(),
+        }
+        sections = [
+            RewardSection(func=name, weight=-0.5 if name == "later" else 1.0) for name in functions
+        ]
+        packed = {name: pack_function(function) for name, function in functions.items()}
+        with RewardHost(sections, packed) as host:
+            scored = host.score(written(["full", "half", "skip"]), STATE)
+        assert values(scored) == [13.5, 14.0, None]
         assert [score.error for score in scored.scores] == [None] * 3
-        assert scored.scores[1].parts == {"closure": 10.0, "later": None}
+        parts = {"closure": 10.0, "later": None, "partial": 3.0, "object": 1.0}
+        assert scored.scores[1].parts == parts
 
     def test_one_event_loop_serves_all_calls(self) -> None:
         loops: list[Any] = []
@@ -208,54 +181,27 @@ class TestContract:
             return [float(all(loop is loops[0] for loop in loops)) for _ in completions]
 
         with passed({"f": keeps_a_client}) as host:
-            assert values(host.score(make_group(["a"]), STATE)) == [1]
-            assert values(host.score(make_group(["a"]), STATE)) == [1]
+            assert values(host.score(written(["a"]), STATE)) == [1]
+            assert values(host.score(written(["a"]), STATE)) == [1]
 
-    def test_numbers_of_all_kinds(self) -> None:
-        def numbers(completions: list[str]) -> list[Any]:
-            from decimal import Decimal
-            from fractions import Fraction
-
-            import torch
-
-            return [
-                *(True, 2, 0.5, np.float32(0.25), np.int64(3), np.bool_(True)),
-                *(torch.tensor(1.5), np.array([4.0]), Decimal("0.1"), Fraction(1, 4)),
-            ]
-
-        with passed({"numbers": numbers}) as host:
-            scored = host.score(make_group(["x"] * 10), STATE)
-        assert values(scored) == [1, 2, 0.5, 0.25, 3, 1, 1.5, 4, 0.1, 0.25]
-
-    def test_arrays_count_as_lists(self) -> None:
-        with passed({"array": lambda completions: np.arange(len(completions))}) as host:
-            assert values(host.score(make_group(["x", "y"]), STATE)) == [0, 1]
-
-    def test_partial_and_object(self) -> None:
-        class Scaled:
-            def __call__(self, completions: list[str], scale: float = 1.0) -> list[float]:
-                return [scale for _ in completions]
-
-        functions = {"partial": functools.partial(Scaled(), scale=3.0), "object": Scaled()}
-        with passed(functions) as host:
-            assert values(host.score(make_group(["x"]), STATE)) == [4.0]
-
-    def test_from_a_file_with_neighbours_and_params(self, tmp_path: Path) -> None:
+    def test_from_files_with_neighbours_and_modules_beside_the_configuration(
+        self, tmp_path: Path
+    ) -> None:
         (tmp_path / "neighbour.py").write_text("BONUS = 5.0\n")
         (tmp_path / "mine.py").write_text(
             "from neighbour import BONUS\n"
             "def f(completions, scale, **kwargs):\n"
             "    return [scale * len(c) + BONUS for c in completions]\n"
         )
-        with configured("mine.py:f", tmp_path, params={"scale": 2}) as host:
-            assert values(host.score(make_group(["a", "bbb"]), STATE)) == [7, 11]
-
-    def test_from_a_module_beside_the_configuration(self, tmp_path: Path) -> None:
         package = tmp_path / "my_rewards_package"
         package.mkdir()
-        (package / "deep.py").write_text("def f(completions): return [1 for _ in completions]\n")
-        with configured("my_rewards_package.deep:f", tmp_path) as host:
-            assert values(host.score(make_group(["a"]), STATE)) == [1]
+        (package / "deep.py").write_text("def g(completions): return [1 for _ in completions]\n")
+        sections = [
+            RewardSection(func="mine.py:f", params={"scale": 2}),
+            RewardSection(func="my_rewards_package.deep:g"),
+        ]
+        with RewardHost(sections, {}, directory=tmp_path) as host:
+            assert values(host.score(written(["a", "bbb"]), STATE)) == [8, 12]
 
     def test_trl_rewards_run_unchanged(self, tmp_path: Path) -> None:
         from trl.rewards import (  # the oracle, called directly
@@ -281,7 +227,7 @@ class TestContract:
             *(RewardSection(func=f"mine.py:{f}") for f in ("overlong", "cosine", "repetition")),
         ]
         texts = [r"<think>so</think> $\boxed{\frac{1}{2}}$", r"$\boxed{3}$", "none " * 7]
-        group = make_group(texts, {"solution": "$0.5$"}, chat=True)
+        group = written(texts, {"solution": "$0.5$"}, chat=True)
         with RewardHost(sections, {}, directory=tmp_path) as host:
             scored = host.score(group, STATE)
         assert scored.traceback is None
@@ -316,21 +262,12 @@ class TestContract:
             RewardSection(func="reasoning_gym"),
         ]
         with RewardHost(sections, {}) as host:
-            scored = host.score(make_group(["2", "so 2.0", "3"], row), STATE)
+            scored = host.score(written(["2", "so 2.0", "3"], row), STATE)
         assert scored.traceback is None
         parts = [tuple(score.parts.values()) for score in scored.scores]
         assert parts[0] == (1, 1, 1, 1, 0, 1)
         assert parts[1][:5] == (0, 1, 1, 0, -0.5)
         assert parts[2] == (0, 0, 0, 1, 0, 0)
-
-
-def bad_or_size(bad: Callable[[], Any]) -> Callable[..., Any]:
-    """Fails on completions that say so, else returns their lengths."""
-
-    def reward(completions: list[str]) -> Any:
-        return bad() if completions[0] == "bad" else [float(len(c)) for c in completions]
-
-    return reward
 
 
 def sleep_for_ever() -> None:
@@ -362,67 +299,47 @@ def return_twice() -> list[float]:
     return [1.0, 1.0]
 
 
+# By name: what a function does, the error, and what the traceback names.
+Cases = dict[str, tuple[Callable[[], Any], str, str]]
+BAD: Cases = {
+    "raises": (lambda: 1 / 0, "raised: ZeroDivisionError: division by zero", "ZeroDivisionError"),
+    "exits": (lambda: sys.exit(0), "raised: SystemExit: 0", "SystemExit"),
+    "is short": (lambda: [1.0], "returned 1 rewards for 2 completions", "ValueError"),
+    "is a float": (lambda: 1.0, "returned a float, not a list of 2 rewards", "TypeError"),
+    "is None": (lambda: None, "returned a NoneType", "TypeError"),
+    "is text": (lambda: "ab", "returned a str", "TypeError"),
+    "ends": (lambda: os._exit(3), "its process ended with exit code 3", "exit code 3"),
+    "dies": (kill_itself, "its process ended by SIGKILL", "SIGKILL"),
+    "kills its group": (signal_its_group, "its process ended by SIGKILL", "SIGKILL"),
+    "is deaf": (close_everything, "its process ended with exit code 1", "exit code 1"),
+}
+LATE: Cases = {
+    "sleeps": (sleep_for_ever, "gave no answer within 1 s", "in sleep_for_ever"),
+    "spins": (hold_the_interpreter, "gave no answer within 1 s", "in hold_the_interpreter"),
+}
+
+
+def bad_or_size(completions: list[str]) -> Any:
+    """Does what the first completion names in `BAD` or `LATE`, else returns their lengths."""
+    bad = (BAD | LATE).get(completions[0])
+    return bad[0]() if bad else [float(len(text)) for text in completions]
+
+
 class TestFailures:
-    @pytest.mark.parametrize(
-        ("bad", "says", "trace"),
-        [
-            (lambda: 1 / 0, "raised: ZeroDivisionError: division by zero", "ZeroDivisionError"),
-            (lambda: sys.exit(0), "raised: SystemExit: 0", "SystemExit"),
-            (lambda: [1.0], "returned 1 rewards for 2 completions", "ValueError"),
-            (lambda: 1.0, "returned a float, not a list of 2 rewards", "TypeError"),
-            (lambda: None, "returned a NoneType", "TypeError"),
-            (lambda: "ab", "returned a str", "TypeError"),
-            (lambda: os._exit(3), "its process ended with exit code 3", "exit code 3"),
-            (kill_itself, "its process ended by SIGKILL", "SIGKILL"),
-            (signal_its_group, "its process ended by SIGKILL", "SIGKILL"),
-            (close_everything, "its process ended with exit code 1", "exit code 1"),
-        ],
-    )
+    @pytest.mark.parametrize(("cases", "timeout_s"), [(BAD, 30.0), (LATE, 1.0)])
     def test_the_group_is_errored_and_the_next_call_works(
-        self, bad: Callable[[], Any], says: str, trace: str
+        self, cases: Cases, timeout_s: float
     ) -> None:
-        with passed({"f": bad_or_size(bad)}) as host:
-            failed = host.score(make_group(["bad", "x"]), STATE)
-            assert only_error(failed).startswith("f: ") and says in only_error(failed)
-            assert failed.traceback is not None and trace in failed.traceback
-            assert values(host.score(make_group(["xx", "xxx"]), STATE)) == [2, 3]
-
-    @pytest.mark.parametrize("bad", [sleep_for_ever, hold_the_interpreter])
-    def test_past_the_deadline(self, bad: Callable[[], Any]) -> None:
-        functions = {"f": bad_or_size(bad), "good": lambda completions: [1.0 for _ in completions]}
-        with passed(functions, timeout_s=1.0) as host:
-            started = time.monotonic()
-            failed = host.score(make_group(["bad", "x"]), STATE)
-            assert time.monotonic() - started < SOON_S
-            assert only_error(failed) == "f: gave no answer within 1 s"
-            assert failed.traceback is not None and f"in {bad.__name__}" in failed.traceback
-            assert [score.parts["good"] for score in failed.scores] == [1, 1]
-            assert values(host.score(make_group(["xx"]), STATE)) == [3]
-
-    def test_single_bad_elements_error_only_their_completion(self) -> None:
-        def mixed(completions: list[str]) -> list[Any]:
-            return [1.0, float("nan"), float("inf"), "1.0", np.float32("nan"), 10**400, None, 1j]
-
-        with passed({"mixed": mixed}) as host:
-            scored = host.score(make_group(["x"] * 8), STATE)
-        assert values(scored) == [1, None, None, None, None, None, None, None]
-        errors = [score.error for score in scored.scores]
-        assert errors[0] is None and errors[6] is None
-        assert errors[1] == "mixed: returned nan, which is not finite"
-        assert errors[3] == "mixed: returned '1.0', which is no number"
-        assert all(errors[i] for i in (1, 2, 3, 4, 5, 7))
-
-    def test_one_reward_fails_and_the_others_parts_are_kept(self) -> None:
-        with passed({"f": bad_or_size(lambda: 1 / 0), "g": lambda completions: [1, 2]}) as host:
-            scored = host.score(make_group(["bad", "x"]), STATE)
-        assert "ZeroDivisionError" in only_error(scored)
-        assert [score.parts for score in scored.scores] == [{"f": None, "g": i} for i in (1, 2)]
-
-    def test_a_missing_column_is_named(self) -> None:
-        with passed({"f": lambda completions, solution: [0.0]}) as host:
-            assert "missing 1 required positional argument: 'solution'" in only_error(
-                host.score(make_group(["x"]), STATE)
-            )
+        functions = {"f": bad_or_size, "good": lambda completions: [1.0 for _ in completions]}
+        with passed(functions, timeout_s=timeout_s) as host:
+            for name, (_, says, trace) in cases.items():
+                started = time.monotonic()
+                failed = host.score(written([name, "x"]), STATE)
+                assert time.monotonic() - started < SOON_S
+                assert only_error(failed).startswith("f: ") and says in only_error(failed)
+                assert failed.traceback is not None and trace in failed.traceback
+                assert [score.parts["good"] for score in failed.scores] == [1, 1]
+                assert values(host.score(written(["xx", "xxx"]), STATE)) == [3, 4]
 
     def test_a_child_that_dies_between_calls_costs_nothing(self, tmp_path: Path) -> None:
         pids = tmp_path / "pids"
@@ -433,18 +350,21 @@ class TestFailures:
             return [1.0 for _ in completions]
 
         with passed({"f": note}) as host:
-            host.score(make_group(["x"]), STATE)
+            host.score(written(["x"]), STATE)
             (pid,) = read_pids(pids, 1)
             os.kill(pid, signal.SIGKILL)
             # Until it is collected: while any of its threads is left, its end may still be open.
             wait_until(lambda: not Path(f"/proc/{pid}").exists())
-            assert values(host.score(make_group(["x"]), STATE)) == [1]
+            assert values(host.score(written(["x"]), STATE)) == [1]
 
     def test_a_fork_that_returns_as_well_does_not_answer_twice(self) -> None:
-        with passed({"f": bad_or_size(return_twice)}) as host:
-            assert values(host.score(make_group(["bad", "x"]), STATE)) == [1, 1]
+        def forks(completions: list[str]) -> list[float]:
+            return return_twice() if completions[0] == "bad" else [len(c) for c in completions]
+
+        with passed({"f": forks}) as host:
+            assert values(host.score(written(["bad", "x"]), STATE)) == [1, 1]
             for size in (1, 2, 3):
-                assert values(host.score(make_group(["x" * size]), STATE)) == [size]
+                assert values(host.score(written(["x" * size]), STATE)) == [size]
 
     def test_loud_functions_and_large_payloads(self, capfd: pytest.CaptureFixture[str]) -> None:
         size_chars = 3_000_000
@@ -458,35 +378,29 @@ class TestFailures:
 
         with passed({"loud": loud}) as host:
             texts = ["x" * size_chars, "\ud800 is half a character"]
-            scored = host.score(make_group(texts), STATE)
+            scored = host.score(written(texts), STATE)
         assert values(scored) == [size_chars, len(texts[1])]
         assert scored.extras["echo"] == (texts[0], "? is half a character")
         printed = capfd.readouterr()
         assert printed.out.count("o") >= size_chars and printed.err.count("e") >= size_chars
 
 
-class TestStart:
-    def test_the_childs_traceback_is_shown(self, tmp_path: Path) -> None:
-        (tmp_path / "mine.py").write_text("import no_such_module_at_all\ndef f(completions): ...\n")
-        with pytest.raises(RewardError, match=r"cannot be loaded.*ModuleNotFoundError") as caught:
-            configured("mine.py:f", tmp_path).start()
-        assert "mine.py" in str(caught.value) and "line 1" in str(caught.value)
-
-    @pytest.mark.parametrize(
-        ("source", "says"),
-        [
-            ("raise SystemExit(4)", "SystemExit: 4"),
-            ("import os; os._exit(7)", "exit code 7"),
-            ("import signal; signal.pause()", "was not loaded within 0.5 s"),
-            ("f = 3", "is a int, not a function"),
-        ],
-    )
-    def test_modules_that_cannot_be_loaded(self, tmp_path: Path, source: str, says: str) -> None:
-        (tmp_path / "mine.py").write_text(source)
-        sections = [RewardSection(func="mine.py:f"), RewardSection(func="exact")]
-        deadline_s = 0.5 if "pause" in source else 60.0
-        with pytest.raises(RewardError, match=says):
-            RewardHost(sections, {}, directory=tmp_path, start_timeout_s=deadline_s).start()
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("import no_such_module", r"(?s)cannot be loaded: ModuleNotFound.*mine\.py., line 1"),
+        ("raise SystemExit(4)", "SystemExit: 4"),
+        ("import os; os._exit(7)", "exit code 7"),
+        ("import signal; signal.pause()", "was not loaded within 0.5 s"),
+        ("f = 3", "is a int, not a function"),
+    ],
+)
+def test_modules_that_cannot_be_loaded(tmp_path: Path, source: str, says: str) -> None:
+    (tmp_path / "mine.py").write_text(source)
+    sections = [RewardSection(func="mine.py:f"), RewardSection(func="exact")]
+    deadline_s = 0.5 if "pause" in source else 60.0
+    with pytest.raises(RewardError, match=says):
+        RewardHost(sections, {}, directory=tmp_path, start_timeout_s=deadline_s).start()
 
 
 def spawn_family(path: str) -> Callable[..., Any]:
@@ -535,11 +449,11 @@ from test_reward_children import *
 path = sys.argv[1]
 with passed({{"f": spawn_family(path), "idle": spawn_family(path)}}, timeout_s=600) as host:
     # From a thread that ends: nothing may depend on the thread that started a child.
-    thread = threading.Thread(target=lambda: host.score(make_group(["good", "x"]), STATE))
+    thread = threading.Thread(target=lambda: host.score(written(["good", "x"]), STATE))
     thread.start()
     thread.join()
     print("ready", flush=True)
-    host.score(make_group(["bad", "x"]), STATE)
+    host.score(written(["bad", "x"]), STATE)
 """
 
 
@@ -548,12 +462,12 @@ class TestNoOrphans:
     def test_grandchildren_end_with_a_failed_child(self, tmp_path: Path, how: str) -> None:
         path = tmp_path / "pids"
         with passed({"f": spawn_family(str(path))}, timeout_s=2.0) as host:
-            failed = host.score(make_group(["bad", how]), STATE)
+            failed = host.score(written(["bad", how]), STATE)
             assert ("exit code 5" if how == "exits" else "within 2 s") in only_error(failed)
             pids = read_pids(path, 4)
             assert len(set(pids)) == 4
             wait_until(lambda: not any(is_running(pid) for pid in pids))
-            assert values(host.score(make_group(["x"]), STATE)) == [1]
+            assert values(host.score(written(["x"]), STATE)) == [1]
 
     @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
     def test_a_killed_host_leaves_no_process(self, tmp_path: Path, sent: signal.Signals) -> None:
@@ -582,7 +496,7 @@ class TestNoOrphans:
         host.start()
         results: list[ScoredGroup] = []
         scoring = threading.Thread(
-            target=lambda: results.append(host.score(make_group(["bad", "x"]), STATE))
+            target=lambda: results.append(host.score(written(["bad", "x"]), STATE))
         )
         scoring.start()
         pids = read_pids(path, 4)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,6 @@ from raygrpo.rewards.loading import anchor_reward, check_reward, reward_models
 from raygrpo.rewards.params import JudgeParams, RewardModelParams
 from raygrpo.rewards.reward_model import RewardModel
 from raygrpo.rewards.service import secret
-from raygrpo.rewards.values import read_values
 from tests import builders
 from tests.tiny import Kind
 from tests.tiny_reward import save_tiny_reward_model
@@ -146,24 +143,21 @@ class Counting:
     name: str = "r"
     seen: list[list[str]] = field(default_factory=list)
 
-    def start(self) -> Future[None]:
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
+    def start(self) -> None: ...
 
     def close(self) -> None: ...
 
-    def call(self, call: Call) -> Future[tuple[Reply, float]]:
+    def call(self, call: Call) -> Reply:
         texts = list(call.completions)
         self.seen.append(texts)
         assert [len(ids) for ids in call.completion_ids] == [len(text) for text in texts]
-        parts = tuple(None if t in ("fail", "none") else float(len(t)) for t in texts)
-        errors = tuple("r: no" if t == "fail" else None for t in texts)
-        extras = {"answer": tuple(t.upper() for t in texts)} if "plain" not in texts else {}
-        done: Future[tuple[Reply, float]] = Future()
-        metrics = {"m": (1.0,)}
-        done.set_result((Reply(parts=parts, errors=errors, metrics=metrics, extras=extras), 0.5))
-        return done
+        return Reply(
+            parts=tuple(None if t in ("fail", "none") else float(len(t)) for t in texts),
+            errors=tuple("r: no" if t == "fail" else None for t in texts),
+            metrics={"m": (1.0,)},
+            extras={"answer": tuple(t.upper() for t in texts)} if "plain" not in texts else {},
+            seconds=0.5,
+        )
 
 
 def call_of(texts: Sequence[Any], prompt: Any = "p", **columns: Any) -> Call:
@@ -176,58 +170,44 @@ def call_of(texts: Sequence[Any], prompt: Any = "p", **columns: Any) -> Call:
     )
 
 
-def reply_to(cached: CachedReward, call: Call) -> Reply:
-    return cached.call(call).result(timeout=10)[0]
-
-
 class TestCache:
     def test_what_came_before_is_not_sent_again(self) -> None:
         inner = Counting()
         cached = CachedReward(inner)
-        first = reply_to(cached, call_of(["a", "bb", "a", "none"], answer=1))
+        first = cached.call(call_of(["a", "bb", "a", "none"], answer=1))
         assert first.parts == (1.0, 2.0, 1.0, None) and first.errors == (None,) * 4
         assert first.metrics == {"m": (1.0,), "rewards/r/cache_hit_frac": (0.25,)}
         assert first.extras == {"answer": ("A", "BB", "A", "NONE")}
-        second = reply_to(cached, call_of(["none", "bb", "ccc"], answer=1))
+        second = cached.call(call_of(["none", "bb", "ccc"], answer=1))
         assert second.parts == (None, 2.0, 3.0)
         assert second.extras == {"answer": ("NONE", "BB", "CCC")}
-        third = cached.call(call_of(["a", "ccc"], answer=1)).result(timeout=10)
-        assert third[0].parts == (1.0, 3.0) and third[1] == 0.0
-        assert third[0].metrics == {"rewards/r/cache_hit_frac": (1.0,)}
+        third = cached.call(call_of(["a", "ccc"], answer=1))
+        assert third.parts == (1.0, 3.0) and third.seconds == 0.0
+        assert third.metrics == {"rewards/r/cache_hit_frac": (1.0,)}
         assert inner.seen == [["a", "bb", "none"], ["ccc"]]
 
     def test_failures_are_not_kept(self) -> None:
         inner = Counting()
         cached = CachedReward(inner)
         for _ in range(2):
-            reply = reply_to(cached, call_of(["fail", "a", "fail"]))
+            reply = cached.call(call_of(["fail", "a", "fail"]))
             assert reply.errors == ("r: no", None, "r: no") and reply.parts == (None, 1.0, None)
         assert inner.seen == [["fail", "a"], ["fail"]]
-
-    def test_what_fails_as_a_whole_passes_through(self) -> None:
-        class Dying(Counting):
-            def call(self, call: Call) -> Future[tuple[Reply, float]]:
-                done: Future[tuple[Reply, float]] = Future()
-                done.set_exception(RuntimeError("gone"))
-                return done
-
-        with pytest.raises(RuntimeError, match="gone"):
-            reply_to(CachedReward(Dying()), call_of(["a"]))
 
     def test_the_oldest_goes_first_and_large_extras_are_not_kept(self) -> None:
         inner = Counting()
         cached = CachedReward(inner, capacity=2)
         for texts in (["a"], ["bb"], ["a"], ["ccc"], ["a"], ["bb"]):
-            reply_to(cached, call_of(texts))
+            cached.call(call_of(texts))
         assert inner.seen == [["a"], ["bb"], ["ccc"], ["bb"]]
         for _ in range(2):
-            reply_to(cached, call_of(["x" * 2000]))
+            cached.call(call_of(["x" * 2000]))
         assert inner.seen[4:] == [["x" * 2000]] * 2
 
     def test_extras_that_only_some_have_are_filled_with_none(self) -> None:
         cached = CachedReward(Counting())
-        reply_to(cached, call_of(["a"]))
-        assert reply_to(cached, call_of(["a", "plain"])).extras == {"answer": ("A", None)}
+        cached.call(call_of(["a"]))
+        assert cached.call(call_of(["a", "plain"])).extras == {"answer": ("A", None)}
 
     def test_keys_tell_apart_what_differs(self) -> None:
         array = np.arange(2000)
@@ -245,10 +225,7 @@ class TestCache:
         ]
         keys = [key for call in calls for key in completion_keys(call)]
         assert len(set(keys)) == len(keys)
-        tokens = call_of(["a"])
-        tokens = Call(
-            **{**{k: getattr(tokens, k) for k in tokens.__slots__}, "completion_ids": [[7]]}
-        )
+        tokens = replace(call_of(["a"]), completion_ids=[[7]])
         assert completion_keys(tokens)[0] not in keys
 
     def test_keys_do_not_depend_on_what_equal_rows_share(self) -> None:
@@ -267,34 +244,38 @@ def test_a_secret_is_never_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "sk-sec" not in str(caught.value)
 
 
-def test_a_reward_may_return_an_exception_for_one_completion() -> None:
-    parts, errors = read_values("r", [1.0, ValueError("no grade"), KeyError()], 3)
-    assert parts == [1.0, None, None]
-    assert errors == [None, "r: no grade", "r: KeyError"]
-
-
-def plain_reference(directory: Path, text: str, label: int = 0) -> float:
-    """One text at a time, without padding, through transformers itself."""
+def plain_references(directory: Path, *texts: str, label: int = 0) -> Any:
+    """About the logit of each text, alone and without padding, through transformers itself."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     model = AutoModelForSequenceClassification.from_pretrained(directory)
-    ids = AutoTokenizer.from_pretrained(directory)(text, return_tensors="pt")["input_ids"]
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    logits = []
     with torch.no_grad():
-        return float(model(input_ids=ids).logits[0, label])
+        for text in texts:
+            ids = tokenizer(text, return_tensors="pt")["input_ids"]
+            logits.append(float(model(input_ids=ids).logits[0, label]))
+    # fp32 with other shapes of the same sums.
+    return pytest.approx(logits, rel=1e-4, abs=1e-5)
+
+
+def rewards_of(model: RewardModel, prompt: Any, answers: Sequence[Any]) -> list[float]:
+    return model.score(model.encode(prompt, answers)[0])
 
 
 class TestRewardModel:
+    @pytest.fixture
+    def path(self, tmp_path: Path) -> Path:
+        return save_tiny_reward_model(tmp_path / "m")
+
     @pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma3"])
     def test_padding_and_order_change_nothing(self, tmp_path: Path, kind: Kind) -> None:
         path = save_tiny_reward_model(tmp_path / "m", kind)
         model = RewardModel(RewardModelParams(path=str(path), batch_size=2))
         answers = ["4", "so it is 12, I think", "", "four", "1" * 60]
-        sequences, num_cut = model.encode("2+2=", answers)
-        rewards = model.score(sequences)
-        expected = [plain_reference(path, "2+2=" + answer) for answer in answers]
-        # fp32 with other shapes of the same sums.
-        assert rewards == pytest.approx(expected, rel=1e-4, abs=1e-5)
-        assert len({round(reward, 3) for reward in rewards}) == 5 and num_cut == 0
+        rewards = rewards_of(model, "2+2=", answers)
+        assert rewards == plain_references(path, *("2+2=" + answer for answer in answers))
+        assert len({round(reward, 3) for reward in rewards}) == 5
 
     def test_an_encoder_does_not_read_its_padding(self, tmp_path: Path) -> None:
         from transformers import BertConfig, BertForSequenceClassification
@@ -311,54 +292,47 @@ class TestRewardModel:
             BertForSequenceClassification(config).save_pretrained(tmp_path)
         tokenizer.save_pretrained(tmp_path)
         model = RewardModel(RewardModelParams(path=str(tmp_path)))
-        answers = ["4", "so it is 12, I think"]
-        rewards = model.score(model.encode("2+2=", answers)[0])
-        expected = [plain_reference(tmp_path, "2+2=" + answer) for answer in answers]
-        assert rewards == pytest.approx(expected, rel=1e-4, abs=1e-6)
+        rewards = rewards_of(model, "2+2=", ["4", "so it is 12, I think"])
+        assert rewards == plain_references(tmp_path, "2+2=4", "2+2=so it is 12, I think")
 
-    def test_chat_and_plain(self, tmp_path: Path) -> None:
-        path = save_tiny_reward_model(tmp_path / "m")
-        message = [{"role": "user", "content": "2+2="}]
-        answer = [[{"role": "assistant", "content": "4"}]]
-        texts = {
-            (None, True): "<user>2+2=\n<assistant>4\n",
-            ("chat", False): "<user>2+2=\n<assistant>4\n",
-            (None, False): "2+2=4",
-            ("plain", True): "2+2=\n4",
-        }
-        for (template, conversational), text in texts.items():
-            model = RewardModel(RewardModelParams(path=str(path), template=template))
-            sequences, _ = model.encode(*((message, answer) if conversational else ("2+2=", ["4"])))
-            (reward,) = model.score(sequences)
-            assert reward == pytest.approx(plain_reference(path, text), rel=1e-4)
+    @pytest.mark.parametrize(
+        ("template", "conversational", "text"),
+        [
+            (None, True, "<user>2+2=\n<assistant>4\n"),
+            ("chat", False, "<user>2+2=\n<assistant>4\n"),
+            (None, False, "2+2=4"),
+            ("plain", True, "2+2=\n4"),
+        ],
+    )
+    def test_chat_and_plain(
+        self, path: Path, template: Any, conversational: bool, text: str
+    ) -> None:
+        model = RewardModel(RewardModelParams(path=str(path), template=template))
+        prompt: Any = [{"role": "user", "content": "2+2="}] if conversational else "2+2="
+        answer: Any = [{"role": "assistant", "content": "4"}] if conversational else "4"
+        assert rewards_of(model, prompt, [answer]) == plain_references(path, text)
 
-    def test_what_is_too_long_loses_its_beginning(self, tmp_path: Path) -> None:
-        path = save_tiny_reward_model(tmp_path / "m")
+    def test_what_is_too_long_loses_its_beginning(self, path: Path) -> None:
         model = RewardModel(RewardModelParams(path=str(path), max_length=5))
-        sequences, num_cut = model.encode("12345", ["678", "9"])
-        assert num_cut == 2
-        rewards = model.score(sequences)
-        expected = [plain_reference(path, text) for text in ("45678", "23459")]
-        assert rewards == pytest.approx(expected, rel=1e-4)
-        assert [len(ids) for ids in sequences] == [5, 5]
+        sequences, num_cut = model.encode("12345", ["678", "9", ""])
+        assert num_cut == 2 and [len(ids) for ids in sequences] == [5, 5, 5]
+        assert model.score(sequences) == plain_references(path, "45678", "23459", "12345")
 
     def test_one_label_of_several(self, tmp_path: Path) -> None:
         path = save_tiny_reward_model(tmp_path / "m", num_labels=3)
         model = RewardModel(RewardModelParams(path=str(path), label=2))
-        (reward,) = model.score(model.encode("a", ["b"])[0])
-        assert reward == pytest.approx(plain_reference(path, "ab", label=2), rel=1e-4)
+        assert rewards_of(model, "a", ["b"]) == plain_references(path, "ab", label=2)
         for label, says in ((None, "has 3 labels"), (3, "none is 3")):
             with pytest.raises(ConfigError, match=says):
                 RewardModel(RewardModelParams(path=str(path), label=label))
 
-    def test_bfloat16_is_near(self, tmp_path: Path) -> None:
-        path = save_tiny_reward_model(tmp_path / "m")
+    def test_bfloat16_is_near(self, path: Path) -> None:
+        exact = rewards_of(RewardModel(RewardModelParams(path=str(path))), "2+2=", ["4"])
         model = RewardModel(RewardModelParams(path=str(path), dtype="bfloat16"))
-        (reward,) = model.score(model.encode("2+2=", ["4"])[0])
-        expected = plain_reference(path, "2+2=4")
-        assert math.isfinite(reward) and reward != expected
+        rewards = rewards_of(model, "2+2=", ["4"])
+        assert rewards != exact
         # Eight bits of mantissa through two layers.
-        assert reward == pytest.approx(expected, rel=0.1, abs=0.1)
+        assert rewards == pytest.approx(exact, rel=0.1, abs=0.1)
 
     @pytest.mark.filterwarnings("ignore")
     def test_a_model_that_was_not_trained_to_classify_is_refused(self, tmp_path: Path) -> None:
@@ -369,24 +343,3 @@ class TestRewardModel:
             RewardModel(RewardModelParams(path=str(path), label=0))
         with pytest.raises(ConfigError, match="does not load"):
             RewardModel(RewardModelParams(path=str(tmp_path / "none")))
-
-    def test_trls_trainer_gives_the_same_rewards(self, tmp_path: Path) -> None:
-        """As GRPOTrainer scores with a model: text concatenated, right padding, logits[:, 0]."""
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-        path = save_tiny_reward_model(tmp_path / "m", "qwen2")
-        answers = ["4", "so it is 12", "four"]
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForSequenceClassification.from_pretrained(path)
-        inputs = tokenizer(
-            text=["2+2=" + answer for answer in answers],
-            return_tensors="pt",
-            padding=True,
-            padding_side="right",
-            add_special_tokens=False,
-        )
-        with torch.inference_mode():
-            expected = model(**inputs).logits[:, 0].tolist()
-        ours = RewardModel(RewardModelParams(path=str(path)))
-        rewards = ours.score(ours.encode("2+2=", answers)[0])
-        assert rewards == pytest.approx(expected, rel=1e-4)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,6 +21,7 @@ from raygrpo.rewards import text
 from raygrpo.rewards.contract import Reply, Setup
 from raygrpo.rewards.host import RewardHost, combine
 from raygrpo.rewards.loading import anchor_reward, check_reward, load_reward, pack_function
+from raygrpo.rewards.values import read_values
 
 Metrics = dict[str, float]
 
@@ -43,19 +47,20 @@ def chat(*texts: str) -> list[list[dict[str, str]]]:
 
 
 class TestText:
-    def test_exact_strips_both_sides(self) -> None:
-        completions = [" 7\n", "7", "07", "7 apples", ""]
-        assert text.exact(completions, answer=["7 "] * 5) == [1, 1, 0, 0, 0]
-
-    def test_exact_without_strip_is_exact(self) -> None:
-        assert text.exact(["7", "7\n"], strip=False, answer=["7", "7"]) == [1, 0]
-
-    def test_exact_first_line_skips_blank_lines(self) -> None:
-        completions = ["\n 7 \nQ: 1+1", "8\n7"]
-        assert text.exact(completions, first_line=True, answer=["7", "7"]) == [1, 0]
-
-    def test_exact_reads_another_column_and_messages(self) -> None:
-        assert text.exact(chat("a", "b"), column="gold", gold=["a", "a"]) == [1, 0]
+    @pytest.mark.parametrize(
+        ("completions", "answers", "options", "scores"),
+        [
+            ([" 7\n", "7", "07", "7 apples", ""], ["7 "] * 5, {}, [1, 1, 0, 0, 0]),
+            (["7", "7\n"], ["7", "7"], {"strip": False}, [1, 0]),
+            (["\n 7 \nQ: 1+1", "8\n7"], ["7", "7"], {"first_line": True}, [1, 0]),
+            (chat("a", "b"), ["a", "a"], {}, [1, 0]),
+        ],
+    )
+    def test_exact(
+        self, completions: list[Any], answers: list[str], options: Any, scores: list[float]
+    ) -> None:
+        assert text.exact(completions, **options, answer=answers) == scores
+        assert text.exact(completions, **options, column="gold", gold=answers) == scores
 
     def test_message_content_may_be_blocks(self) -> None:
         blocks = [{"type": "text", "text": "4"}, {"type": "text", "text": "2"}]
@@ -122,9 +127,8 @@ class TestText:
 
     def test_exact_reports_what_it_read(self) -> None:
         extras: dict[str, list[Any]] = {}
-        text.exact(
-            ["\n 7 \nQ:", "8"], first_line=True, log_extra=extras.__setitem__, answer=["7"] * 2
-        )
+        log = extras.__setitem__
+        text.exact(["\n 7 \nQ:", "8"], first_line=True, log_extra=log, answer=["7"] * 2)
         assert extras == {"answer": ["7", "8"]}
 
     def test_format_matches_the_whole_text_across_lines(self) -> None:
@@ -134,11 +138,40 @@ class TestText:
 
     def test_length_is_the_soft_overlong_penalty(self) -> None:
         ids = [[0] * size for size in (0, 80, 81, 90, 100, 101)]
-        scores = text.length(ids, max_length=100, buffer=20)
-        assert scores == [0, 0, -0.05, -0.5, -1, -1]
+        assert text.length(ids, max_length=100, buffer=20) == [0, 0, -0.05, -0.5, -1, -1]
+        assert text.length(ids, max_length=81, buffer=0) == [0, 0, 0, -1, -1, -1]
 
-    def test_length_without_buffer_is_a_step(self) -> None:
-        assert text.length([[0] * 9, [0] * 10, [0] * 11], max_length=10, buffer=0) == [0, 0, -1]
+
+class TestValues:
+    @pytest.mark.parametrize(
+        ("value", "part"),
+        [
+            *((True, 1), (2, 2), (0.5, 0.5), (None, None), (Decimal("0.1"), 0.1)),
+            *((Fraction(1, 4), 0.25), (np.float32(0.25), 0.25), (np.int64(3), 3)),
+            *((np.bool_(True), 1), (np.array([4.0]), 4), (torch.tensor(1.5), 1.5)),
+        ],
+    )
+    def test_numbers_of_all_kinds(self, value: Any, part: float | None) -> None:
+        assert read_values("r", [value], 1) == ([part], [None])
+
+    @pytest.mark.parametrize(
+        ("value", "error"),
+        [
+            (float("nan"), "returned nan, which is not finite"),
+            (float("inf"), "returned inf, which is not finite"),
+            (np.float32("nan"), "returned nan, which is not finite"),
+            ("1.0", "returned '1.0', which is no number"),
+            (1j, "returned 1j, which is no number"),
+            (10**400, f"returned {10**79}, which is no number"),
+            (ValueError("no grade"), "no grade"),
+            (KeyError(), "KeyError"),
+        ],
+    )
+    def test_other_values_error_their_completion(self, value: Any, error: str) -> None:
+        assert read_values("r", [1.0, value], 2) == ([1.0, None], [None, f"r: {error}"])
+
+    def test_arrays_count_as_lists(self) -> None:
+        assert read_values("r", np.arange(2), 2) == ([0, 1], [None, None])
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::SyntaxWarning")
@@ -242,6 +275,7 @@ class TestCheck:
             (section("exakt"), "did you mean 'exact'"),
             (section("exact", params={"colum": "x"}), "did you mean 'column'"),
             (section("format"), "needs pattern"),
+            (section("exact", params={"strip": "no"}), "strip: "),
             (section("format", params={"pattern": "("}), "no regular expression"),
             (section("length", params={"max_length": 4, "buffer": 5}), "buffer <= max_length"),
             (section("no_such_package.rewards:f"), "no module 'no_such_package'"),
@@ -336,7 +370,7 @@ class TestCombine:
                 extras={"x": (1, 2, 3, 4)},
             ),
         }
-        scored = combine(replies, {"a": 1.0, "b": -2.0}, {"a": 0.1, "b": 0.2}, 4)
+        scored = combine(replies, {"a": 1.0, "b": -2.0}, 4)
         assert [score.value for score in scored.scores] == [0.0, -1.0, None, None]
         assert [score.error for score in scored.scores] == [None, None, None, "b: bad"]
         assert scored.scores[3].parts == {"a": 1.0, "b": None}
@@ -347,5 +381,5 @@ class TestCombine:
 
     def test_a_sum_that_overflows_is_an_error(self) -> None:
         replies = {name: Reply(parts=(1.7e308,), errors=(None,)) for name in "ab"}
-        (score,) = combine(replies, {"a": 1.0, "b": 1.0}, {}, 1).scores
+        (score,) = combine(replies, {"a": 1.0, "b": 1.0}, 1).scores
         assert score.value is None and score.error == "the weighted sum is not finite"
