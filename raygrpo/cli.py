@@ -127,12 +127,10 @@ def evaluate_model(
 
     Keys are overridden by --section.key=value.
     """
-    from raygrpo.commands.evaluate import evaluate, write_json
+    from raygrpo.commands.evaluate import evaluate
 
     with _watched() as watch:
-        found = evaluate(target, _step(step), context.args, watch)
-        if out is not None:
-            write_json(out, found)
+        found = evaluate(target, _step(step), context.args, watch, out)
     greedy = f"1 greedy and {found.num_completions} sampled completions each"
     typer.echo(f"{found.model} after {found.step} steps: {found.num_prompts} prompts, {greedy}")
     _print_numbers(found.metrics)

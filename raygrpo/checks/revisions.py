@@ -41,9 +41,7 @@ class Pinned:
 
 
 def pin(
-    config: RunConfig,
-    recorded: Mapping[str, str] | None = None,
-    passed: Collection[str] = (),
+    config: RunConfig, recorded: Mapping[str, str] | None = None, passed: Collection[str] = ()
 ) -> Pinned:
     """Fills in the revisions that the run recorded, or else the hub's newest.
 

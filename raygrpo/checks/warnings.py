@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from raygrpo.actors.cluster.placement import address_of
 from raygrpo.config import RunConfig
+from raygrpo.data.sources import eval_section, split_of
 
 Event = tuple[str, dict[str, Any]]
 
@@ -82,8 +83,6 @@ def eval_problem(config: RunConfig) -> str | None:
     None if evaluations read other rows, or if the rows are unknown (a mixture, or a data set that
     was passed in Python).
     """
-    from raygrpo.data.sources import eval_section, split_of  # loads datasets, a heavy library
-
     data = config.data
     if not config.eval.eval_steps or data.mixture or data.source == "python":
         return None

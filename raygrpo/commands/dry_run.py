@@ -70,10 +70,7 @@ def dry_run(config: RunConfig) -> dict[str, Lines]:
         "run": _run_facts(checked, architecture),
         "data": _data_facts(checked, prompts, lengths),
         "batch": batch_facts(
-            checked.config,
-            update,
-            longest_prompt=longest,
-            num_prompts=_num_prompts(checked),
+            checked.config, update, longest_prompt=longest, num_prompts=_num_prompts(checked)
         ),
         "placement": _placement_facts(checked.config),
         "rewards": score_fake(checked.config.rewards, fake_group(checked, prompts[0])),
@@ -194,14 +191,9 @@ def fake_group(checked: Checked, prompt: Prompt) -> Group:
     text = next((value for value in found if isinstance(value, str) and value), _FALLBACK)
     request = train_request(checked.config, 0, prompt, Version(0, 0))
     request = replace(request, sampling=replace(request.sampling, num_completions=1))
-    return Group(request=request, completions=(_written(text, checked.tokenizer),))
-
-
-def _written(text: str, tokenizer: Any) -> Completion:
-    """A completion that nobody sampled: none of its tokens is trained."""
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    ids = np.array(ids or [tokenizer.eos_token_id], np.int32)
-    return Completion(
+    ids = checked.tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = np.array(ids or [checked.tokenizer.eos_token_id], np.int32)
+    completion = Completion(
         token_ids=ids,
         logprobs=np.zeros(ids.size, np.float32),
         loss_mask=np.zeros(ids.size, np.bool_),
@@ -209,6 +201,7 @@ def _written(text: str, tokenizer: Any) -> Completion:
         finish="stop",
         version_runs=((Version(0, 0), ids.size),),
     )
+    return Group(request=request, completions=(completion,))
 
 
 def score_fake(rewards: Sequence[RewardSection], group: Group) -> Lines:
@@ -225,19 +218,15 @@ def score_fake(rewards: Sequence[RewardSection], group: Group) -> Lines:
         score = scored.scores[0]
         if score.error is not None:
             raise RewardError(f"{score.error}\n{scored.traceback or ''}".rstrip())
+        weights = {reward_name(reward): reward.weight for reward in local}
         facts |= {
-            f"{name} (weight {_weight(local, name):g})": f"{_shown(part)} in "
-            f"{scored.reward_s[name]:.2f} s"
+            f"{name} (weight {weights[name]:g})": f"{_shown(part)} in {scored.reward_s[name]:.2f} s"
             for name, part in score.parts.items()
         }
         facts["sum"] = _shown(score.value)
     skipped = {reward_name(reward): "skipped: it runs in actors" for reward in rewards
                if reward.func == REWARD_MODEL}  # fmt: skip
     return facts | skipped
-
-
-def _weight(rewards: Sequence[RewardSection], name: str) -> float:
-    return next(reward.weight for reward in rewards if reward_name(reward) == name)
 
 
 def _shown(value: float | None) -> str:

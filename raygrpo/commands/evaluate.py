@@ -22,21 +22,15 @@ from raygrpo.commands.signals import Stopped, StopSignals
 from raygrpo.config import RunConfig
 from raygrpo.config.file import load_config
 from raygrpo.data.prompts import PromptStream
-from raygrpo.errors import ConfigError, StorageError
+from raygrpo.errors import ConfigError
 from raygrpo.rewards.budget import ScoreBudget
 from raygrpo.rewards.contract import TrainerState
 from raygrpo.storage.checkpoint import find_checkpoint, open_run, verify
-from raygrpo.storage.rollouts import (
-    FileFacts,
-    file_path,
-    files,
-    make_table,
-    write_file,
-)
+from raygrpo.storage.rollouts import FileFacts, file_path, files, make_table, write_file
 from raygrpo.storage.run_dir import write_atomically
 from raygrpo.tracking.metrics import completion_metrics, reward_metrics
 from raygrpo.training.evaluation import Evaluation
-from raygrpo.types import FinishedGroup, Group, GroupRequest, Prompt, Version
+from raygrpo.types import FinishedGroup, GroupRequest, Prompt, Version
 
 OnEvent = Callable[[str, Mapping[str, Any]], None]
 _LOADED = Version(0, 0)  # what generators call the weights that they read from disk
@@ -159,17 +153,15 @@ class Rollouts:
 def serve(checked: Checked, trained: int, scope: Scope, on_event: OnEvent) -> Rollouts:
     """Starts generators and scorers for a model that was trained so many steps."""
     cluster = scope.join(checked.config, roles=["generator", "scorer"])
-    pool = RolloutPool(cluster.config, None, checked.functions, Site(local=cluster.local))
+    pool = RolloutPool(
+        cluster.config, None, checked.functions, Site(local=cluster.connection.local)
+    )
     scope.closers.callback(pool.close)
     with placing(cluster.connection):
         pool.start()
     on_event("started", {})
     return Rollouts(
-        config=cluster.config,
-        trained=trained,
-        pool=pool,
-        signals=scope.signals,
-        on_event=on_event,
+        config=cluster.config, trained=trained, pool=pool, signals=scope.signals, on_event=on_event
     )
 
 
@@ -214,7 +206,12 @@ def generate_groups(
         for group in rolled
     }
     summaries = [group.summary for group in rolled]
-    path = _write(out, rolled, payloads, complete=len(rolled) == num_groups)
+    decided = [
+        replace(group, fate="generated" if group.teaches else "no_signal") for group in rolled
+    ]
+    path = file_path(out, "step", 0)
+    facts = FileFacts(step=0, complete=len(rolled) == num_groups)
+    write_file(path, make_table(0, decided, payloads, ()), facts)
     num_tokens = sum(sum(summary.lengths) for summary in summaries)
     return Generated(
         model=rollouts.config.model.path,
@@ -236,15 +233,23 @@ def evaluate(
     step: int | str | None = None,
     overrides: Sequence[str] = (),
     on_event: OnEvent = lambda *_: None,
+    out: Path | None = None,
 ) -> Evaluated:
-    """Evaluates the model of a configuration or of a run's checkpoint; see `resolve_target`."""
+    """Evaluates the model of a configuration or of a run's checkpoint; see `resolve_target`.
+
+    ``out`` is a file for the numbers, as JSON.
+    """
     config, trained = resolve_target(target, step, overrides)
     if not config.eval.eval_steps:  # the run does not evaluate, but we do
         section = config.eval.model_copy(update={"eval_steps": 1})
         config = config.model_copy(update={"eval": section})
     with open_scope() as scope:
         checked = check(config)
-        return evaluate_prompts(serve(checked, trained, scope, on_event), checked.eval_prompts)
+        rollouts = serve(checked, trained, scope, on_event)
+        found = evaluate_prompts(rollouts, checked.eval_prompts)
+    if out is not None:
+        write_atomically(out, json.dumps(asdict(found), indent=2) + "\n")
+    return found
 
 
 def generate(
@@ -266,26 +271,3 @@ def generate(
         rollouts = serve(checked, trained, scope, on_event)
         number = num_groups or config.train.groups_per_step
         return generate_groups(rollouts, checked.prompts, number, out)
-
-
-def write_json(path: Path, found: Evaluated) -> None:
-    """Writes an evaluation's numbers.
-
-    Raises:
-        StorageError: it cannot be written.
-    """
-    try:
-        write_atomically(path, json.dumps(asdict(found), indent=2) + "\n")
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error}") from error
-
-
-def _write(
-    out: Path, rolled: Sequence[FinishedGroup], payloads: Mapping[int, Group], *, complete: bool
-) -> Path:
-    decided = [
-        replace(group, fate="generated" if group.teaches else "no_signal") for group in rolled
-    ]
-    path = file_path(out, "step", 0)
-    write_file(path, make_table(0, decided, payloads, ()), FileFacts(step=0, complete=complete))
-    return path

@@ -6,9 +6,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from raygrpo.commands.model_card import write_model_card
 from raygrpo.config import RunConfig
 from raygrpo.config.file import load_config
 from raygrpo.errors import StorageError
+from raygrpo.models import load_tokenizer
 from raygrpo.storage.checkpoint import find_checkpoint, open_run, verify
 from raygrpo.storage.run_dir import RunDir
 
@@ -29,8 +31,6 @@ def export_checkpoint(
     Raises:
         StorageError: the checkpoint does not verify, or the export cannot be written.
     """
-    from raygrpo.commands.model_card import write_model_card
-
     manifest = verify(path)
     temporary = run_dir.root / ".tmp-export"
     try:
@@ -60,8 +60,6 @@ def export_run(root: Path, step: int | None = None, hub_id: str | None = None) -
         ConfigError: no run or no such checkpoint.
         StorageError: the checkpoint does not verify.
     """
-    from raygrpo.models import load_tokenizer
-
     run_dir = open_run(root)
     config = load_config(run_dir.config_path)
     path = find_checkpoint(run_dir, step)

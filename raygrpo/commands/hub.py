@@ -80,10 +80,7 @@ def push(
         there = api.list_repo_files(hub_id, revision=branch)
         # Not `upload_folder`: with Xet, it may cut an upload into several commits.
         api.create_commit(
-            hub_id,
-            _operations(export, there),
-            commit_message=message,
-            revision=branch,
+            hub_id, _operations(export, there), commit_message=message, revision=branch
         )
     except (_HTTP_ERROR, OSError, ValueError, RuntimeError) as error:
         raise _explained(error, hub_id) from error
@@ -113,8 +110,8 @@ def commit_message(run_dir: RunDir, step: int) -> str:
     Raises:
         StorageError: config.resolved.yaml or metrics.jsonl cannot be read.
     """
-    rows = read_metrics(run_dir.metrics_path) if run_dir.metrics_path.is_file() else []
-    row: Mapping[str, Any] = next((row for row in reversed(rows) if row["step"] == step), {})
+    rows = reversed(read_metrics(run_dir.metrics_path))
+    row: Mapping[str, Any] = next((row for row in rows if row["step"] == step), {})
     best = (load_config(run_dir.config_path).eval.best.metric or "").removeprefix("-")
     for name in (best, "eval/reward", "eval/greedy/reward", "reward"):
         if isinstance(row.get(name), int | float):
@@ -124,10 +121,10 @@ def commit_message(run_dir: RunDir, step: int) -> str:
 
 def _explained(error: Any, hub_id: str) -> RayGrpoError:
     """The error for the user that the hub's answer means."""
-    status = next((code for e in _causes(error) if (code := _status(e)) is not None), None)
-    first = list(_causes(error))[-1]
-    reason = str(first).strip().partition("\n")[0] or type(first).__name__
-    if any(isinstance(e, OfflineModeIsEnabled) for e in _causes(error)):
+    causes = list(_causes(error))
+    status = next((code for e in causes if (code := _status(e)) is not None), None)
+    reason = str(causes[-1]).strip().partition("\n")[0] or type(causes[-1]).__name__
+    if any(isinstance(e, OfflineModeIsEnabled) for e in causes):
         return ConfigError("HF_HUB_OFFLINE is set: nothing can be pushed", "unset it")
     if status == 401:
         return ConfigError(
@@ -143,8 +140,11 @@ def _explained(error: Any, hub_id: str) -> RayGrpoError:
     if status == 404:
         return ConfigError(f"the hub knows no {hub_id}", "check the organisation and the branch")
     refused = status is not None and status < 500 and status not in _RETRY_LATER
-    if refused or (status is None and isinstance(error, ValueError) and not _is_garbled(error)):
-        return ConfigError(f"the hub refuses {hub_id}: {_message(error) or reason}")
+    # An answer that is no JSON is a proxy's page, or another server's than the hub's.
+    garbled = isinstance(error, json.JSONDecodeError)
+    if refused or (status is None and isinstance(error, ValueError) and not garbled):
+        message = getattr(error, "server_message", None) or reason
+        return ConfigError(f"the hub refuses {hub_id}: {message}")
     what = f"failed with status {status}" if status else f"cannot be reached: {reason}"
     return InfraError(f"the hub {what}; {hub_id} shows nothing of this upload", "push again")
 
@@ -158,13 +158,3 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 def _status(error: BaseException) -> int | None:
     code = getattr(getattr(error, "response", None), "status_code", None)
     return code if isinstance(code, int) else None
-
-
-def _message(error: Any) -> str | None:
-    text = getattr(error, "server_message", None)
-    return text if isinstance(text, str) and text else None
-
-
-def _is_garbled(error: BaseException) -> bool:
-    """Whether the answer was no JSON: a proxy's page, or another server's than the hub's."""
-    return isinstance(error, json.JSONDecodeError)

@@ -120,8 +120,8 @@ def write_model_card(
     Raises:
         StorageError: run.json or metrics.jsonl cannot be read, or the card cannot be written.
     """
-    facts = run_dir.facts
-    best = facts.get("best")
+    facts, rows = run_dir.facts, read_metrics(run_dir.metrics_path)
+    best, revisions = facts.get("best"), facts.get("revisions") or {}
     base, licence = _base_model(config, facts)
     datasets = _datasets(config)
     example = _made_up_example(config, tokenizer) if example is None else example
@@ -131,7 +131,7 @@ def write_model_card(
         model_name=name,
         license=licence,
         datasets=[source for source, on_hub in datasets.items() if on_hub] or None,
-        eval_results=_evaluated(run_dir, config, step) or None,
+        eval_results=_evaluated(rows, config, step, revisions.get("eval", "")) or None,
         **_METADATA,
     )
     card = ModelCard.from_template(
@@ -145,13 +145,13 @@ def write_model_card(
         variable="prompt" if isinstance(example, str) else "messages",
         value=repr(example if isinstance(example, str) else [dict(m) for m in example]),
         arguments=_arguments(config, example),
-        results=_results(run_dir.metrics_path, step),
+        results=_results(rows, step),
         wandb_url=facts.get("wandb_url"),
         papers=papers_of(config.recipe),
         recipe=config.recipe,
         steps=step,
         best_metric=best["metric"] if best and best["step"] == step else None,
-        revisions=facts.get("revisions") or {},
+        revisions=revisions,
         config_yaml=_shown_config(config).strip(),
         versions=framework_versions(),
     )
@@ -201,18 +201,6 @@ def framework_versions() -> dict[str, str]:
     return versions | {"Python": platform.python_version()}
 
 
-def quick_start_snippet(card_text: str) -> str:
-    """The Python code of a card's quick start.
-
-    Raises:
-        ValueError: the card has none.
-    """
-    found = re.search(r"^## Quick start\n.*?^```python\n(.*?)^```", card_text, re.S | re.M)
-    if found is None:
-        raise ValueError("the card has no quick start")
-    return found[1]
-
-
 def _made_up_example(config: RunConfig, tokenizer: Any) -> Example:
     """A prompt in the form of the run's prompts, as far as the configuration tells the form."""
     data, asked = config.data, "What is 3 plus 4?"
@@ -229,9 +217,10 @@ def _datasets(config: RunConfig) -> dict[str, bool]:
     return {_name_of(source): is_on_hub(source) for source in map(str, parts) if source}
 
 
-def _evaluated(run_dir: RunDir, config: RunConfig, step: int) -> list[EvalResult]:
+def _evaluated(
+    rows: Sequence[Mapping[str, Any]], config: RunConfig, step: int, pinned: str
+) -> list[EvalResult]:
     """The results of the exported step itself, for the hub's own table."""
-    rows = read_metrics(run_dir.metrics_path) if run_dir.metrics_path.is_file() else []
     values = {
         name: row[name]
         for row in rows
@@ -242,7 +231,6 @@ def _evaluated(run_dir: RunDir, config: RunConfig, step: int) -> list[EvalResult
     if not values:
         return []
     section = eval_section(config.data, config.eval, seed=config.seed)
-    pinned = (run_dir.facts.get("revisions") or {}).get("eval", "").partition("@")
     return [
         EvalResult(
             task_type="text-generation",
@@ -250,7 +238,7 @@ def _evaluated(run_dir: RunDir, config: RunConfig, step: int) -> list[EvalResult
             dataset_name=_name_of(section.source),
             dataset_split=split_of(section) if is_on_hub(section.source) else None,
             dataset_config=section.params.get("name") if is_on_hub(section.source) else None,
-            dataset_revision=pinned[2] or None,
+            dataset_revision=pinned.partition("@")[2] or None,
             metric_type=name.removeprefix("eval/"),
             metric_name=name,
             metric_value=round(float(value), 6),
@@ -288,19 +276,15 @@ def _read_front_matter(path: str) -> dict[str, Any]:
     return loaded if isinstance(loaded, dict) else {}
 
 
-def _results(metrics_path: Path, step: int) -> tuple[tuple[str, float, float], ...]:
+def _results(rows: list[dict[str, Any]], step: int) -> list[tuple[str, float, float]]:
     """The first and last value of each result up to ``step``, if there are two."""
-    if not metrics_path.is_file():
-        return ()
-    rows = [row for row in read_metrics(metrics_path) if row["step"] <= step]
+    rows = [row for row in rows if row["step"] <= step]
     names = sorted({name for row in rows for name in row if _RESULT.fullmatch(name)})
-    results = []
-    for name in names:
-        series = points(rows, name)
-        if len(series) > 1:
-            results.append((f"`{name}`, step {series[0][0]} and {series[-1][0]}",
-                            series[0][1], series[-1][1]))  # fmt: skip
-    return tuple(results)
+    return [
+        (f"`{name}`, step {series[0][0]} and {series[-1][0]}", series[0][1], series[-1][1])
+        for name in names
+        if len(series := points(rows, name)) > 1
+    ]
 
 
 def _shown_config(config: RunConfig) -> str:

@@ -6,22 +6,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from raygrpo.actors.cluster.placement import address_of
 from raygrpo.checks.arithmetic import batch_facts, fullest_step
 from raygrpo.checks.memory import (
     Memory,
-    ModelSize,
     Parts,
     generator_memory,
     learner_memory,
     model_size,
     store_memory,
 )
+from raygrpo.checks.resolved import resolve, this_machine
 from raygrpo.config import RunConfig
 from raygrpo.errors import ConfigError
+from raygrpo.learner.deepspeed_config import check_learner
 
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _GIB = 2**30
@@ -68,13 +72,13 @@ def make_plan(config: RunConfig) -> Plan:
         ConfigError: there is no model configuration at ``model.path``, or ``learner.lora`` or
             ``learner.deepspeed`` cannot work.
     """
-    from raygrpo.checks.resolved import resolve, this_machine
-    from raygrpo.learner.deepspeed_config import check_learner
-
     check_learner(config)
     config = resolve(config, this_machine(config)).config
     threads = config.ray.threads
-    size = _model_size(config)
+    try:
+        size = model_size(config.model, lora=config.learner.lora)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"model.path {config.model.path!r} cannot be planned: {error}") from None
     prompt, gpus = config.data.max_prompt_length, config.ray.gpus
     update = fullest_step(config, prompt, hidden_size=size.hidden_size, layout=size.layout)
     batch = batch_facts(config, update, longest_prompt=prompt, num_prompts=None)
@@ -92,13 +96,6 @@ def make_plan(config: RunConfig) -> Plan:
         for role, count, threads, g, memory in roles
     )
     return Plan(batch=batch, actors=actors)
-
-
-def _model_size(config: RunConfig) -> ModelSize:
-    try:
-        return model_size(config.model, lora=config.learner.lora)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"model.path {config.model.path!r} cannot be planned: {error}") from None
 
 
 def check_fits(plan: Plan, *, host_bytes: int, gpu_bytes: int | None) -> None:
@@ -161,8 +158,6 @@ def print_plan(config: RunConfig) -> None:
     Raises:
         ConfigError: `make_plan` or `check_fits` refuses the run.
     """
-    from raygrpo.actors.cluster.placement import address_of
-
     plan = make_plan(config)
     console = Console()
     console = console if console.is_terminal else Console(width=140)
@@ -180,8 +175,6 @@ def print_plan(config: RunConfig) -> None:
 
 def machine_memory() -> int:
     """The bytes of memory of this machine, or of the container around this process."""
-    import psutil
-
     limit = _CGROUP_LIMIT.read_text().strip() if _CGROUP_LIMIT.is_file() else "max"
     total = int(psutil.virtual_memory().total)
     return min(total, int(limit)) if limit.isdecimal() else total
@@ -189,8 +182,6 @@ def machine_memory() -> int:
 
 def gpu_memory() -> int | None:
     """The bytes of memory of the first GPU; None without a GPU."""
-    import torch
-
     return int(torch.cuda.mem_get_info(0)[1]) if torch.cuda.is_available() else None
 
 

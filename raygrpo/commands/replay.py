@@ -99,7 +99,8 @@ def replay(
 def _start_learner(config: RunConfig, logs: Path, scope: Scope) -> LearnerGroup:
     # The ranks' threads are the run's own: they decide the last bits.
     cluster = scope.join(config, roles=["learner"])
-    site = Site(local=cluster.local, logs=logs if cluster.local else None)
+    local = cluster.connection.local
+    site = Site(local=local, logs=logs if local else None)
     learner = LearnerGroup(cluster.config, None, site)
     scope.closers.callback(learner.close)
     with placing(cluster.connection):
@@ -134,8 +135,7 @@ def _last_step(run_dir: RunDir, facts: Mapping[int, FileFacts]) -> int:
     """The last step that the run has trained: its files of any kind may know of a later one."""
     reached = [step for step, fact in facts.items() if fact.num_minibatches]
     reached += [int(path.name[-8:]) for path in Checkpoints(run_dir.checkpoints).all()]
-    if run_dir.metrics_path.is_file():
-        reached += [row["step"] for row in read_metrics(run_dir.metrics_path)]
+    reached += [row["step"] for row in read_metrics(run_dir.metrics_path)]
     return max(reached, default=0)
 
 
@@ -150,9 +150,9 @@ def _claim(directory: Path, facts: dict[str, Any]) -> Path:
                 )
             shutil.rmtree(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        write_atomically(directory / _FACTS, json.dumps(facts, indent=2))
     except OSError as error:
         raise StorageError(f"cannot write {directory}: {error}") from error
+    write_atomically(directory / _FACTS, json.dumps(facts, indent=2))
     return directory
 
 

@@ -27,11 +27,6 @@ class Cluster:
         """The resolved configuration."""
         return self.resolved.config
 
-    @property
-    def local(self) -> bool:
-        """Whether the cluster is the run's own Ray on this machine."""
-        return self.connection.local
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scope:

@@ -270,20 +270,17 @@ def start_tracking(config: RunConfig, prepared: Prepared, scope: Scope) -> Track
 
 
 def start(
-    prepared: Prepared,
-    cluster: Cluster,
-    scope: Scope,
-    make_workers: MakeWorkers,
-    born: float,
+    prepared: Prepared, cluster: Cluster, scope: Scope, make_workers: MakeWorkers, born: float
 ) -> tuple[Wiring, Tracker]:
     """Starts all actors and records of a run; the learner holds the checkpoint's state."""
     config, checked, closers = cluster.config, prepared.checked, scope.closers
+    local = cluster.connection.local
     site = Site(
-        local=cluster.local,
+        local=local,
         # Elsewhere the run directory may not exist: there, output stays in Ray's own logs.
-        logs=prepared.run_dir.logs if cluster.local else None,
+        logs=prepared.run_dir.logs if local else None,
         profile=prepared.profile,
-        places=Colocation(config, local=cluster.local),
+        places=Colocation(config, local=local),
     )
     store = start_store(labels_of(config, "learner"), timeout_s=config.ray.timeouts_s.sync)
     closers.callback(store.close)
@@ -329,11 +326,7 @@ def _open_rollouts(
     directory = prepared.run_dir.completions
     roll_back(directory, step, lambda i: window is not None and window.has_decided(i))
     return RolloutLog(
-        config,
-        directory,
-        on_event=tracker.event,
-        on_sample=tracker.log_completions,
-        logs=logs,
+        config, directory, on_event=tracker.event, on_sample=tracker.log_completions, logs=logs
     )
 
 

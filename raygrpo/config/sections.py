@@ -7,12 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    Field,
-    SerializerFunctionWrapHandler,
-    model_serializer,
-    model_validator,
-)
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from raygrpo.config.algorithm import AdvantageSection, LossSection
 from raygrpo.config.base import Section, key
@@ -32,8 +27,7 @@ class ModelSection(Section):
         "Dtype of computing and of published weights; bfloat16 trains float32 master weights.",
     )
     random_init: bool = key(
-        False,
-        "Draw random weights by the run's seed for path's config.json; none are read.",
+        False, "Draw random weights by the run's seed for path's config.json; none are read."
     )
     fp32_head: bool = key(
         False,
@@ -199,10 +193,7 @@ class EvalSection(Section):
         64, "Prompts of an evaluation, from the top of its data.", "prompts", ge=1
     )
     num_completions: int = key(
-        0,
-        "Sampled completions of a prompt, beside the greedy one.",
-        "completions",
-        ge=0,
+        0, "Sampled completions of a prompt, beside the greedy one.", "completions", ge=0
     )
     best: BestCheckpoint = BestCheckpoint()
 

@@ -24,7 +24,7 @@ _MAY_CHANGE = (
     "checkpoint.",
     "scorers.",
     "generators.count",
-    "generators.engine",  # the session compares it with the engine that was used
+    "generators.engine",  # the start compares it with the engine that was used
     "generators.options",
     "generators.max_rows",
     "weights.",
@@ -96,15 +96,16 @@ class RunDir:
     @property
     def revisions(self) -> dict[str, str]:
         """What a run that has checkpoints recorded of its model and data."""
-        begun = self.facts_path.is_file() and any(self.checkpoints.glob("step-*"))
-        return dict(self.facts.get("revisions") or {}) if begun else {}
+        return dict(self.facts.get("revisions") or {}) if self._has_begun else {}
 
     @property
     def engine(self) -> str | None:
         """The engine that a run with checkpoints recorded."""
-        begun = self.facts_path.is_file() and any(self.checkpoints.glob("step-*"))
-        # Runs from before there was a choice recorded none.
-        return str(self.facts.get("engine", "transformers")) if begun else None
+        return self.facts.get("engine") if self._has_begun else None
+
+    @property
+    def _has_begun(self) -> bool:
+        return self.facts_path.is_file() and any(self.checkpoints.glob("step-*"))
 
     def release(self) -> None:
         """Lets go of the directory."""
@@ -131,21 +132,11 @@ class RunDir:
 
     def note(self, **facts: Any) -> None:
         """Adds facts."""
-        try:
-            write_atomically(self.facts_path, json.dumps({**self.facts, **facts}, indent=2))
-        except OSError as error:
-            raise StorageError(f"cannot write {self.facts_path}: {error}") from error
+        write_atomically(self.facts_path, json.dumps({**self.facts, **facts}, indent=2))
 
     def write_config(self, config: RunConfig) -> None:
-        """Writes the resolved configuration.
-
-        Raises:
-            StorageError: it cannot be written.
-        """
-        try:
-            write_atomically(self.config_path, dump_config(config))
-        except OSError as error:
-            raise StorageError(f"cannot write {self.config_path}: {error}") from error
+        """Writes the resolved configuration."""
+        write_atomically(self.config_path, dump_config(config))
 
     def next_incarnation(self) -> int:
         """Counts one more start of the learner."""
@@ -184,7 +175,7 @@ class RunDir:
 
     def _check_config(self, config: RunConfig) -> list[str]:
         """Which keys a resumed run changes, as text; refuses what would make it another run."""
-        if not self.given_path.is_file() or not any(self.checkpoints.glob("step-*")):
+        if not (self.given_path.is_file() and self._has_begun):
             return []
         try:
             stored = yaml.safe_load(self.given_path.read_text()) or {}
@@ -209,13 +200,20 @@ class RunDir:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file by a complete new one, or leaves the old one as it was."""
+    """Replaces a file by a complete new one, or leaves the old one as it was.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error}") from error
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

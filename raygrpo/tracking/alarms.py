@@ -66,10 +66,6 @@ def _at_once(limit: float, *, below: bool) -> Judge:
     return judge
 
 
-def _any(first: Sequence[float], newest: Sequence[float]) -> tuple[float, float] | None:
-    return (newest[-1], 0.0) if newest[-1] > 0 else None
-
-
 def _collapsed(first: Sequence[float], newest: Sequence[float]) -> tuple[float, float] | None:
     if len(newest) < 2 * WINDOW:
         return None
@@ -90,7 +86,7 @@ RULES = (
     _Rule(
         "skipped_updates",
         "skipped_updates_frac",
-        _any,
+        _at_once(0.0, below=False),
         "a loss or gradient was not finite: lower optimizer.lr if it happens again",
     ),
     _Rule(
@@ -132,20 +128,14 @@ RULES = (
 )
 
 
-def _rules_for(config: RunConfig) -> list[_Rule]:
-    """All rules, or those that need no ratio to the sampler.
-
-    A filter (top-k, ...) renormalises the sampler's logprobs: they then differ from the policy's.
-    """
-    of_ratios = ("low_ess", "logprob_gap") if config.changes_distribution else ()
-    return [rule for rule in RULES if rule.name not in of_ratios]
-
-
 class Alarms:
     """Watches the metrics of a run, step by step. A restart begins with no values."""
 
     def __init__(self, config: RunConfig) -> None:
-        self._rules = _rules_for(config)
+        # A filter (top-k, ...) renormalises the sampler's logprobs, which then differ from the
+        # policy's: ratios to the sampler say nothing.
+        left_out = ("low_ess", "logprob_gap") if config.changes_distribution else ()
+        self._rules = [rule for rule in RULES if rule.name not in left_out]
         self._first: dict[str, list[float]] = {rule.name: [] for rule in self._rules}
         self._newest = {rule.name: deque[float](maxlen=SPIKE_WINDOW + 1) for rule in self._rules}
         self._ringing: set[str] = set()
@@ -166,9 +156,6 @@ class Alarms:
             elif rule.name not in self._ringing:
                 self._ringing.add(rule.name)
                 value, limit = passed
-                begun.append(
-                    Alarm(
-                        name=rule.name, metric=rule.metric, value=value, limit=limit, fix=rule.fix
-                    )
-                )
+                about = {"name": rule.name, "metric": rule.metric, "fix": rule.fix}
+                begun.append(Alarm(value=value, limit=limit, **about))
         return begun

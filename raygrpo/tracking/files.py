@@ -65,8 +65,9 @@ class MetricsFile(_JsonLines):
     """
 
     def __init__(self, path: Path, *, resume_step: int | None) -> None:
-        if path.is_file():
-            _truncate(path, -1 if resume_step is None else resume_step)
+        last_step = -1 if resume_step is None else resume_step
+        kept = [row for row in read_metrics(path) if row["step"] <= last_step]
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
         super().__init__(path)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -83,11 +84,13 @@ class EventsFile(_JsonLines):
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl, without a last line that a crash tore.
+    """The rows of a metrics.jsonl, without a last line that a crash tore; none without a file.
 
     Raises:
         StorageError: the file cannot be read, or another line is no JSON object.
     """
+    if not path.exists():
+        return []
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     except OSError as error:
@@ -106,14 +109,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             )
         rows.append(row)
     return rows
-
-
-def _truncate(path: Path, last_step: int) -> None:
-    kept = [row for row in read_metrics(path) if row["step"] <= last_step]
-    try:
-        write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error}") from error
 
 
 def _end_torn_line(path: Path) -> None:

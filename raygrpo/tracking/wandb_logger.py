@@ -60,7 +60,6 @@ class WandbLogger:
         if config.tracking.wandb != "disabled":
             run_id = _run_id(run_dir)  # here: one thread alone writes run.json
             self._worker = _Worker(run_dir, config, run_id, self._events)
-            self._worker.start()
 
     def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Queues one step."""
@@ -119,8 +118,6 @@ class _Worker:
         self._run: Any = None
         self._table: Any = None
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
-
-    def start(self) -> None:
         self._thread.start()
 
     def put(self, item: dict[str, Any] | _Rows) -> None:

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from raygrpo.commands.model_card import quick_start_snippet
 from raygrpo.config.file import load_config
 from tests import runs
+from tests.commands.test_model_card import quick_start_snippet
 
 ROOT = Path(__file__).parents[2]
 STEPS = 40
