@@ -16,11 +16,12 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
 from raygrpo.cli import app
 from tests.tiny import save_tiny_model
 
+ROOT = Path(__file__).parents[1]
 DEADLINE_S = 280.0  # below pytest's own, on cores that other tests use too
 SHARED: dict[str, str] = {}  # RAY_ADDRESS while a module's runs share a Ray (e2e/conftest.py)
 # What Ray, and what it leaves behind when a test ends, says in the process of the tests.
@@ -78,19 +79,45 @@ def write_run(directory: Path, name: str, **changes: Any) -> Path:
     return path
 
 
+def reward(directory: Path, name: str, source: str) -> dict[str, str]:
+    """A reward section for the function ``name``, whose ``source`` goes to a file of its own."""
+    path = directory / f"{name}.py"
+    path.write_text(source)
+    return {"func": f"{path}:{name}"}
+
+
+def environment() -> dict[str, str]:
+    """The environment of a process of a test's own: one thread, no hub, the shared Ray if any."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **SHARED}
+
+
+def python(
+    *arguments: str, cwd: Path = ROOT, expected: int = 0
+) -> subprocess.CompletedProcess[str]:
+    """Runs Python as a user would in ``cwd``."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        timeout=DEADLINE_S,
+        env={**environment(), "PYTHONPATH": str(ROOT)},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == expected, done.stdout[-3000:] + done.stderr[-4000:]
+    return done
+
+
 def start(config: Path, *overrides: str, command: str = "train") -> subprocess.Popen[str]:
     """Starts ``raygrpo`` on a configuration; its output goes to a file beside it."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    environment.pop("RAY_ADDRESS", None)
-    environment |= SHARED
     with config.with_suffix(".log").open("a") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "raygrpo", command, str(config), *overrides],
             stdout=log,
             stderr=subprocess.STDOUT,
             text=True,
-            env=environment,
-            cwd=Path(__file__).parents[1],
+            env=environment(),
+            cwd=ROOT,
         )
 
 
@@ -118,27 +145,19 @@ def run(config: Path, *overrides: str, expected: int = 0, deadline_s: float = DE
 
 def serial(config: Path) -> tuple[dict[str, torch.Tensor], str]:
     """Runs examples/serial.py on a configuration; its trained weights and its output."""
-    root = Path(__file__).parents[1]
     directory = run_dir(config).with_name(f"{run_dir(config).name}-serial")
-    done = subprocess.run(
-        [sys.executable, "examples/serial.py", str(config), f"--run_dir={directory}"],
-        timeout=DEADLINE_S,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
-        cwd=root,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    done = python("examples/serial.py", str(config), f"--run_dir={directory}")
     return load_file(directory / "serial" / "model.safetensors"), done.stdout
 
 
-def invoke(*arguments: str) -> Result:
-    """Runs a command of ``raygrpo`` in this process, which has the libraries loaded."""
+def invoke(*arguments: str, expected: int = 0) -> str:
+    """Runs a command of ``raygrpo`` in this process, which has the libraries loaded; its output."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in SHARED.items():
             patch.setenv(name, value)
-        return CliRunner().invoke(app, arguments)
+        result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == expected, result.output[-3000:]
+    return result.output
 
 
 def wait_for(process: subprocess.Popen[str], condition: Callable[[], bool], what: str) -> None:
@@ -148,6 +167,22 @@ def wait_for(process: subprocess.Popen[str], condition: Callable[[], bool], what
         assert process.poll() is None, f"the run ended before {what}"
         assert time.monotonic() < deadline, f"no sign of {what}"
         time.sleep(0.01)
+
+
+def wait_for_step(process: subprocess.Popen[str], config: Path, step: int) -> None:
+    """Waits until the metrics of a step are logged."""
+    wait_for(process, lambda: any(row["step"] == step for row in metrics(config)), f"step {step}")
+
+
+def wait_for_event(process: subprocess.Popen[str], config: Path, kind: str) -> None:
+    """Waits until there is an event of a kind."""
+    wait_for(process, lambda: bool(events(config, kind)), f"the event {kind}")
+
+
+def kill_worker(config: Path, name: str) -> None:
+    """Kills a process of a run, as it was started."""
+    (started,) = events(config, "started")
+    os.kill(started["pids"][name], signal.SIGKILL)
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -161,6 +196,11 @@ def rows(path: Path) -> list[dict[str, Any]]:
 def metrics(config: Path) -> list[dict[str, Any]]:
     """The metrics of a run by step."""
     return rows(run_dir(config) / "metrics.jsonl")
+
+
+def steps(config: Path) -> list[int]:
+    """The steps whose metrics are logged, in order."""
+    return [row["step"] for row in metrics(config)]
 
 
 def events(config: Path, kind: str) -> list[dict[str, Any]]:

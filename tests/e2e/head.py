@@ -16,7 +16,6 @@ import psutil
 
 from tests import runs
 
-ROOT = Path(__file__).parents[2]
 RAY = str(Path(sys.executable).with_name("ray"))
 
 
@@ -34,7 +33,7 @@ class Head:
         self.environment = {
             **os.environ,
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": str(runs.ROOT),
             "RAY_ADDRESS": f"http://127.0.0.1:{self.dashboard}",
         }
         without = {k: v for k, v in self.environment.items() if k != "RAY_ADDRESS"}

@@ -8,9 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from typer.testing import CliRunner
 
-from raygrpo.cli import app
 from tests import runs
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -51,42 +49,26 @@ CASES: list[tuple[str, dict[str, Any], list[str]]] = [
 def test_mistake(directory: Path, name: str, change: dict[str, Any], words: list[str]) -> None:
     text = json.dumps(change).replace("{dir}", str(directory))
     config = runs.write_run(directory, name, **json.loads(text))
-    result = CliRunner().invoke(app, ["train", str(config)])
-    assert result.exit_code == 2, result.output
-    for word in words:
-        assert word in result.output
-    assert "Traceback" not in result.output
+    output = runs.invoke("train", str(config), expected=2)
+    assert all(word in output for word in words), output
+    assert "Traceback" not in output
     assert not (runs.run_dir(config) / "metrics.jsonl").exists(), "nothing was started"
 
 
 def test_missing_config() -> None:
-    result = CliRunner().invoke(app, ["train", "nowhere.yaml"])
-    assert result.exit_code == 2
-    assert "nowhere.yaml" in result.output
+    assert "nowhere.yaml" in runs.invoke("train", "nowhere.yaml", expected=2)
 
 
 def test_export_of_what_is_no_run(tmp_path: Path) -> None:
-    result = CliRunner().invoke(app, ["export", str(tmp_path)])
-    assert result.exit_code == 2
-    assert "holds no run" in result.output
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("shared_ray")
-def test_more_gpus_than_the_cluster_has(directory: Path) -> None:
-    config = runs.write_run(
-        directory, "gpus", generators={"count": 2}, ray={"gpus": {"generator": 4}}
-    )
-    output = runs.run(config, expected=2)
-    assert "asks for 8 GPUs" in output
-    assert "ray.gpus" in output
+    assert "holds no run" in runs.invoke("export", str(tmp_path), expected=2)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("shared_ray")
 def test_reward_that_cannot_be_imported(directory: Path) -> None:
-    (directory / "broken.py").write_text("import no_such_module\n\ndef f(**_):\n    return []\n")
-    config = runs.write_run(directory, "broken", rewards=[{"func": f"{directory / 'broken.py'}:f"}])
+    source = "import no_such_module\n\ndef broken(**_):\n    return []\n"
+    rewards = [runs.reward(directory, "broken", source)]
+    config = runs.write_run(directory, "broken", rewards=rewards)
     output = runs.run(config, expected=2)
     assert "RewardError" in output
     assert "no_such_module" in output
@@ -95,10 +77,9 @@ def test_reward_that_cannot_be_imported(directory: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("shared_ray")
 def test_reward_that_fails_stops_the_run_with_its_traceback(directory: Path) -> None:
-    (directory / "fails.py").write_text(
-        "def f(completions, **_):\n    raise RuntimeError('the judge is out to lunch')\n"
-    )
-    config = runs.write_run(directory, "fails", rewards=[{"func": f"{directory / 'fails.py'}:f"}])
+    source = "def fails(completions, **_):\n    raise RuntimeError('the judge is out to lunch')\n"
+    rewards = [runs.reward(directory, "fails", source)]
+    config = runs.write_run(directory, "fails", rewards=rewards)
     output = runs.run(config, expected=4)
     assert "RewardError" in output
     assert "the judge is out to lunch" in output
@@ -110,9 +91,7 @@ def test_reward_that_fails_stops_the_run_with_its_traceback(directory: Path) -> 
 
 
 def test_config_command_lists_and_resolves(directory: Path) -> None:
-    listed = CliRunner().invoke(app, ["config"])
-    assert listed.exit_code == 0
-    assert "train.groups_per_step" in listed.output
+    assert "train.groups_per_step" in runs.invoke("config")
     base = directory / "base.yaml"
-    shown = CliRunner().invoke(app, ["config", str(base), "--train.steps=9"])
-    assert yaml.safe_load(shown.output)["train"]["steps"] == 9
+    shown = runs.invoke("config", str(base), "--train.steps=9")
+    assert yaml.safe_load(shown)["train"]["steps"] == 9

@@ -25,7 +25,7 @@ import pathlib, time
 calls = 0
 
 
-def digits(completions, gate, **_):
+def held(completions, gate, **_):
     global calls
     calls += 1
     if calls == 11:
@@ -116,12 +116,11 @@ def roles_on(raylet: int) -> Counter[str]:
 
 
 def config_for(directory: Path, address: str, name: str, **ray: Any) -> Path:
-    (directory / "held.py").write_text(HELD)
-    held = {"func": f"{directory / 'held.py'}:digits", "params": {"gate": str(directory)}}
+    held = runs.reward(directory, "held", HELD)
     return runs.write_run(
         directory,
         name,
-        rewards=[{**held, "timeout_s": 170.0}],
+        rewards=[{**held, "params": {"gate": str(directory)}, "timeout_s": 170.0}],
         train={"steps": STEPS, "groups_per_step": 4},
         generators={"count": 2},
         ray={"address": address, "labels": LABELS, **ray},
@@ -170,13 +169,11 @@ def test_a_run_over_two_nodes_outlives_one_of_them(
     runs.finish(process, config)
 
     rows = runs.metrics(config)
-    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert runs.steps(config) == list(range(1, STEPS + 1))
     # The tiny model learns to write digits within six steps at this rate.
     assert rows[-1]["reward"] > rows[0]["reward"] + 0.3
-    assert {event["worker"] for event in runs.events(config, "worker_replaced")} == {
-        "generator-0",
-        "generator-1",
-    }
+    replaced = {event["worker"] for event in runs.events(config, "worker_replaced")}
+    assert replaced == {"generator-0", "generator-1"}
 
 
 @pytest.mark.slow
@@ -198,11 +195,11 @@ def test_a_preempted_nodes_completions_go_on_elsewhere(
         ray={"address": raylets.address, "labels": {**LABELS, "generator": brief["labels"]}},
     )  # fmt: skip
     process = runs.start(config)
-    runs.wait_for(process, lambda: len(runs.metrics(config)) > 0, "the first step")
+    runs.wait_for_step(process, config, 1)
     assert [roles_on(pid) for pid in nodes.values()] == [{"GeneratorActor": 1}] * 2
     third = raylets.add("three", **brief)
     raylets.drain("two")
-    runs.wait_for(process, lambda: bool(runs.events(config, "worker_replaced")), "its replacement")
+    runs.wait_for_event(process, config, "worker_replaced")
     left_at = len(runs.metrics(config))
     # The groups that were handed on are of these steps at the latest.
     runs.wait_for(process, lambda: len(runs.metrics(config)) > left_at + 3, "steps after that")
@@ -215,7 +212,7 @@ def test_a_preempted_nodes_completions_go_on_elsewhere(
     (replaced,) = runs.events(config, "worker_replaced")
     assert (replaced["worker"], replaced["groups"]) == (leaving["worker"], [])
     rows = runs.metrics(config)
-    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    assert runs.steps(config) == list(range(1, len(rows) + 1))
     last = rows[-1]
     assert last["ledger/aborted"] == last["ledger/lost_groups"] == 0, "what was written is kept"
     assert all(row["ledger/unexplained"] == 0 for row in rows)

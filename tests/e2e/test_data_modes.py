@@ -36,7 +36,6 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for file, prompts in (("sums", names), ("words", [f"w{i}" for i in range(50)])):
         lines = [json.dumps({"prompt": prompt}) for prompt in prompts]
         (directory / f"{file}.jsonl").write_text("\n".join(lines))
-    (directory / "judge.py").write_text(REWARD)
     streamed = {
         "source": str(directory / "words.jsonl"),
         "params": {"streaming": True},
@@ -45,16 +44,12 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = runs.write_run(
         directory,
         "mixed",
-        data={
-            "source": str(directory / "sums.jsonl"),
-            "mixture": [streamed],
-            "max_pass_rate": 1.0,
-        },
-        rewards=[{"func": f"{directory / 'judge.py'}:judge", "timeout_s": 60.0}],
+        data={"source": str(directory / "sums.jsonl"), "mixture": [streamed], "max_pass_rate": 1.0},
+        rewards=[{**runs.reward(directory, "judge", REWARD), "timeout_s": 60.0}],
         train={"steps": STEPS, "dynamic_sampling": True, "max_refill_factor": 2.0},
     )
     process = runs.start(path)
-    runs.wait_for(process, lambda: any(r["step"] == 2 for r in runs.metrics(path)), "step 2")
+    runs.wait_for_step(process, path, 2)
     process.terminate()
     runs.finish(process, path, expected=3)
     runs.run(path)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,33 +11,17 @@ from raygrpo.config.file import load_config
 from tests import runs
 from tests.commands.test_model_card import quick_start_snippet
 
-ROOT = Path(__file__).parents[2]
 STEPS = 40
 # The steps take two minutes where both cores are busy with other tests too.
 DEADLINE_S = 600.0
 pytestmark = pytest.mark.timeout(DEADLINE_S)
 
 
-def python(*arguments: str, cwd: Path) -> str:
-    """Runs Python as a user would in ``cwd``; its output."""
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=cwd,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def echo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The example as it is shipped, in a process and a Ray of its own, but for its last steps."""
     directory = tmp_path_factory.mktemp("echo")
-    shipped = yaml.safe_load((ROOT / "examples" / "echo" / "config.yaml").read_text())
+    shipped = yaml.safe_load((runs.ROOT / "examples" / "echo" / "config.yaml").read_text())
     config = directory / "echo.yaml"
     shipped["train"]["steps"] = STEPS
     config.write_text(yaml.safe_dump({**shipped, "run_dir": str(directory / "run")}))
@@ -51,15 +31,12 @@ def echo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_curve_rises(echo: Path) -> None:
-    steps = runs.metrics(echo)
-    greedy = {
-        row["step"]: row["eval/greedy/reward"] for row in steps if "eval/greedy/reward" in row
-    }
+    rows = runs.metrics(echo)
+    assert [row["step"] for row in rows] == list(range(STEPS + 1))
     # Pinned by iterations. A plain loop with these settings reached 0.83 to 1.00 by step 40 on six
     # seeds; this run is deterministic only up to batching.
-    assert greedy[0] < 0.2
-    assert greedy[STEPS] > 0.7
-    assert [row["step"] for row in steps] == list(range(STEPS + 1))
+    assert rows[0]["eval/greedy/reward"] < 0.2
+    assert rows[-1]["eval/greedy/reward"] > 0.7
 
 
 def test_the_whole_machinery_took_part(echo: Path) -> None:
@@ -71,13 +48,9 @@ def test_the_whole_machinery_took_part(echo: Path) -> None:
     assert all(row["ledger/unexplained"] == 0 for row in steps)
     assert sum(row["ledger/no_signal"] > 0 for row in steps), "refill dropped groups"
     # fp32 on both sides: the generator held the very weights that were trained.
-    gaps = [
-        r["sampling/sampling_logp_difference/max"]
-        for r in steps
-        if "sampling/sampling_logp_difference/max" in r
-    ]
-    assert gaps
-    assert max(gaps) < 1e-4
+    gap = "sampling/sampling_logp_difference/max"
+    gaps = [row[gap] for row in steps if gap in row]
+    assert gaps and max(gaps) < 1e-4
 
 
 def test_run_directory(echo: Path) -> None:
@@ -95,8 +68,8 @@ def test_run_directory(echo: Path) -> None:
 def test_the_cards_quick_start_runs(echo: Path) -> None:
     export = runs.run_dir(echo) / "export"
     snippet = quick_start_snippet((export / "README.md").read_text())
-    output = python("-c", snippet, cwd=export)
-    first = json.loads((ROOT / "examples" / "echo" / "train.jsonl").read_text().splitlines()[0])
+    output = runs.python("-c", snippet, cwd=export).stdout
+    first = runs.rows(runs.ROOT / "examples" / "echo" / "train.jsonl")[0]
     assert repr(first["prompt"]) in snippet, "the snippet asks what the run asked"
     assert output.strip(), "the model answers"
 
@@ -114,8 +87,8 @@ print(sum(right) / len(right))
 
 
 def test_the_export_answers_in_a_pipeline(echo: Path) -> None:
-    rows = str(ROOT / "examples" / "echo" / "test.jsonl")
-    output = python("-c", PIPELINE, rows, cwd=runs.run_dir(echo) / "export")
+    rows = str(runs.ROOT / "examples" / "echo" / "test.jsonl")
+    output = runs.python("-c", PIPELINE, rows, cwd=runs.run_dir(echo) / "export").stdout
     last = runs.metrics(echo)[-1]
     assert float(output) == pytest.approx(last["eval/greedy/reward"]), "as in the last evaluation"
 
@@ -124,7 +97,7 @@ def test_export_again_from_a_checkpoint(echo: Path) -> None:
     run_dir = runs.run_dir(echo)
     before = runs.weights(echo)
     (run_dir / "export" / "model.safetensors").unlink()
-    python("-m", "raygrpo", "export", str(run_dir), cwd=ROOT)
+    runs.python("-m", "raygrpo", "export", str(run_dir))
     runs.assert_same_weights(before, runs.weights(echo))
 
 

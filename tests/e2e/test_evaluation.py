@@ -41,13 +41,11 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def early(directory: Path, name: str) -> Path:
     """A run that ends early, keeping its best checkpoint."""
-    (directory / "leveled.py").write_text(REWARD)
     return runs.write_run(
         directory,
         name,
-        rewards=[{"func": f"{directory / 'leveled.py'}:leveled"}],
+        rewards=[runs.reward(directory, "leveled", REWARD)],
         train={"steps": STEPS},
-        sampling={"num_completions": 4, "max_tokens": 6},
         checkpoint={"keep": 1},
         eval={
             "eval_steps": 1,
@@ -74,7 +72,7 @@ def test_a_killed_run_names_a_best_checkpoint_that_is_there(
     """Killed right after the best evaluation was logged; then it goes on to the same end."""
     config = early(directory, "killed")
     process = runs.start(config)
-    runs.wait_for(process, lambda: any(r["step"] == BEST for r in runs.metrics(config)), "step 1")
+    runs.wait_for_step(process, config, BEST)
     process.kill()
     process.wait(timeout=runs.DEADLINE_S)
     facts = json.loads((runs.run_dir(config) / "run.json").read_text())
@@ -90,7 +88,7 @@ def test_a_killed_run_names_a_best_checkpoint_that_is_there(
 def test_it_ends_early_with_the_best_model(finished: Path) -> None:
     root = runs.run_dir(finished)
     rows = runs.metrics(finished)
-    assert [row["step"] for row in rows] == list(range(LAST + 1))
+    assert runs.steps(finished) == list(range(LAST + 1))
     values = [row["eval/reward"] for row in rows]
     assert max(values) == values[BEST]
     facts = json.loads((root / "run.json").read_text())
@@ -173,7 +171,7 @@ def test_an_evaluation_alone_equals_the_runs(finished: Path, of_the_run: bool, s
     out = finished.with_name(f"eval-{step}.json")
     target = str(runs.run_dir(finished) if of_the_run else finished)
     options = ["--step", "last"] if of_the_run else []
-    text = command("eval", target, *options, "--out", str(out))
+    text = runs.invoke("eval", target, *options, "--out", str(out))
     found = json.loads(out.read_text())
     expected = {n: v for n, v in runs.metrics(finished)[step].items() if n.startswith("eval/")}
     assert found["metrics"] == expected
@@ -184,7 +182,8 @@ def test_an_evaluation_alone_equals_the_runs(finished: Path, of_the_run: bool, s
 
 def test_generate_makes_the_groups_that_training_starts_with(finished: Path) -> None:
     out = finished.with_name("generated")
-    text = command("generate", str(finished), "--num-groups", "3", "--out", str(out))
+    options = ("--num-groups", "3", "--out", str(out))
+    text = runs.invoke("generate", str(finished), *options)
     (path,) = out.glob("*.parquet")
     made = pq.read_table(path).to_pylist()
     assert [row["group_id"] for row in made] == [i for i in range(3) for _ in range(4)]
@@ -197,12 +196,5 @@ def test_generate_makes_the_groups_that_training_starts_with(finished: Path) -> 
         assert {name: ours[name] for name in same} == {name: theirs[name] for name in same}
     assert "frac_groups_with_signal" in text
     assert "tokens_per_s" in text
-    refused = runs.invoke("generate", str(finished), "--out", str(out))
-    assert refused.exit_code == 2, refused.output
-    assert "name another --out" in refused.output
-
-
-def command(*arguments: str) -> str:
-    result = runs.invoke(*arguments)
-    assert result.exit_code == 0, result.output[-3000:]
-    return result.output
+    again = ("generate", str(finished), "--out", str(out))
+    assert "name another --out" in runs.invoke(*again, expected=2)

@@ -5,7 +5,6 @@ Each run is a process with a Ray of its own, as a user starts it; most of them a
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 from pathlib import Path
@@ -45,7 +44,7 @@ def test_equals_the_serial_example_bit_for_bit(directory: Path, undisturbed: Pat
 
 def test_records_of_a_whole_run(undisturbed: Path) -> None:
     steps = runs.metrics(undisturbed)
-    assert [row["step"] for row in steps] == [1, 2, 3, 4, 5]
+    assert runs.steps(undisturbed) == [1, 2, 3, 4, 5]
     for row in steps:
         assert row["ledger/unexplained"] == 0
         assert row["staleness/max"] == 0
@@ -60,35 +59,23 @@ def test_records_of_a_whole_run(undisturbed: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_generator_costs_nothing(directory: Path, undisturbed: Path) -> None:
+@pytest.mark.parametrize("worker", ["generator-0", "scorer-0"])
+def test_a_killed_worker_costs_nothing(directory: Path, undisturbed: Path, worker: str) -> None:
     # Colocated too: generators that sleep while the learner trains make the same run.
-    colocated = {"generators": {"placement": "colocate"}}
-    config = runs.write_run(directory, "generator_killed", **SAVES, **colocated)
+    colocated = {"generators": {"placement": "colocate"}} if worker == "generator-0" else {}
+    config = runs.write_run(directory, f"{worker}-killed", **SAVES, **colocated)
     process = runs.start(config)
-    runs.wait_for(process, lambda: len(runs.metrics(config)) >= 2, "step 2")
-    (started,) = runs.events(config, "started")
-    os.kill(started["pids"]["generator-0"], signal.SIGKILL)
-    runs.wait_for(process, lambda: bool(runs.events(config, "worker_replaced")), "a replacement")
+    runs.wait_for_step(process, config, 2)
+    runs.kill_worker(config, worker)
     runs.finish(process, config)
     runs.assert_same_weights(runs.weights(undisturbed), runs.weights(config))
     (replaced,) = runs.events(config, "worker_replaced")
-    assert replaced["worker"] == "generator-0"
-    steps = runs.metrics(config)
-    assert [row["step"] for row in steps] == [1, 2, 3, 4, 5]
-    assert steps[-1]["ledger/unexplained"] == 0
-    assert steps[-1]["ledger/lost_groups"] == len(replaced["groups"])
-
-
-@pytest.mark.slow
-def test_a_killed_scorer_costs_nothing(directory: Path, undisturbed: Path) -> None:
-    config = runs.write_run(directory, "scorer_killed", **SAVES)
-    process = runs.start(config)
-    runs.wait_for(process, lambda: len(runs.metrics(config)) >= 1, "step 1")
-    (started,) = runs.events(config, "started")
-    os.kill(started["pids"]["scorer-0"], signal.SIGKILL)
-    runs.finish(process, config)
-    runs.assert_same_weights(runs.weights(undisturbed), runs.weights(config))
-    assert [e["worker"] for e in runs.events(config, "worker_replaced")] == ["scorer-0"]
+    assert replaced["worker"] == worker
+    assert runs.steps(config) == [1, 2, 3, 4, 5]
+    last = runs.metrics(config)[-1]
+    assert last["ledger/unexplained"] == 0
+    lost = len(replaced["groups"]) if worker == "generator-0" else 0
+    assert last["ledger/lost_groups"] == lost, "a scorer's death costs no generation"
 
 
 @pytest.mark.slow  # test_rollouts.py resumes a killed run and compares its bits too
@@ -101,9 +88,6 @@ def test_killed_and_resumed_is_the_same_run(directory: Path, undisturbed: Path, 
     def committed(step: int) -> bool:
         return (checkpoints / f"step-{step:08}").is_dir()
 
-    def replaced() -> bool:
-        return bool(runs.events(config, "worker_replaced"))
-
     def half_written() -> bool:
         return any(checkpoints.glob(".tmp-step-*/learner/*"))
 
@@ -114,17 +98,16 @@ def test_killed_and_resumed_is_the_same_run(directory: Path, undisturbed: Path, 
     for condition, what in points[:times]:
         process = runs.start(config)
         if times == 1:
-            runs.wait_for(process, lambda: len(runs.metrics(config)) >= 1, "step 1")
-            (started,) = runs.events(config, "started")
-            os.kill(started["pids"]["generator-0"], signal.SIGKILL)
-            runs.wait_for(process, replaced, "a replacement")
+            runs.wait_for_step(process, config, 1)
+            runs.kill_worker(config, "generator-0")
+            runs.wait_for_event(process, config, "worker_replaced")
         runs.wait_for(process, condition, what)
         process.send_signal(signal.SIGKILL)
         process.wait(timeout=60)
     output = runs.run(config)
     assert "exported model" in output
     runs.assert_same_weights(runs.weights(undisturbed), runs.weights(config))
-    assert [row["step"] for row in runs.metrics(config)] == [1, 2, 3, 4, 5]
+    assert runs.steps(config) == [1, 2, 3, 4, 5]
     same = ("loss", "grad_norm", "reward", "num_tokens", "learning_rate")
     for row, other in zip(runs.metrics(config), runs.metrics(undisturbed), strict=True):
         assert [row[name] for name in same] == [other[name] for name in same]
@@ -136,7 +119,7 @@ def test_killed_and_resumed_is_the_same_run(directory: Path, undisturbed: Path, 
 def test_stopped_in_order_and_resumed_is_the_same_run(directory: Path, undisturbed: Path) -> None:
     config = runs.write_run(directory, "stopped", checkpoint={"save_steps": 0, "keep": 0})
     process = runs.start(config)
-    runs.wait_for(process, lambda: len(runs.metrics(config)) >= 1, "step 1")
+    runs.wait_for_step(process, config, 1)
     process.send_signal(signal.SIGTERM)
     output = runs.finish(process, config, expected=3)
     assert "run the same command to resume" in output
@@ -145,4 +128,4 @@ def test_stopped_in_order_and_resumed_is_the_same_run(directory: Path, undisturb
     assert (runs.run_dir(config) / "checkpoints" / f"step-{done:08}").is_dir()
     runs.run(config)
     runs.assert_same_weights(runs.weights(undisturbed), runs.weights(config))
-    assert [row["step"] for row in runs.metrics(config)] == [1, 2, 3, 4, 5]
+    assert runs.steps(config) == [1, 2, 3, 4, 5]

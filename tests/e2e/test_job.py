@@ -45,7 +45,7 @@ def test_a_job_is_stopped_in_order_and_resumed_by_submitting_again(
     directory, config = project
     code, output = head.submit(directory, id="first", wait=False)
     assert code == 0, output
-    runs.wait_for(head.process, lambda: len(runs.metrics(config)) >= 3, "the third step")
+    runs.wait_for_step(head.process, config, 3)
     code, output = head.job("stop", "first")
     assert code == 0, output
     assert "was stopped" in output
@@ -63,6 +63,6 @@ def test_a_job_is_stopped_in_order_and_resumed_by_submitting_again(
     assert code == 0, output
     assert f"step {steps + 2}/{steps + 2}" in output, "logs are followed"
     assert "'second' succeeded" in output
-    assert [row["step"] for row in runs.metrics(config)] == list(range(1, steps + 3))
+    assert runs.steps(config) == list(range(1, steps + 3))
     assert runs.events(config, "resumed")[0]["step"] == steps
     assert (runs.run_dir(config) / "export" / "model.safetensors").is_file()

@@ -36,11 +36,8 @@ def test_smoke_trains_two_steps_and_leaves_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_smoke_fails_as_the_run_would(tmp_path: Path) -> None:
-    runs.write_run(tmp_path, "base")
-    (tmp_path / "fails.py").write_text(
-        "def f(completions, **_):\n    raise RuntimeError('the judge is out to lunch')\n"
-    )
-    rewards = [{"func": f"{tmp_path / 'fails.py'}:f"}]
+    source = "def fails(completions, **_):\n    raise RuntimeError('the judge is out to lunch')\n"
+    rewards = [runs.reward(tmp_path, "fails", source)]
     config = runs.write_run(tmp_path, "fails", rewards=rewards)
     output = runs.run(config, "--smoke", expected=4)
     assert "the judge is out to lunch" in output

@@ -9,8 +9,7 @@ import yaml
 
 from tests import runs
 
-ROOT = Path(__file__).parents[2]
-WEIGHTS = ROOT / "weights" / "smollm2-135m"
+WEIGHTS = runs.ROOT / "weights" / "smollm2-135m"
 
 pytestmark = [
     pytest.mark.slow,
@@ -21,7 +20,7 @@ pytestmark = [
 
 @pytest.mark.timeout(900)
 def test_chain_sum_starts_where_its_readme_says(tmp_path: Path) -> None:
-    shipped = yaml.safe_load((ROOT / "examples" / "chain_sum" / "config.yaml").read_text())
+    shipped = yaml.safe_load((runs.ROOT / "examples" / "chain_sum" / "config.yaml").read_text())
     config = tmp_path / "chain_sum.yaml"
     config.write_text(yaml.safe_dump({**shipped, "run_dir": str(tmp_path / "run")}))
     runs.run(config, "--train.steps=3")

@@ -52,9 +52,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         optimizer={"lr": 1e-3},
     )
     process = runs.start(config)
-    runs.wait_for(process, lambda: len(runs.metrics(config)) >= 2, "the second step")
-    (started,) = runs.events(config, "started")
-    os.kill(started["pids"]["reward-model-0"], signal.SIGKILL)
+    runs.wait_for_step(process, config, 2)
+    runs.kill_worker(config, "reward-model-0")
     runs.finish(process, config)
     return config
 
@@ -64,7 +63,7 @@ def test_the_model_is_replaced_and_no_score_is_lost(finished: Path) -> None:
     assert replaced["worker"] == "reward-model-0"
     assert not runs.events(finished, "group_lost") and not runs.events(finished, "group_dropped")
     steps = runs.metrics(finished)
-    assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
+    assert runs.steps(finished) == [1, 2, 3, 4, 5, 6]
     # A plain asynchronous run otherwise: its bound holds, and each token has one fate.
     assert max(row["staleness/max"] for row in steps) <= 2
     assert all(row["ledger/unexplained"] == 0 for row in steps)

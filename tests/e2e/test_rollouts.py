@@ -49,11 +49,10 @@ NUM_EVALUATED = 4 * (1 + 3)
 def config(tmp_path_factory: pytest.TempPathFactory, shared_ray: Head) -> Path:
     """A run whose generator and writer were killed, killed itself after step 4, and resumed."""
     directory = tmp_path_factory.mktemp("rollouts")
-    (directory / "coarse.py").write_text(COARSE)
     path = runs.write_run(
         directory,
         "killed",
-        rewards=[{"func": f"{directory / 'coarse.py'}:coarse"}],
+        rewards=[runs.reward(directory, "coarse", COARSE)],
         train={"steps": STEPS, "num_minibatches": 2, "num_iterations": 2},
         eval={"eval_steps": 3, "num_prompts": 4, "num_completions": 3},
         checkpoint={"save_steps": 2, "keep": 0},
@@ -63,13 +62,8 @@ def config(tmp_path_factory: pytest.TempPathFactory, shared_ray: Head) -> Path:
     runs.wait_for(process, lambda: bool(files(store, "step")), "the first file")
     (writer,) = _writers(shared_ray.process.pid)
     writer.kill()
-    (started,) = runs.events(path, "started")
-    os.kill(started["pids"]["generator-0"], signal.SIGKILL)
-    runs.wait_for(
-        process,
-        lambda: len(runs.events(path, "worker_replaced")) == 2,
-        "a new writer and generator",
-    )
+    runs.kill_worker(path, "generator-0")
+    runs.wait_for(process, lambda: len(runs.events(path, "worker_replaced")) == 2, "two new ones")
     checkpoint = runs.run_dir(path) / "checkpoints" / "step-00000004"
     runs.wait_for(process, checkpoint.is_dir, "checkpoint 4")
     assert set(files(store, "step")) >= {1, 2, 3, 4}, "a checkpoint comes after its files"
