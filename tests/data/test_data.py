@@ -118,17 +118,13 @@ def test_message_lists_take_the_chat_template() -> None:
 
 
 def test_chat_true_wraps_text_as_a_user_turn() -> None:
-    prompt = source_of([{"prompt": "hi"}], tokenizer=chat_tokenizer(), chat=True).next()
-    assert list(prompt.messages or ()) == [{"role": "user", "content": "hi"}]
-    assert prompt.token_ids.tolist() == ids_of("<user>hi\n<assistant>")
-    for params in ({}, {"opening": "ok "}):
-        prompt = source_of(
-            [{"prompt": "hi"}], tokenizer=chat_tokenizer(), chat=True, chat_params=params
-        ).next()
-        wanted = "<user>hi\n<assistant>" + params.get("opening", "")
-        assert prompt.token_ids.tolist() == ids_of(wanted)
-    plain = source_of([{"prompt": "hi"}], tokenizer=chat_tokenizer()).next()
-    assert plain.text == "hi"
+    rows = [{"prompt": "hi"}]
+    for opening in ("", "ok "):
+        keys: dict[str, Any] = {"chat": True, "chat_params": {"opening": opening}}
+        prompt = source_of(rows, tokenizer=chat_tokenizer(), **keys).next()
+        assert list(prompt.messages or ()) == [{"role": "user", "content": "hi"}]
+        assert prompt.token_ids.tolist() == ids_of(f"<user>hi\n<assistant>{opening}")
+    assert source_of(rows, tokenizer=chat_tokenizer()).next().text == "hi"
 
 
 def with_special_tokens(*, bos: bool, eos: bool) -> Any:
@@ -161,17 +157,10 @@ def test_text_gets_a_bos_but_never_an_appended_eos(bos: bool, eos: bool) -> None
 LONG = [{"prompt": "abc"}, {"prompt": "abcdefgh"}, {"prompt": "abcd"}]
 
 
-def test_overlong_prompts_are_an_error_by_default() -> None:
-    with pytest.raises(DataError, match=r"row 1 has a prompt of 8 tokens.*\(4\)"):
-        source_of(LONG, max_prompt_length=4)
-
-
 def test_overlong_prompts_can_be_dropped_and_are_counted() -> None:
     source = source_of(LONG, max_prompt_length=4, overlong="drop")
     assert source.num_dropped == 1
     assert {source.next().id for _ in range(2)} == {"row-0", "row-2"}
-    with pytest.raises(DataError, match="no prompt is within"):
-        source_of(LONG, max_prompt_length=2, overlong="drop")
 
 
 def test_overlong_prompts_can_keep_their_end() -> None:
@@ -182,52 +171,39 @@ def test_overlong_prompts_can_keep_their_end() -> None:
     assert prompts[2].token_ids.tolist() == ids_of("abcd")
 
 
-def test_the_length_check_reaches_past_the_first_batch() -> None:
-    rows = [{"prompt": "ab"}] * 2500 + [{"prompt": "abcde"}]
-    with pytest.raises(DataError, match="row 2500"):
-        source_of(rows, max_prompt_length=4)
-
-
 # Errors.
 
-
-def test_missing_columns_and_fields_name_the_nearest() -> None:
-    with pytest.raises(DataError, match="did you mean 'prompt'"):
-        source_of(ROWS, columns={"prompt": "promt"})
-    with pytest.raises(DataError, match=r"question.*\n.*columns: prompt, answer"):
-        source_of(ROWS, template="{question}")
-    with pytest.raises(DataError, match="did you mean 'answer'"):
-        source_of(ROWS, template="{anser}")
-    with pytest.raises(ConfigError, match=r"data\.template"):
-        source_of(ROWS, template="{prompt")
+CHAT = chat_tokenizer()
+REFUSING = chat_tokenizer()
+REFUSING.chat_template = "{{ raise_exception('roles must alternate') }}"
+MESSAGES = [{"prompt": [{"role": "user", "content": "hi"}]}]
+PAST_A_BATCH = [{"prompt": "ab"}] * 2500 + [{"prompt": "abcde"}]
 
 
-@pytest.mark.parametrize("bad", [3, None, ["hi"], [{"content": "hi"}], []])
-def test_prompts_of_the_wrong_type_name_their_row(bad: Any) -> None:
-    with pytest.raises(DataError, match="row 0"):
-        source_of([{"prompt": bad}], tokenizer=chat_tokenizer())
-
-
-def test_an_empty_prompt_is_refused() -> None:
-    with pytest.raises(DataError, match="row 1 has an empty prompt"):
-        source_of([{"prompt": "a"}, {"prompt": ""}])
-
-
-def test_chat_without_a_chat_template_says_what_to_do() -> None:
-    with pytest.raises(ConfigError, match=r"data\.chat"):
-        source_of(ROWS, chat=True)
-    messages = [{"prompt": [{"role": "user", "content": "hi"}]}]
-    with pytest.raises(ConfigError, match="no chat template"):
-        source_of(messages)
-    with pytest.raises(ConfigError, match=r"data\.chat is false"):
-        source_of(messages, tokenizer=chat_tokenizer(), chat=False)
-
-
-def test_a_chat_template_that_refuses_a_row_names_it() -> None:
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(DataError, match=r"row 0: roles must alternate"):
-        source_of([{"prompt": "hi"}], tokenizer=tokenizer, chat=True)
+@pytest.mark.parametrize(
+    ("rows", "keys", "error", "says"),
+    [
+        (ROWS, {"columns": {"prompt": "promt"}}, DataError, "did you mean 'prompt'"),
+        (ROWS, {"template": "{question}"}, DataError, r"question.*\n.*columns: prompt, answer"),
+        (ROWS, {"template": "{anser}"}, DataError, "did you mean 'answer'"),
+        (ROWS, {"template": "{prompt"}, ConfigError, r"data\.template"),
+        *(
+            ([{"prompt": bad}], {"tokenizer": CHAT}, DataError, "row 0")
+            for bad in (3, None, ["hi"], [{"content": "hi"}], [])
+        ),
+        ([{"prompt": "a"}, {"prompt": ""}], {}, DataError, "row 1 has an empty prompt"),
+        (LONG, {"max_prompt_length": 4}, DataError, r"row 1 has a prompt of 8 tokens.*\(4\)"),
+        (LONG, {"max_prompt_length": 2, "overlong": "drop"}, DataError, "no prompt is within"),
+        (PAST_A_BATCH, {"max_prompt_length": 4}, DataError, "row 2500"),
+        (ROWS, {"chat": True}, ConfigError, r"data\.chat"),
+        (MESSAGES, {}, ConfigError, "no chat template"),
+        (MESSAGES, {"tokenizer": CHAT, "chat": False}, ConfigError, r"data\.chat is false"),
+        (ROWS, {"tokenizer": REFUSING, "chat": True}, DataError, "row 0: roles must alternate"),
+    ],
+)
+def test_what_is_wrong_is_named(rows: Any, keys: Any, error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        source_of(rows, **keys)
 
 
 # The embedded task.

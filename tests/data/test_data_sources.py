@@ -49,21 +49,22 @@ def test_a_dataset_from_python_is_taken_as_it_is() -> None:
         load_rows(section(), seed=0, dataset=datasets.DatasetDict({"train": given_rows}))
 
 
-def test_missing_empty_and_broken_files(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no file 'missing\.jsonl'"):
-        load_rows(section("missing.jsonl"), seed=0)
-    empty = tmp_path / "empty.jsonl"
-    empty.touch()
-    with pytest.raises(DataError, match="empty file"):
-        load_rows(section(str(empty)), seed=0)
-    broken = tmp_path / "broken.jsonl"
-    broken.write_text('{"prompt": "a"}\n{"prompt": \n')
-    with pytest.raises(DataError, match="cannot be read"):
-        load_rows(section(str(broken)), seed=0)
-    header = tmp_path / "header.csv"
-    header.write_text("prompt,answer\n")
-    with pytest.raises(DataError, match="no rows"):
-        load_rows(section(str(header)), seed=0)
+@pytest.mark.parametrize(
+    ("name", "content", "error", "says"),
+    [
+        ("missing.jsonl", None, ConfigError, r"no file '.*missing\.jsonl'"),
+        ("empty.jsonl", "", DataError, "empty file"),
+        ("broken.jsonl", '{"prompt": "a"}\n{"prompt": \n', DataError, "cannot be read"),
+        ("header.csv", "prompt,answer\n", DataError, "no rows"),
+    ],
+)
+def test_missing_empty_and_broken_files(
+    tmp_path: Path, name: str, content: str | None, error: type[Exception], says: str
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(error, match=says):
+        load_rows(section(str(tmp_path / name)), seed=0)
 
 
 def test_a_hub_id_that_is_not_found_is_a_config_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,13 +120,17 @@ def test_gym_metadata_reaches_rewards_as_the_task_made_it(task: str) -> None:
         assert made.score_answer(answer, mine) == made.score_answer(answer, entry)
 
 
-def test_gym_errors_name_the_nearest() -> None:
-    with pytest.raises(ConfigError, match="did you mean 'chain_sum'"):
-        load_rows(section("reasoning_gym:chain_sums"), seed=0)
-    with pytest.raises(ConfigError, match="did you mean 'max_terms'"):
-        load_rows(section("reasoning_gym:chain_sum", params={"max_term": 2}), seed=0)
-    with pytest.raises(ConfigError, match=r"data\.params of chain_sum"):
-        load_rows(section("reasoning_gym:chain_sum", params={"min_terms": 9}), seed=0)
+@pytest.mark.parametrize(
+    ("task", "params", "says"),
+    [
+        ("chain_sums", {}, "did you mean 'chain_sum'"),
+        ("chain_sum", {"max_term": 2}, "did you mean 'max_terms'"),
+        ("chain_sum", {"min_terms": 9}, r"data\.params of chain_sum"),
+    ],
+)
+def test_gym_errors_name_the_nearest(task: str, params: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        load_rows(section(f"reasoning_gym:{task}", params=params), seed=0)
 
 
 def evaluation(data: dict[str, Any]) -> EvalSection:

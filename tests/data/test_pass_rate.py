@@ -17,6 +17,7 @@ from tests.data.data_cases import ROWS, source_of
 
 SIZE = len(ROWS)
 PER_STEP = 4
+EVERYTHING = {f"row-{i}" for i in range(SIZE)}
 
 
 def source(limit: float | None = 0.5, seed: int = 0) -> PromptSource:
@@ -47,8 +48,7 @@ def test_solved_prompts_are_left_out_from_the_next_epoch_on() -> None:
     assert prompts.metrics() == {"data/num_retired": 2.0, "data/num_restored": 0.0}
     drawn = {prompts.next().id for _ in range(SIZE - 1)}
     assert {"row-2", "row-5"} & drawn, "the running epoch is not changed"
-    everything = {f"row-{i}" for i in range(SIZE)}
-    assert epoch(prompts) == epoch(prompts) == everything - {"row-2", "row-5"}
+    assert epoch(prompts) == epoch(prompts) == EVERYTHING - {"row-2", "row-5"}
     assert prompts.epoch == 3.0
 
 
@@ -74,9 +74,9 @@ def test_only_what_a_step_has_settled_counts() -> None:
     prompts.observe([judged(3, "row-3", [1.0, 1.0]), judged(9, "row-4", [1.0, 1.0])])
     prompts.settle(8)
     epoch(prompts)
-    assert epoch(prompts) == {f"row-{i}" for i in range(SIZE)} - {"row-3"}
+    assert epoch(prompts) == EVERYTHING - {"row-3"}
     prompts.settle(9)
-    assert epoch(prompts) == {f"row-{i}" for i in range(SIZE)} - {"row-3", "row-4"}
+    assert epoch(prompts) == EVERYTHING - {"row-3", "row-4"}
 
 
 def test_what_no_step_has_settled_yet_is_in_the_state() -> None:
@@ -86,14 +86,14 @@ def test_what_no_step_has_settled_yet_is_in_the_state() -> None:
     second.restore(json.loads(json.dumps(first.state())))
     second.settle(8)
     epoch(second)
-    assert epoch(second) == {f"row-{i}" for i in range(SIZE)} - {"row-3"}
+    assert epoch(second) == EVERYTHING - {"row-3"}
 
 
 def test_without_a_limit_nothing_is_remembered() -> None:
     prompts = source(limit=None)
     solve(prompts, *range(SIZE))
     epoch(prompts)
-    assert epoch(prompts) == {f"row-{i}" for i in range(SIZE)}
+    assert epoch(prompts) == EVERYTHING
     assert prompts.metrics() == {}
 
 
@@ -102,7 +102,7 @@ def test_when_all_are_solved_all_come_back() -> None:
     solve(prompts, *range(SIZE))
     assert prompts.metrics()["data/num_retired"] == SIZE
     epoch(prompts)
-    assert epoch(prompts) == {f"row-{i}" for i in range(SIZE)}
+    assert epoch(prompts) == EVERYTHING
     assert prompts.metrics() == {"data/num_retired": 0.0, "data/num_restored": float(SIZE)}
     assert prompts.metrics()["data/num_restored"] == 0.0, "it is told once"
 
