@@ -1,11 +1,9 @@
-"""One rank of a DeepSpeedLearner in a process of its own: runs a scenario, writes what it saw."""
+"""Scenarios of one rank of a DeepSpeedLearner, and what it saw."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -55,19 +53,15 @@ class Worker(DeepSpeedLearner):
         return {name: master.detach().clone() for name, master in self._master_weights()}
 
 
-def main() -> None:
-    """Arguments: a JSON file with the job, this rank, and the master's port."""
-    job = json.loads(Path(sys.argv[1]).read_text())
-    rank, port = int(sys.argv[2]), int(sys.argv[3])
+def run_cases(cases: dict[str, dict[str, Any]], rank: int, port: int) -> dict[str, Any]:
+    """What this rank saw in each case; all cases share one process group."""
     results = {}
-    learner = None
-    for name, case in job["cases"].items():
+    for name, case in cases.items():
         config = make_config(case["model"], **case["config"])
         learner = Worker(config, rank=rank, local_rank=rank, master_port=port)
         results[name] = SCENARIOS[case["scenario"]](learner, case, rank)
-    torch.save(results, Path(job["out"]) / f"rank-{rank}.pt")
-    if learner is not None:
-        learner.close()
+    learner.close()
+    return results
 
 
 def weights(learner: Worker) -> dict[str, torch.Tensor]:
@@ -249,6 +243,3 @@ SCENARIOS = {
     "resume": resume,
     "refused_load": refused_load,
 }
-
-if __name__ == "__main__":
-    main()

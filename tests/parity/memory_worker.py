@@ -1,75 +1,24 @@
-"""Learner ranks and engines in processes of their own: the peak bytes of live tensors of each.
-
-Reads configurations by case as JSON, and prints ``{case: [bytes of each rank]}``. Cases whose name
-starts with "generator" are an engine's. Each rank is a fork, so that libraries are imported once.
-"""
+"""The peak bytes of live tensors in a learner's rank, and in an engine."""
 
 from __future__ import annotations
 
-import json
-import multiprocessing
-import os
-import socket
-import sys
 from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
 
+from torch.profiler import ProfilerActivity, profile
+
 from raygrpo.algorithm.packing import make_microbatch, place
 from raygrpo.checks.arithmetic import full_step
 from raygrpo.config import RunConfig
+from raygrpo.engines.hf.engine import TransformersEngine
+from raygrpo.learner.deepspeed_learner import DeepSpeedLearner
 from raygrpo.types import GroupRequest, Microbatch, Version
 from tests import builders
-
-Work = Callable[[RunConfig, int, int], None]
-
-
-def main() -> None:
-    # Libraries write to the standard output too.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    import deepspeed  # noqa: F401
-    import torch
-    from transformers import LlamaForCausalLM  # noqa: F401
-
-    from raygrpo.engines.hf.engine import TransformersEngine  # noqa: F401
-    from raygrpo.learner.deepspeed_learner import DeepSpeedLearner  # noqa: F401
-
-    torch.set_num_threads(1)
-    fork = multiprocessing.get_context("fork")
-    peaks = {}
-    for name, sections in json.load(sys.stdin).items():
-        config = RunConfig.model_validate(sections)
-        work = generate if name.startswith("generator") else train
-        port, found = _free_port(), fork.SimpleQueue()
-        ranks = [
-            fork.Process(target=_measure, args=(work, config, rank, port, found))
-            for rank in range(config.learner.num_ranks)
-        ]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join()
-            assert process.exitcode == 0, f"{name}: a rank failed"
-        peaks[name] = [found.get() for _ in ranks]
-    json.dump(peaks, answers)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def _measure(work: Work, config: RunConfig, rank: int, port: int, found: Any) -> None:
-    found.put(peak_bytes(lambda: work(config, rank, port)))
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
     """The largest sum of live tensors, by what torch's allocator gives and takes back."""
-    from torch.profiler import ProfilerActivity, profile
-
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
     result = profiler.profiler
@@ -79,10 +28,12 @@ def peak_bytes(work: Callable[[], object]) -> int:
     return max(accumulate(event.nbytes() for event in events))
 
 
-def train(config: RunConfig, rank: int, port: int) -> None:
-    """Two steps of full microbatches: the second has the optimizer's state beside it."""
-    from raygrpo.learner.deepspeed_learner import DeepSpeedLearner
+def learner_peak(config: RunConfig, rank: int, port: int) -> int:
+    """In two steps of full microbatches: the second has the optimizer's state beside it."""
+    return peak_bytes(lambda: train(config, rank, port))
 
+
+def train(config: RunConfig, rank: int, port: int) -> None:
     learner = DeepSpeedLearner(config, rank=rank, local_rank=rank, master_port=port)
     share = full_microbatches(config, learner)
     for _ in range(2):
@@ -118,10 +69,12 @@ def full_request(config: RunConfig, number: int) -> GroupRequest:
     )
 
 
-def generate(config: RunConfig, rank: int, port: int) -> None:
-    """As many groups as the engine has rows for, to their full length."""
-    from raygrpo.engines.hf.engine import TransformersEngine
+def generator_peak(config: RunConfig, rank: int, port: int) -> int:
+    """With as many groups as the engine has rows for, to their full length."""
+    return peak_bytes(lambda: generate(config))
 
+
+def generate(config: RunConfig) -> None:
     engine = TransformersEngine(
         config.model,
         seed=0,
@@ -133,7 +86,3 @@ def generate(config: RunConfig, rank: int, port: int) -> None:
         engine.submit(full_request(config, group))
     while engine.num_unfinished:
         engine.step()
-
-
-if __name__ == "__main__":
-    main()

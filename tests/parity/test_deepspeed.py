@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +18,7 @@ from raygrpo.models import load_model
 from raygrpo.types import merge_stats
 from tests import builders
 from tests.close import relative_weights
+from tests.parity import deepspeed_worker
 from tests.parity.learner_cases import (
     make_config,
     make_steps,
@@ -32,13 +27,12 @@ from tests.parity.learner_cases import (
     separate,
     wide_logprobs,
 )
+from tests.parity.ranks import run_ranks
 from tests.parity.reference_learner import ReferenceLearner
 
-REPOSITORY = Path(__file__).parents[2]
 STAGES = (0, 1, 2, 3)
 # Where all stages share code but for DeepSpeed's own, two of them stand for all without --slow.
 EDGES = (0, 3)
-DEADLINE_S = 280
 NUM_STEPS = 3
 # Measured: 1e-7 of the weights' norm; ranks add gradients up in another order than one process.
 RELATIVE = 1e-5
@@ -72,50 +66,13 @@ pytestmark = pytest.mark.timeout(600)
 SLOW = pytest.mark.slow
 
 
-def run_ranks(
-    directory: Path, num_ranks: int, cases: dict[str, Any], *, dies: bool = False
+def run_cases(
+    directory: Path, num_ranks: int, cases: dict[str, Any], *, exitcode: int = 0
 ) -> list[dict[str, Any]]:
     """Runs the cases one after the other in one process group; returns what each rank saw."""
-    directory.mkdir(parents=True)
-    job = directory / "job.json"
     for case in cases.values():
         case["config"]["learner"]["num_ranks"] = num_ranks
-    job.write_text(json.dumps({"out": str(directory), "cases": cases}))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "tests.parity.deepspeed_worker", str(job)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    processes, logs = [], []
-    for rank in range(num_ranks):
-        log = (directory / f"rank-{rank}.log").open("wb+")
-        logs.append(log)
-        processes.append(
-            subprocess.Popen(
-                [*command, str(rank), str(port)],
-                cwd=REPOSITORY,
-                env=environment,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
-        )
-    expected = -signal.SIGKILL if dies else 0
-    try:
-        deadline = time.monotonic() + DEADLINE_S
-        codes = [process.wait(max(1, deadline - time.monotonic())) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-        for log in logs:
-            log.close()
-    tails = [(directory / f"rank-{r}.log").read_text()[-3000:] for r in range(num_ranks)]
-    assert codes == [expected] * num_ranks, "\n".join(tails)
-    if dies:
-        return []
-    return [
-        torch.load(directory / f"rank-{rank}.pt", weights_only=False) for rank in range(num_ranks)
-    ]
+    return run_ranks(deepspeed_worker.run_cases, num_ranks, directory, cases, exitcode=exitcode)
 
 
 def edges_first(stages: Sequence[int] = STAGES) -> list[Any]:
@@ -157,7 +114,7 @@ def two_ranks(
     # Sharding every parameter, however small, is what a large model sees.
     shard_all = {"deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}
     cases["sharded-3"] = make_case(qwen2, 3, "train", **MANY_UPDATES, learner=shard_all)
-    return run_ranks(tmp_path_factory.mktemp("ranks") / "two", 2, cases)
+    return run_cases(tmp_path_factory.mktemp("ranks") / "two", 2, cases)
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +135,7 @@ def one_rank(
     cases["forks-3"] = make_case(gemma3, 3, "train", **FORKS)
     cases["refused"] = make_case(models["qwen2"], 2, "refused_load")
     cases["refused"]["directory"] = str(saved / "fp32-2" / "view-0")
-    return run_ranks(tmp_path_factory.mktemp("ranks") / "one", 1, cases)
+    return run_cases(tmp_path_factory.mktemp("ranks") / "one", 1, cases)
 
 
 def reference_run(model: Path, **config: Any) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
@@ -384,7 +341,7 @@ def saved(
         (root / name).mkdir()
         last = name == names[-1]
         cases[name] = saved_case(name, models["qwen2"], root, "save_and_die", die=last)
-    run_ranks(root / "job", 2, cases, dies=True)
+    run_cases(root / "job", 2, cases, exitcode=-signal.SIGKILL)
     return root
 
 
@@ -403,7 +360,7 @@ def resumed(
     # Rank 1 finds no file of its own here; rank 0 would wait for it for ever if it went on.
     missing = saved_case("fp32-2", model, saved, "refused_load")
     cases["missing file"] = {**missing, "directory": str(saved / "fp32-2" / "view-0")}
-    return run_ranks(saved / "resume", 2, cases)
+    return run_cases(saved / "resume", 2, cases)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from tests.algorithm.loss_cases import AGGREGATIONS, CORRECTIONS, LOSSES
 from tests.close import relative_weights
 from tests.parity.learner_cases import make_config, make_steps, planned_step, random_groups
 from tests.parity.reference_learner import ReferenceLearner
-from tests.parity.test_deepspeed import RELATIVE, make_case, run_ranks
+from tests.parity.test_deepspeed import RELATIVE, make_case, run_cases
 
 pytestmark = pytest.mark.timeout(600)
 STAGE, NUM_STEPS = 2, 2
@@ -73,7 +73,7 @@ def ranks(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[st
         steps = {"steps": 2 * PATIENCE}
         case = make_case(model, stage, "stuck", optimizer={"adamw": adamw}, train=steps)
         cases[how] = {**case, "how": how, "tensor": STUCK}
-    return run_ranks(tmp_path_factory.mktemp("losses") / "two", 2, cases)
+    return run_cases(tmp_path_factory.mktemp("losses") / "two", 2, cases)
 
 
 def check(

@@ -22,7 +22,7 @@ from tests import builders
 from tests.close import relative_weights
 from tests.parity.learner_cases import make_config, make_steps
 from tests.parity.reference_learner import ReferenceLearner
-from tests.parity.test_deepspeed import NUM_STEPS, chosen, edges_first, make_case, run_ranks
+from tests.parity.test_deepspeed import NUM_STEPS, chosen, edges_first, make_case, run_cases
 from tests.tiny import save_tiny_model
 
 pytestmark = pytest.mark.timeout(600)
@@ -44,7 +44,7 @@ def ranks(
     """Two ranks, in fp32 and in bf16."""
     cases = {f"fp32-{stage}": lora_case(model, stage) for stage in chosen(request)}
     cases["bf16-3"] = lora_case(model, 3, model={"dtype": "bfloat16"})
-    return run_ranks(tmp_path_factory.mktemp("lora") / "two", 2, cases)
+    return run_cases(tmp_path_factory.mktemp("lora") / "two", 2, cases)
 
 
 @pytest.fixture(scope="module")

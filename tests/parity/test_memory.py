@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +17,10 @@ from raygrpo.checks.memory import (
 )
 from raygrpo.config import RunConfig
 from raygrpo.config.file import load_config, merged_sections
+from tests.parity.memory_worker import generator_peak, learner_peak
+from tests.parity.ranks import run_ranks
 from tests.tiny import tiny_tokenizer
 
-ROOT = Path(__file__).parents[2]
 # An estimate leaves out small tensors, and counts moments of a step as if they were one.
 TOLERANCE = 0.2
 Sections = dict[str, dict[str, Any]]
@@ -122,19 +119,13 @@ def make(path: Path, case: str) -> RunConfig:
 
 @pytest.fixture(scope="module")
 def peaks(model: Path, request: pytest.FixtureRequest) -> dict[str, int]:
-    """The peak bytes of tensors by case, measured in one process that forks for each rank."""
-    asked = {**CASES, **SLOW} if request.config.getoption("--slow") else CASES
-    cases = {case: make(model, case).model_dump(mode="json") for case in asked}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.parity.memory_worker"],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        input=json.dumps(cases),
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    return {case: max(ranks) for case, ranks in json.loads(done.stdout).items()}
+    """The peak bytes of tensors by case; of several ranks, those of the rank with the most."""
+    found = {}
+    for case in {**CASES, **SLOW} if request.config.getoption("--slow") else CASES:
+        config = make(model, case)
+        work = generator_peak if case.startswith("generator") else learner_peak
+        found[case] = max(run_ranks(work, config.learner.num_ranks, model / case, config))
+    return found
 
 
 def full_update(config: RunConfig) -> FullUpdate:
@@ -158,7 +149,6 @@ def estimate(case: str, config: RunConfig) -> Memory:
 def test_the_estimate_is_that_of_real_tensors(
     case: str, model: Path, peaks: dict[str, int]
 ) -> None:
-    """Of several ranks, the one with the most."""
     planned = estimate(case, make(model, case))
     total = sum(planned.host.values())
     print(f"{case}: planned {total / 2**20:.1f} MiB, measured {peaks[case] / 2**20:.1f}")

@@ -18,7 +18,7 @@ from raygrpo.models import refuse_unknown
 from raygrpo.types import merge_stats
 from tests.close import relative_weights
 from tests.parity.learner_cases import make_config
-from tests.parity.test_deepspeed import make_case, reference_run, run_ranks
+from tests.parity.test_deepspeed import make_case, reference_run, run_cases
 from tests.tiny import tiny_tokenizer
 
 pytestmark = pytest.mark.timeout(600)
@@ -72,7 +72,7 @@ def two_ranks(
     small = {**SHARDED["zero_optimization"], "reduce_bucket_size": 4000}
     learner = {"deepspeed": {"zero_optimization": small}}
     cases["small buckets"] = make_case(models["qwen2"], 3, "train", **MANY, learner=learner)
-    results = run_ranks(root / "two", 2, cases)
+    results = run_cases(root / "two", 2, cases)
     for rank, result in enumerate(results):
         for stage in OFFLOAD if slow else (3,):
             path = root / f"saved-{stage}" / f"uninterrupted-{rank}.pt"
@@ -137,7 +137,7 @@ def test_four_ranks(size: int, models: dict[str, Path], tmp_path: Path) -> None:
     """Two groups of two, and one of four, which is more than there are key heads (2)."""
     learner = {"sequence_parallel": size, "deepspeed": SHARDED}
     cases = {"four": make_case(models["llama"], 3, "train", **MANY, learner=learner)}
-    ranks = run_ranks(tmp_path / "four", 4, cases)
+    ranks = run_cases(tmp_path / "four", 4, cases)
     _, expected = reference_run(models["llama"], **MANY)
     for rank in ranks:
         assert relative_weights(rank["four"]["after"], expected) < 1e-5
