@@ -92,6 +92,14 @@ class SharedBuffer:
         fcntl.flock(self._file, fcntl.LOCK_UN)
 
 
+def share(data: ByteArray) -> SharedBuffer:
+    """A copy of a bucket in shared memory."""
+    buffer = SharedBuffer(data.nbytes)
+    buffer.begin(data.nbytes)
+    buffer.data[:] = data
+    return buffer
+
+
 class SharedPool:
     """Buffers to write buckets into. A returned buffer serves again once nobody reads it."""
 

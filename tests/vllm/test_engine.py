@@ -199,9 +199,9 @@ def shared_memory() -> int:
     pids = [me.pid, *(child.pid for child in me.children(recursive=True))]
     held = 0
     for pid in pids:
-        held += Path(f"/proc/{pid}/maps").read_text().count("raygrpo-weights")
+        held += Path(f"/proc/{pid}/maps").read_text().count("memfd:raygrpo-")
         for link in Path(f"/proc/{pid}/fd").iterdir():
-            held += "raygrpo-weights" in os.readlink(link) if link.is_symlink() else 0
+            held += "memfd:raygrpo-" in os.readlink(link) if link.is_symlink() else 0
     return held
 
 

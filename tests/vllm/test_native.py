@@ -236,7 +236,7 @@ def test_a_parameter_that_nothing_came_for_fails_the_update(kind: str) -> None:
 def test_the_store_stays_open_to_a_worker_that_could_take_more() -> None:
     engine = Client(NcclEngine).engine
     engine.init_transfer_engine(engine.parse_init_info({}))  # as the client does at its start
-    update = engine.parse_update_info({"path": "somewhere", "specs": b""})
+    update = engine.parse_update_info({"buckets": b""})
     assert isinstance(update, vllm_weights.SharedMemoryUpdateInfo)
 
 

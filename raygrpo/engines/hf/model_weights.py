@@ -92,7 +92,7 @@ class ModelWeights:
         self._staged = None
         check_manifest(self.targets, manifest, self.version)
         with torch.no_grad():
-            views = _unpack_all(manifest, buckets)
+            views = unpack_all(manifest, buckets)
             tensors = self._on_device(views)
             packed = (
                 [] if self._pack_later else [self._pack(tensors[n]) for n in self._packed_names]
@@ -206,7 +206,7 @@ def _check_tensor(targets: Mapping[str, Tensor], spec: TensorSpec) -> None:
         raise InfraError(f"{spec.name} has a wrong number of bytes")
 
 
-def _unpack_all(manifest: WeightsManifest, buckets: Iterable[ByteArray]) -> dict[str, Tensor]:
+def unpack_all(manifest: WeightsManifest, buckets: Iterable[ByteArray]) -> dict[str, Tensor]:
     """Views of all tensors, every bucket verified."""
     arrays = iter(buckets)
     views: dict[str, Tensor] = {}

@@ -10,6 +10,7 @@ import pickle
 import threading
 import time
 from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 from vllm import SamplingParams
@@ -24,16 +25,25 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from raygrpo.engines.vllm.requests import version_label
-from raygrpo.engines.vllm.shared_memory import SharedBuckets
 from raygrpo.engines.vllm.worker import OWNER
 from raygrpo.errors import ConfigError, InfraError, infra_errors
 from raygrpo.types import Version
+from raygrpo.weights.shared import SharedBuffer
+from raygrpo.weights.types import WeightsManifest
 
 T = TypeVar("T")
 START_TIMEOUT_S: Final = 1800.0
 CALL_TIMEOUT_S: Final = 600.0
 _LOOK_S: Final = 0.5
 _CLOSE_S: Final = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class SharedVersion:
+    """A whole version in shared memory, which goes when this value goes."""
+
+    manifest: WeightsManifest
+    buffers: Sequence[SharedBuffer]
 
 
 class VllmClient:
@@ -132,7 +142,7 @@ class VllmClient:
         """Tells vLLM the version of the weights in use."""
         await self._open.update_weight_version(version_label(version))
 
-    def swap(self, staged: SharedBuckets) -> None:
+    def swap(self, staged: SharedVersion) -> None:
         """Loads a version in place, between two steps of vLLM; requests in flight go on with it.
 
         Raises:
@@ -143,8 +153,10 @@ class VllmClient:
         with infra_errors(what, all_errors=True, fix=fix):
             self.call(self._swap(staged))
 
-    async def _swap(self, staged: SharedBuckets) -> None:
-        info = {"path": staged.path, "specs": pickle.dumps(staged.manifest.buckets)}
+    async def _swap(self, staged: SharedVersion) -> None:
+        addresses = [buffer.show() for buffer in staged.buffers]
+        pairs = list(zip(staged.manifest.buckets, addresses, strict=True))
+        info = {"buckets": pickle.dumps(pairs)}
         llm = self._open
         await llm.pause_generation(mode="keep", clear_cache=False)
         await llm.start_weight_update()

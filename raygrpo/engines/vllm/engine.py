@@ -15,18 +15,18 @@ import numpy as np
 import torch
 
 from raygrpo.config import ModelSection, Transport
-from raygrpo.engines.hf.model_weights import check_manifest
+from raygrpo.engines.hf.model_weights import check_manifest, unpack_all
 from raygrpo.engines.randomness import row_keys, uniforms
 from raygrpo.engines.requests import Admission, Running, not_finite
 from raygrpo.engines.stops import StopStrings
-from raygrpo.engines.vllm.client import VllmClient
+from raygrpo.engines.vllm.client import SharedVersion, VllmClient
 from raygrpo.engines.vllm.requests import engine_arguments, make_completion, sampling_params
-from raygrpo.engines.vllm.shared_memory import SharedBuckets
 from raygrpo.errors import InfraError
 from raygrpo.models import DTYPES, load_model, load_tokenizer, stop_token_ids
 from raygrpo.types import ByteArray, Completion, FloatArray, Group, GroupRequest, Stream, Version
 from raygrpo.weights.buckets import make_buckets, weight_targets
 from raygrpo.weights.native import Receiver
+from raygrpo.weights.shared import share
 from raygrpo.weights.types import WeightsManifest
 
 # The time that a step waits for a group. A command to the engine may wait as long.
@@ -87,7 +87,7 @@ class VllmEngine:
         self._can_sleep = bool((options or {}).get("enable_sleep_mode"))
         self._live: set[str] = set()  # names of vLLM's requests; two threads change the set
         self._done: queue.SimpleQueue[Sent] = queue.SimpleQueue()
-        self._staged: SharedBuckets | None = None
+        self._staged: SharedVersion | None = None
         self._version: Version | None = None
         self._client = VllmClient(
             engine_arguments(
@@ -223,9 +223,11 @@ class VllmEngine:
             InfraError: the version does not fit the model, is older than the one in use, or is
                 corrupt.
         """
-        self._drop_staged()
+        self._staged = None
         check_manifest(self._targets, manifest, self._version)
-        self._staged = SharedBuckets(manifest, buckets)
+        buffers = [share(data) for data in buckets]
+        unpack_all(manifest, (buffer.data for buffer in buffers))  # verifies the copies
+        self._staged = SharedVersion(manifest, buffers)
 
     def commit_weights(self) -> None:
         """Loads the staged version in place; requests keep their keys and values.
@@ -234,21 +236,13 @@ class VllmEngine:
             InfraError: nothing is staged, the staged version is older than the one in use, or the
                 load failed. After a failed load the engine holds no version until one succeeds.
         """
-        if self._staged is None:
+        staged, self._staged = self._staged, None
+        if staged is None:
             raise InfraError("no version is staged", "stage one first")
-        manifest = self._staged.manifest
-        check_manifest(self._targets, manifest, self._version)
+        check_manifest(self._targets, staged.manifest, self._version)
         self._version = None
-        try:
-            self._client.swap(self._staged)
-        finally:
-            self._drop_staged()
-        self._version = manifest.version
-
-    def _drop_staged(self) -> None:
-        if self._staged is not None:
-            self._staged.close()
-            self._staged = None
+        self._client.swap(staged)
+        self._version = staged.manifest.version
 
     @property
     def receiver(self) -> Receiver:
@@ -305,7 +299,7 @@ class VllmEngine:
         """Ends vLLM's processes; the engine cannot be used afterwards."""
         self.admission.clear()
         self._version = None
-        self._drop_staged()
+        self._staged = None
         self._client.close()
 
 

@@ -18,6 +18,7 @@ import select
 import signal
 import threading
 from dataclasses import dataclass
+from itertools import chain
 from typing import Final
 
 from vllm.distributed.weight_transfer.base import (
@@ -31,8 +32,9 @@ from vllm.model_executor.model_loader.reload import (
     initialize_layerwise_reload,
 )
 
-from raygrpo.engines.vllm.shared_memory import read_buckets
 from raygrpo.errors import InfraError
+from raygrpo.weights.buckets import unpack
+from raygrpo.weights.shared import read_shared
 
 BACKEND: Final = "raygrpo"
 OWNER: Final = "RAYGRPO_VLLM_OWNER"
@@ -45,14 +47,13 @@ class SharedMemoryInitInfo(WeightTransferInitInfo):
 
 @dataclass
 class SharedMemoryUpdateInfo(WeightTransferUpdateInfo):
-    """The place of a version; ``specs`` are its `BucketSpec`s, pickled by our own process."""
+    """A version: pairs of `BucketSpec` and `SharedAddress`, pickled by our own process."""
 
-    path: str
-    specs: bytes
+    buckets: bytes
 
 
 class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInitInfo, SharedMemoryUpdateInfo]):
-    """vLLM's weight-transfer interface over `raygrpo.engines.vllm.shared_memory`."""
+    """vLLM's weight-transfer interface over `raygrpo.weights.shared`."""
 
     init_info_cls = SharedMemoryInitInfo
     update_info_cls = SharedMemoryUpdateInfo
@@ -67,7 +68,10 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInitInfo, SharedMemory
 
     def receive_weights(self, update_info: SharedMemoryUpdateInfo) -> None:
         """Loads a whole version, verified bucket by bucket."""
-        weights = read_buckets(update_info.path, pickle.loads(update_info.specs))
+        buckets = pickle.loads(update_info.buckets)
+        weights = chain.from_iterable(
+            unpack(spec, read_shared(address)) for spec, address in buckets
+        )
         self._missing -= set(self.model.load_weights(weights) or ())
 
     def finish_weight_update(self) -> None:
