@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import pickle
 import threading
 from collections.abc import Coroutine, Iterator
 from concurrent.futures import Future
@@ -30,7 +31,9 @@ from raygrpo.engines.vllm.native_worker import IpcEngine, NcclEngine
 from raygrpo.engines.vllm.requests import engine_arguments
 from raygrpo.errors import InfraError
 from raygrpo.types import Version
+from raygrpo.weights.buckets import make_buckets
 from raygrpo.weights.native import NativeTransfer, Sender
+from raygrpo.weights.shared import share
 from tests.vllm.engines import ECHO
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -233,11 +236,25 @@ def test_a_parameter_that_nothing_came_for_fails_the_update(kind: str) -> None:
     assert "no weights came for ['b']" in result.broken["a"]
 
 
-def test_the_store_stays_open_to_a_worker_that_could_take_more() -> None:
-    engine = Client(NcclEngine).engine
-    engine.init_transfer_engine(engine.parse_init_info({}))  # as the client does at its start
-    update = engine.parse_update_info({"buckets": b""})
-    assert isinstance(update, vllm_weights.SharedMemoryUpdateInfo)
+@pytest.mark.parametrize("spoilt", [False, True])
+def test_the_store_stays_open_to_a_worker_that_could_take_more(spoilt: bool) -> None:
+    """A version in shared memory, whose bytes the worker verifies."""
+    client, trained = Client(NcclEngine), Model(seed=1)
+    client.engine.init_transfer_engine(client.engine.parse_init_info({}))  # as the client's start
+    specs, arrays = zip(*make_buckets(trained.named_parameters()), strict=True)
+    buffers = [share(data) for data in arrays]
+    if spoilt:
+        buffers[0].data[0] ^= 1
+    pairs = [(spec, buffer.show()) for spec, buffer in zip(specs, buffers, strict=True)]
+    client.engine.start_weight_update()
+    update = {"buckets": pickle.dumps(pairs)}
+    if spoilt:
+        with pytest.raises(InfraError, match="corrupt"):
+            client.engine.update_weights(update)
+        return
+    client.engine.update_weights(update)
+    client.engine.finish_weight_update()
+    assert same(client.model, trained)
 
 
 def test_the_transport_chooses_the_workers_engine() -> None:
