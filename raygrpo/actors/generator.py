@@ -10,7 +10,7 @@ import asyncio
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 from raygrpo.actors.engine_thread import EngineThread, fail, resolve
 from raygrpo.actors.idle import IdleReading
@@ -32,6 +32,10 @@ from raygrpo.engines.engine_weights import EngineWeights
 from raygrpo.engines.probe import ProbeCheck
 from raygrpo.errors import FOREIGN_INSIDE, InfraError, infra_errors
 from raygrpo.types import Group, GroupRequest, Version
+
+if TYPE_CHECKING:
+    from raygrpo.actors.native_transfer import NativeReceiver
+    from raygrpo.weights.native import Message
 
 # How far apart groups arrive that are asked for at once.
 TOGETHER_S = 0.01
@@ -179,9 +183,9 @@ class GeneratorActor:
         with infra_errors("freeing the engine's device", FOREIGN_INSIDE, all_errors=True):
             await self._the_receiver.sleep()
 
-    async def transfer(self, message: Any) -> None:
-        """Takes a message of a direct transfer from the learner; see `native_transfer`."""
-        await self._the_receiver.transfer(message)
+    async def transfer(self, message: Message) -> None:
+        """Takes a message of a direct transfer from the learner."""
+        await cast("NativeReceiver", self._the_receiver).transfer(message)
 
     @property
     def _the_receiver(self) -> WeightReceiver:

@@ -1,6 +1,6 @@
 """Both ends of a sync by a native transport (NCCL, CUDA IPC), between Ray actors.
 
-    NativeSender -> ActorReceiver -> GeneratorActor.transfer -> NativeReceiver -> engine
+    NativeSender -> GeneratorActor.transfer -> NativeReceiver -> engine
 
 `raygrpo.weights.native` is the protocol of a sync. The store gets every version too, for generators
 that did not take part. This module is imported only if ``weights.transport`` is ``nccl`` or
@@ -10,11 +10,12 @@ that did not take part. This module is imported only if ``weights.transport`` is
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, Protocol, cast
 
 import ray
@@ -32,69 +33,13 @@ from raygrpo.actors.weight_sync import (
 from raygrpo.config import RunConfig
 from raygrpo.engines.base import Engine
 from raygrpo.types import Version
-from raygrpo.weights.native import NativeTransfer, Receiver
+from raygrpo.weights.native import Begin, Finish, Message, NativeTransfer, Receiver
 from raygrpo.weights.types import Probe, PublishReport, WeightsManifest
 
 
-@dataclass(frozen=True, slots=True)
-class Join:
-    """`Receiver.join`."""
-
-    init_info: Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Begin:
-    """`Receiver.begin`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Receive:
-    """`Receiver.receive`."""
-
-    update_info: Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Finish:
-    """`Receiver.finish`; the manifest carries the version's probe and no buckets."""
-
-    manifest: WeightsManifest
-
-
-Message = Join | Begin | Receive | Finish
-
-
-@dataclass(frozen=True, slots=True)
-class ActorReceiver:
-    """A generator as a `Receiver` in the learner's process; ``probe`` goes with the version."""
-
-    actor: Any
-    num_workers: int
-    probe: Probe | None = field(default=None, compare=False)
-
-    def join(self, init_info: Mapping[str, Any]) -> Future[None]:
-        """See `Receiver`."""
-        return self._send(Join(dict(init_info)))
-
-    def begin(self) -> Future[None]:
-        """See `Receiver`."""
-        return self._send(Begin())
-
-    def receive(self, update_info: Mapping[str, Any]) -> Future[None]:
-        """See `Receiver`."""
-        return self._send(Receive(dict(update_info)))
-
-    def finish(self, version: Version) -> Future[None]:
-        """See `Receiver`; the generator proves the version at its next load."""
-        manifest = WeightsManifest(
-            version=version, kind="full", base_version=None, buckets=(), probe=self.probe
-        )
-        return self._send(Finish(manifest))
-
-    def _send(self, message: Message) -> Future[None]:
-        future: Future[None] = self.actor.transfer.remote(message).future()
-        return future
+def receiver_of(actor: Any) -> Receiver:
+    """A generator's actor as a `Receiver` in the learner's process."""
+    return lambda message: cast("Future[None]", actor.transfer.remote(message).future())
 
 
 class NativeSender:
@@ -106,18 +51,15 @@ class NativeSender:
 
     def __init__(self, config: RunConfig, to_store: WeightSender, *, rank: int) -> None:
         self._to_store = to_store
-        options = config.generators.options
-        self._num_workers = options.get("tensor_parallel_size", 1) * options.get(
-            "pipeline_parallel_size", 1
-        )
         self._native: NativeTransfer | None = None
         if rank == 0:
             # It imports vLLM, which other ranks do without.
             from raygrpo.engines.vllm.native import make_sender
 
-            host = ray.util.get_node_ip_address()
-            sender = make_sender(config.weights.transport, host)
-            self._native = NativeTransfer(sender, config.ray.timeouts_s.sync)
+            sender = make_sender(config.weights.transport, ray.util.get_node_ip_address())
+            sizes = ("tensor_parallel_size", "pipeline_parallel_size")
+            num_workers = math.prod(config.generators.options.get(size, 1) for size in sizes)
+            self._native = NativeTransfer(sender, config.ray.timeouts_s.sync, num_workers)
 
     def publish(
         self,
@@ -127,38 +69,28 @@ class NativeSender:
         generators: Mapping[str, Any],
     ) -> PublishReport | None:
         """See `WeightSender`; the report names generators that may be half-loaded."""
-        broken = self._send(version, source, probe, generators) if generators else {}
+        broken: Mapping[str, str] = {}
+        if generators:
+            tensors = iter(source.named_weights())
+            if self._native is not None:
+                # It imports vLLM, which other ranks do without.
+                from raygrpo.engines.vllm.native import gpu_buckets
+
+                manifest = WeightsManifest(
+                    version=version, kind="full", base_version=None, buckets=(), probe=probe
+                )
+                receivers = {name: receiver_of(actor) for name, actor in generators.items()}
+                broken = self._native.sync(manifest, gpu_buckets(tensors), receivers)
+            deque(tensors, maxlen=0)  # after a failure too: the other ranks gather to the end
         report = self._to_store.publish(version, source, probe, generators)
         return replace(report, broken=broken) if report else None
-
-    def _send(
-        self,
-        version: Version,
-        source: WeightSource,
-        probe: Probe | None,
-        generators: Mapping[str, Any],
-    ) -> Mapping[str, str]:
-        tensors = iter(source.named_weights())
-        broken: Mapping[str, str] = {}
-        if self._native is not None:
-            # It imports vLLM, which other ranks do without.
-            from raygrpo.engines.vllm.native import gpu_buckets
-
-            receivers = {
-                name: ActorReceiver(actor, self._num_workers, probe)
-                for name, actor in generators.items()
-            }
-            broken = self._native.sync(version, gpu_buckets(tensors), receivers).broken
-        deque(tensors, maxlen=0)  # after a failure too: the other ranks gather to the end
-        return broken
 
 
 class ReceivingEngine(Engine, Protocol):
     """An engine that takes versions directly."""
 
-    @property
-    def receiver(self) -> Receiver:
-        """The engine's end."""
+    def transfer(self, message: Message) -> Future[None]:
+        """The engine's end, a `Receiver`."""
 
     def hold(self, version: Version | None) -> None:
         """Says which version the engine holds: none during a transfer."""
@@ -185,24 +117,11 @@ class NativeReceiver:
         if isinstance(message, Begin):
             await self._from_store.loading.acquire()
             self._proof.withhold()
-
-        def pass_on() -> Future[None]:
-            match message:
-                case Join(init_info):
-                    return engine.receiver.join(init_info)
-                case Begin():
-                    engine.hold(None)
-                    return engine.receiver.begin()
-                case Receive(update_info):
-                    return engine.receiver.receive(update_info)
-                case Finish(manifest):
-                    return engine.receiver.finish(manifest.version)
-
-        await asyncio.wrap_future(await self._thread.run(pass_on))
+            await self._thread.run(lambda: engine.hold(None))
+        await asyncio.wrap_future(await self._thread.run(lambda: engine.transfer(message)))
         if isinstance(message, Finish):
-            version = message.manifest.version
-            await self._thread.run(lambda: engine.hold(version))
-            self._sent = message.manifest
+            self._sent = sent = message.manifest
+            await self._thread.run(lambda: engine.hold(sent.version))
             self._from_store.loading.release()
 
     async def load(self) -> LoadReport:

@@ -22,7 +22,6 @@ from raygrpo.actors.process import in_new_thread
 from raygrpo.actors.weight_store import StoreHandle
 from raygrpo.engines.engine_weights import EngineWeights
 from raygrpo.engines.probe import ProbeCheck
-from raygrpo.errors import InfraError
 from raygrpo.types import Completion, Group, Stream, Version
 from raygrpo.weights.types import Probe, PublishReport, WeightsManifest, WholeKind
 
@@ -69,9 +68,6 @@ class WeightReceiver(Protocol):
 
     async def sleep(self) -> None:
         """Has the engine free its device until the next load."""
-
-    async def transfer(self, message: Any) -> None:
-        """Takes a message of a direct transfer from the learner."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -236,14 +232,6 @@ class StoreReceiver:
         async with self.loading:
             await self._thread.run(self._thread.engine.sleep)
             self._asleep = True
-
-    async def transfer(self, message: Any) -> None:
-        """Refused: this generator pulls.
-
-        Raises:
-            InfraError: always.
-        """
-        raise InfraError("this generator takes its weights from the store")
 
 
 def _timed(call: Callable[[], T]) -> tuple[float, T]:

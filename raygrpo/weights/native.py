@@ -13,204 +13,177 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Final, Protocol
 
 from torch import Tensor
 
 from raygrpo.errors import InfraError
-from raygrpo.types import Version
+from raygrpo.weights.types import WeightsManifest
 
 Named = tuple[str, Tensor]
-T = TypeVar("T")
+SENDER: Final = "the sender"
 
 
-class Receiver(Protocol):
-    """One engine's end. Every call returns at once, with a future of its outcome."""
+@dataclass(frozen=True, slots=True)
+class Join:
+    """Enter the group that ``init_info`` describes, and leave any older one."""
 
-    @property
-    def num_workers(self) -> int:
-        """Processes of this engine that take part, one rank each."""
+    init_info: Mapping[str, Any]
 
-    def join(self, init_info: Mapping[str, Any]) -> Future[None]:
-        """Enters the group that ``init_info`` describes, and leaves any older one."""
 
-    def begin(self) -> Future[None]:
-        """Opens an update: until the end of `finish` nothing else may use the engine."""
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """Open an update: until the end of `Finish` nothing else may use the engine."""
 
-    def receive(self, update_info: Mapping[str, Any]) -> Future[None]:
-        """Takes one bucket, while the sender transmits it."""
 
-    def finish(self, version: Version) -> Future[None]:
-        """Closes the update: the engine holds ``version``."""
+@dataclass(frozen=True, slots=True)
+class Receive:
+    """Take one bucket, while the sender transmits it."""
+
+    update_info: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """Close the update: the engine holds the manifest's version. The manifest has no buckets."""
+
+    manifest: WeightsManifest
+
+
+Message = Join | Begin | Receive | Finish
+# One engine's end: returns at once, with a future of the outcome.
+Receiver = Callable[[Message], Future[None]]
+# The information for the receivers, and the sender's part, which blocks until they take theirs.
+Offer = tuple[dict[str, Any], Callable[[], None]]
 
 
 class Sender(Protocol):
-    """The learner's end, rank 0 of the group. Calls block, `close` excepted."""
+    """The learner's end, rank 0 of the group."""
 
-    def open(self, world_size: int) -> dict[str, Any]:
-        """Prepares a new group; returns the ``init_info`` of receivers, without their ranks."""
+    def open(self, world_size: int) -> Offer:
+        """Prepares a new group: ``init_info`` without the receivers' ranks, and the meeting."""
 
-    def connect(self) -> None:
-        """Waits for all receivers to enter."""
-
-    def offer(self, bucket: list[Named]) -> dict[str, Any]:
-        """Makes a bucket ready; returns its ``update_info`` for receivers."""
-
-    def transmit(self) -> None:
-        """Sends the bucket that was offered last."""
+    def offer(self, bucket: list[Named]) -> Offer:
+        """Prepares a bucket: its ``update_info``, and the transmission."""
 
     def close(self) -> None:
         """Gives the group up, without waiting for anybody."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TransferResult:
-    """The receivers of a sync by name; each name is in one of three fields.
+class NativeTransfer:
+    """Syncs one sender with the receivers that are there.
 
-    ``loaded`` hold the version. ``broken`` (with the reason) may be half-loaded and must be
-    replaced. ``behind`` are as they were before, and must take the version from the store.
+    Each receiver takes part with ``num_workers`` processes, one rank each.
     """
 
-    loaded: tuple[str, ...] = ()
-    broken: Mapping[str, str] = field(default_factory=dict)
-    behind: tuple[str, ...] = ()
-
-
-class NativeTransfer:
-    """Syncs one sender with the receivers that are there."""
-
-    def __init__(self, sender: Sender, timeout_s: float) -> None:
-        self._sender = sender
-        self._timeout_s = timeout_s
-        self._group: dict[str, Receiver] = {}
+    def __init__(self, sender: Sender, timeout_s: float, num_workers: int = 1) -> None:
+        self._sender, self._timeout_s, self._num_workers = sender, timeout_s, num_workers
+        self._members: set[str] = set()  # of the group that there is
 
     def sync(
-        self, version: Version, buckets: Iterable[list[Named]], receivers: Mapping[str, Receiver]
-    ) -> TransferResult:
-        """Sends a version to ``receivers``; never raises for a failure of theirs or of the group.
+        self,
+        manifest: WeightsManifest,
+        buckets: Iterable[list[Named]],
+        receivers: Mapping[str, Receiver],
+    ) -> dict[str, str]:
+        """Sends a version; never raises for a failure of the receivers or of the group.
+
+        Returns the receivers that may be half-loaded and must be replaced, with the reason. The
+        others hold the version or, after a failure, are as they were before.
 
         ``buckets`` is not read further after a failure; where reading it is collective (ZeRO-3),
         the caller reads the rest.
         """
         if not receivers:
-            return TransferResult()
-        attempt = _Attempt(dict(receivers), time.monotonic() + self._timeout_s)
+            return {}
+        deadline = time.monotonic() + self._timeout_s
+        begun = False
         try:
-            self._regroup(attempt)
-            attempt.begun = True
-            attempt.wait("begin", {name: item.begin() for name, item in receivers.items()})
+            if self._members != set(receivers):
+                self._regroup(receivers, deadline)
+            begun = True
+            _wait("begin", {name: tell(Begin()) for name, tell in receivers.items()}, deadline)
             for bucket in buckets:
-                info = attempt.call("offer", partial(self._sender.offer, bucket))
-                sent = _call(self._sender.transmit)
-                taken = {name: item.receive(info) for name, item in receivers.items()}
-                attempt.wait("receive", taken, sent)
-            attempt.wait("finish", {name: item.finish(version) for name, item in receivers.items()})
-        except _Aborted:
+                info, transmit = _offered("offer", partial(self._sender.offer, bucket))
+                sent = _in_thread(transmit)
+                taken = {name: tell(Receive(info)) for name, tell in receivers.items()}
+                _wait("receive", {**taken, SENDER: sent}, deadline)
+            finish = Finish(manifest)
+            _wait("finish", {name: tell(finish) for name, tell in receivers.items()}, deadline)
+        except _Aborted as aborted:
             self.close()
-            return attempt.result()
+            failures = aborted.failures
+            reason = "; ".join(f"{name}: {why}" for name, why in sorted(failures.items()))
+            return {
+                name: failures.get(name, f"the sync was given up ({reason})")
+                for name in receivers
+                if begun or name in failures
+            }
         except BaseException:  # the source's own error: the open update never ends
             self.close()
             raise
-        return TransferResult(loaded=tuple(receivers))
+        return {}
 
     def close(self) -> None:
         """Gives up the group; the next sync makes a new one."""
-        self._group = {}
+        self._members = set()
         self._sender.close()
 
-    def _regroup(self, attempt: _Attempt) -> None:
-        """Makes a new group unless exactly these receivers are in the one there is."""
-        if attempt.receivers == self._group:
-            return
-        if self._group:
+    def _regroup(self, receivers: Mapping[str, Receiver], deadline: float) -> None:
+        if self._members:
             self.close()
-        ranks, world_size = {}, 1
-        for name, receiver in attempt.receivers.items():
-            ranks[name], world_size = world_size, world_size + receiver.num_workers
-        info = attempt.call("open", partial(self._sender.open, world_size))
+        world_size = 1 + self._num_workers * len(receivers)
+        info, meet = _offered("open", partial(self._sender.open, world_size))
+        ranks = range(1, world_size, self._num_workers)
         joins = {
-            name: receiver.join({**info, "rank_offset": ranks[name]})
-            for name, receiver in attempt.receivers.items()
+            name: tell(Join({**info, "rank_offset": rank}))
+            for rank, (name, tell) in zip(ranks, receivers.items(), strict=True)
         }
-        attempt.wait("join", joins, _call(self._sender.connect))
-        self._group = attempt.receivers
+        _wait("join", {**joins, SENDER: _in_thread(meet)}, deadline)
+        self._members = set(receivers)
 
 
 class _Aborted(Exception):
-    """The sync cannot go on; the attempt knows why."""
+    """The sync cannot go on: what failed, by the member's name."""
+
+    def __init__(self, failures: Mapping[str, str]) -> None:
+        super().__init__(failures)
+        self.failures = failures
 
 
-@dataclass(slots=True)
-class _Attempt:
-    """One sync: its members, its deadline and what failed."""
-
-    receivers: dict[str, Receiver]
-    deadline: float
-    begun: bool = False
-    failures: dict[str, str] = field(default_factory=dict)
-
-    def call(self, what: str, ours: Callable[[], T]) -> T:
-        """A call to the sender alone; its failure is the sync's."""
-        try:
-            return ours()
-        except (OSError, RuntimeError, InfraError) as error:  # sockets, CUDA, NCCL
-            self.failures[""] = f"{what}: {error}"
-            raise _Aborted from error
-
-    def wait(
-        self, what: str, futures: Mapping[str, Future[None]], ours: Future[None] | None = None
-    ) -> None:
-        """Waits for all members; the first failure ends the sync, since all others wait for it.
-
-        A member without an answer at that time may hang in the collective, and counts as broken.
-        """
-        parts = {**futures, **({"": ours} if ours else {})}
-        while open_parts := {name: part for name, part in parts.items() if not part.done()}:
-            if any(part.done() and part.exception() for part in parts.values()):
-                break
-            left = self.deadline - time.monotonic()
-            if left <= 0:
-                break
-            _wait_any(open_parts.values(), left)
-        for name, part in parts.items():
-            error = part.exception() if part.done() else "no answer"
-            if error is not None:
-                self.failures[name] = f"{what}: {error}"
-        if self.failures:
-            raise _Aborted
-
-    def result(self) -> TransferResult:
-        """The members to replace, and those that can go on."""
-        reason = "; ".join(
-            f"{name or 'the sender'}: {why}" for name, why in sorted(self.failures.items())
-        )
-        broken = {
-            name: self.failures.get(name, f"the sync was given up ({reason})")
-            for name in self.receivers
-            if self.begun or name in self.failures
-        }
-        behind = tuple(name for name in self.receivers if name not in broken)
-        return TransferResult(broken=broken, behind=behind)
+def _offered(what: str, prepare: Callable[[], Offer]) -> Offer:
+    """The sender's preparation, before a receiver knows of it."""
+    try:
+        return prepare()
+    except (OSError, RuntimeError, InfraError) as error:  # sockets, CUDA, NCCL
+        raise _Aborted({SENDER: f"{what}: {error}"}) from error
 
 
-def _wait_any(futures: Iterable[Future[None]], timeout_s: float) -> None:
-    """Returns when one of the futures is done or the time is over."""
-    ended = threading.Event()
-    for future in futures:
-        future.add_done_callback(lambda _: ended.set())
-    ended.wait(timeout_s)
+def _wait(what: str, parts: Mapping[str, Future[None]], deadline: float) -> None:
+    """Waits for all members; the first failure ends the sync, since all others wait for it.
+
+    A member without an answer at that time may hang in the collective, and counts as broken.
+    """
+    wait(parts.values(), max(0.0, deadline - time.monotonic()), FIRST_EXCEPTION)
+    failures = {}
+    for name, part in parts.items():
+        error = part.exception() if part.done() else "no answer"
+        if error is not None:
+            failures[name] = f"{what}: {error}"
+    if failures:
+        raise _Aborted(failures)
 
 
-def _call(function: Callable[[], None]) -> Future[None]:
+def _in_thread(call: Callable[[], None]) -> Future[None]:
     """Runs a call that may hang for ever, on a thread that does not keep the process alive."""
     future: Future[None] = Future()
 
     def run() -> None:
         try:
-            function()
+            call()
             future.set_result(None)
         except BaseException as error:
             future.set_exception(error)

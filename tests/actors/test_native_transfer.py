@@ -16,18 +16,18 @@ import torch
 from raygrpo.actors import generator
 from raygrpo.actors.cluster.placement import check_transfer
 from raygrpo.actors.generator import GeneratorActor
-from raygrpo.actors.native_transfer import ActorReceiver
+from raygrpo.actors.native_transfer import receiver_of
 from raygrpo.actors.pool.workers import Worker
 from raygrpo.actors.transport import publish_timeout_s
 from raygrpo.config import RunConfig
 from raygrpo.errors import ConfigError, InfraError, ProbeFailed, WeightsLost
 from raygrpo.types import ByteArray, FloatArray, Group, GroupRequest, Version
 from raygrpo.weights.buckets import make_buckets
-from raygrpo.weights.native import NativeTransfer
+from raygrpo.weights.native import Message, NativeTransfer, Receive
 from raygrpo.weights.replica import WeightLink
 from raygrpo.weights.types import Probe, WeightsManifest
 from tests import builders
-from tests.weights.test_native import FakeReceiver, FakeSender, buckets, held, weights
+from tests.weights.test_native import FakeReceiver, FakeSender, buckets, held, manifest, weights
 
 TIMEOUT_S = 30.0
 
@@ -103,6 +103,9 @@ class FakeEngine:
     def hold(self, version: Version | None) -> None:
         self.version = version
         self.held.append(version)
+
+    def transfer(self, message: Message) -> Future[None]:
+        return self.receiver(message)
 
     @property
     def can_step(self) -> bool:
@@ -209,9 +212,9 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Store:
     return Store()
 
 
-def sync(transfer: NativeTransfer, version: Version, handles: Mapping[str, Handle]) -> Any:
-    ends = {name: ActorReceiver(handle, 1, probe_of(version)) for name, handle in handles.items()}
-    return transfer.sync(version, buckets(version.step), ends)
+def sync(transfer: NativeTransfer, step: int, handles: Mapping[str, Handle]) -> dict[str, str]:
+    ends = {name: receiver_of(handle) for name, handle in handles.items()}
+    return transfer.sync(manifest(step, probe_of(Version(1, step))), buckets(step), ends)
 
 
 @pytest.fixture
@@ -227,7 +230,7 @@ def test_a_version_from_the_learner_is_proven_once_and_not_pulled(store: Store) 
     transfer = NativeTransfer(sender, TIMEOUT_S)
     for step in (1, 2):
         version = Version(1, step)
-        assert sync(transfer, version, handles).loaded == ("a", "b")
+        assert not sync(transfer, step, handles)
         store.version = version
         for handle in handles.values():
             assert held(handle.engine.receiver) == weights(step)
@@ -244,7 +247,7 @@ def test_a_version_from_the_learner_is_proven_once_and_not_pulled(store: Store) 
 
 def test_a_newer_version_in_the_store_is_pulled(store: Store, transfer: NativeTransfer) -> None:
     handle = Handle(store)
-    sync(transfer, Version(1, 1), {"a": handle})
+    sync(transfer, 1, {"a": handle})
     store.version = Version(1, 5)
     report = handle.load()
     assert (report.version, report.kind) == (Version(1, 5), "full")
@@ -257,7 +260,7 @@ def test_a_version_that_fails_its_probe_ends_the_load(
     """A group that was written meanwhile is not answered."""
     handle = Handle(store)
     answer = handle.call(handle.actor.generate(builders.request(0)))
-    sync(transfer, Version(1, 9), {"a": handle})
+    sync(transfer, 9, {"a": handle})
     assert handle.engine.written.wait(TIMEOUT_S)
     with pytest.raises(ProbeFailed):
         handle.load()
@@ -266,10 +269,10 @@ def test_a_version_that_fails_its_probe_ends_the_load(
 
 def test_a_transfer_that_is_not_finished_leaves_nothing_that_serves(store: Store) -> None:
     good, bad = Handle(store), Handle(store)
-    bad.engine.receiver = FakeReceiver({"receive": "dies"})
-    result = sync(NativeTransfer(FakeSender(), 1.0), Version(1, 1), {"good": good, "bad": bad})
-    assert set(result.broken) == {"good", "bad"}
-    assert "the actor died" in result.broken["bad"]
+    bad.engine.receiver = FakeReceiver({Receive: "dies"})
+    broken = sync(NativeTransfer(FakeSender(), 1.0), 1, {"good": good, "bad": bad})
+    assert set(broken) == {"good", "bad"}
+    assert "the actor died" in broken["bad"]
     store.version = Version(1, 1)
     for handle in (good, bad):
         assert handle.engine.version is None

@@ -26,15 +26,15 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from raygrpo.config import ModelSection, Transport
 from raygrpo.engines.vllm import native as vllm_native
 from raygrpo.engines.vllm import worker as vllm_weights
-from raygrpo.engines.vllm.native import IpcSender, NcclSender, VllmReceiver, gpu_buckets
+from raygrpo.engines.vllm.native import IpcSender, NcclSender, gpu_buckets, receive
 from raygrpo.engines.vllm.native_worker import IpcEngine, NcclEngine
 from raygrpo.engines.vllm.requests import engine_arguments
 from raygrpo.errors import InfraError
-from raygrpo.types import Version
 from raygrpo.weights.buckets import make_buckets
-from raygrpo.weights.native import NativeTransfer, Sender
+from raygrpo.weights.native import Message, NativeTransfer, Sender
 from raygrpo.weights.shared import share
 from tests.vllm.engines import ECHO
+from tests.weights.test_native import manifest
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 UUID = "GPU-0"
@@ -100,6 +100,9 @@ class Client:
         self.paused: list[str] = []
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
+
+    def receive(self, message: Message) -> Future[None]:
+        return receive(self, message)  # type: ignore[arg-type]
 
     def begin(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
         return asyncio.run_coroutine_threadsafe(work, self.loop)
@@ -178,13 +181,12 @@ def test_versions_arrive_bit_for_bit_whoever_takes_part(kind: str) -> None:
     clients = {name: Client(engine) for name in "abc"}
     transfer = NativeTransfer(sender, TIMEOUT_S)
     for step, names in enumerate(["ab", "ab", "c", "abc"]):
-        receivers = {name: VllmReceiver(clients[name], 1) for name in names}  # type: ignore[arg-type]
+        receivers = {name: clients[name].receive for name in names}
         trained = Model(seed=step + 1)
-        result = transfer.sync(Version(2, step), buckets(trained), receivers)
-        assert result.loaded == tuple(names), result
+        assert not transfer.sync(manifest(step), buckets(trained), receivers)
         for name in names:
             assert same(clients[name].model, trained)
-            assert clients[name].version == f"2.{step}"
+            assert clients[name].version == f"1.{step}"
             assert clients[name].paused[-2:] == ["pause", "resume"]
     transfer.close()
 
@@ -192,23 +194,23 @@ def test_versions_arrive_bit_for_bit_whoever_takes_part(kind: str) -> None:
 def test_ranks_follow_the_sender_and_count_the_workers_of_an_engine(
     no_gpu: dict[int, Group],
 ) -> None:
-    """An engine of two workers, then one of one: vLLM adds each worker's own rank."""
-    two = [Client(NcclEngine, rank) for rank in (0, 1)]
+    """Two engines of two workers: vLLM adds each worker's own rank."""
 
     class Both(Client):
-        async def ask(self, method: str, *arguments: Any, **options: Any) -> None:
-            await asyncio.gather(*(client.ask(method, *arguments, **options) for client in two))
+        def __init__(self) -> None:
+            super().__init__(NcclEngine)
+            self.workers = [Client(NcclEngine, rank) for rank in (0, 1)]
 
-    receivers: dict[str, Any] = {
-        "two": VllmReceiver(Both(NcclEngine), 2),  # type: ignore[arg-type]
-        "one": VllmReceiver(Client(NcclEngine), 1),  # type: ignore[arg-type]
-    }
-    trained = Model(seed=1)
-    transfer = NativeTransfer(NcclSender("127.0.0.1", None), TIMEOUT_S)
-    assert transfer.sync(Version(0, 1), buckets(trained), receivers).loaded == ("two", "one")
+        async def ask(self, method: str, *arguments: Any, **options: Any) -> None:
+            await asyncio.gather(*(c.ask(method, *arguments, **options) for c in self.workers))
+
+    engines, trained = {"a": Both(), "b": Both()}, Model(seed=1)
+    receivers = {name: engine.receive for name, engine in engines.items()}
+    transfer = NativeTransfer(NcclSender("127.0.0.1", None), TIMEOUT_S, num_workers=2)
+    assert not transfer.sync(manifest(1), buckets(trained), receivers)
     (group,) = no_gpu.values()
-    assert group.ranks == {0, 1, 2, 3}
-    assert all(same(client.model, trained) for client in two)
+    assert group.ranks == {0, 1, 2, 3, 4}
+    assert all(same(w.model, trained) for engine in engines.values() for w in engine.workers)
     transfer.close()
 
 
@@ -217,10 +219,9 @@ def test_a_broadcast_that_nobody_answers_is_aborted(no_gpu: dict[int, Group]) ->
         def update_weights(self, request: Any) -> None:
             threading.Event().wait(TIMEOUT_S)
 
-    receivers: dict[str, Any] = {"deaf": VllmReceiver(Deaf(NcclEngine), 1)}  # type: ignore[arg-type]
     transfer = NativeTransfer(NcclSender("127.0.0.1", None), timeout_s=0.5)
-    result = transfer.sync(Version(0, 1), buckets(Model(seed=1)), receivers)
-    assert set(result.broken) == {"deaf"}
+    receivers = {"deaf": Deaf(NcclEngine).receive}
+    assert set(transfer.sync(manifest(1), buckets(Model(seed=1)), receivers)) == {"deaf"}
     (group,) = no_gpu.values()
     assert group.barrier.broken  # where NCCL's abort would have freed the GPU
 
@@ -229,11 +230,9 @@ def test_a_broadcast_that_nobody_answers_is_aborted(no_gpu: dict[int, Group]) ->
 def test_a_parameter_that_nothing_came_for_fails_the_update(kind: str) -> None:
     sender, engine = ends(kind)
     some = [pair for pair in Model(seed=1).named_parameters() if pair[0] != "b"]
-    receivers: dict[str, Any] = {"a": VllmReceiver(Client(engine), 1)}  # type: ignore[arg-type]
-    result = NativeTransfer(sender, TIMEOUT_S).sync(
-        Version(0, 1), gpu_buckets(some, "cpu"), receivers
-    )
-    assert "no weights came for ['b']" in result.broken["a"]
+    transfer = NativeTransfer(sender, TIMEOUT_S)
+    broken = transfer.sync(manifest(1), gpu_buckets(some, "cpu"), {"a": Client(engine).receive})
+    assert "no weights came for ['b']" in broken["a"]
 
 
 @pytest.mark.parametrize("spoilt", [False, True])
@@ -271,10 +270,9 @@ def test_the_transport_chooses_the_workers_engine() -> None:
 def test_an_nccl_that_does_not_load_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM's communicator is then silently without effect."""
     monkeypatch.setattr(Communicator, "disabled", True)
-    sender = NcclSender("127.0.0.1", None)
-    sender.open(1)
+    _, meet = NcclSender("127.0.0.1", None).open(1)
     with pytest.raises(InfraError, match="NCCL does not load"):
-        sender.connect()
+        meet()
 
 
 def test_buckets_have_one_dtype_and_are_copies() -> None:

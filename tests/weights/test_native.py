@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -16,7 +15,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from raygrpo.types import Version
-from raygrpo.weights.native import Named, NativeTransfer
+from raygrpo.weights.native import (
+    Begin,
+    Finish,
+    Join,
+    Message,
+    Named,
+    NativeTransfer,
+    Offer,
+    Receive,
+)
+from raygrpo.weights.types import Probe, WeightsManifest
 
 TIMEOUT_S = 0.3
 
@@ -46,21 +55,17 @@ class Group:
 class FakeSender:
     def __init__(self) -> None:
         self.groups: list[Group] = []
-        self.offered: list[Named] = []
 
-    def open(self, world_size: int) -> dict[str, Any]:
+    def open(self, world_size: int) -> Offer:
         self.groups.append(Group(world_size))
-        return {"group": self.groups[-1], "world_size": world_size}
+        return {"group": self.groups[-1]}, self.groups[-1].enter
 
-    def connect(self) -> None:
-        self.groups[-1].enter()
+    def offer(self, bucket: list[Named]) -> Offer:
+        tensors = [tensor for _, tensor in bucket]
+        return {"names": [name for name, _ in bucket]}, lambda: self.transmit(tensors)
 
-    def offer(self, bucket: list[Named]) -> dict[str, Any]:
-        self.offered = bucket
-        return {"names": [name for name, _ in bucket]}
-
-    def transmit(self) -> None:
-        self.groups[-1].broadcast([tensor for _, tensor in self.offered])
+    def transmit(self, tensors: list[Tensor]) -> None:
+        self.groups[-1].broadcast(tensors)
 
     def close(self) -> None:
         if self.groups:
@@ -68,61 +73,42 @@ class FakeSender:
 
 
 class FakeReceiver:
-    """An engine on a thread of its own; ``fault`` maps a call's name to what happens instead."""
+    """An engine on a thread of its own; ``fault`` maps a message's kind to what happens instead."""
 
-    num_workers = 1
-
-    def __init__(self, fault: Mapping[str, str] = {}) -> None:
+    def __init__(self, fault: Mapping[type[Message], str] = {}) -> None:
         self.fault = dict(fault)
         self.held: dict[str, Tensor] = {}
         self.version: Version | None = None
         self.whole = True
         self.ranks: list[int] = []
-        self._calls: queue.SimpleQueue[tuple[Callable[[], None], Future[None]]]
-        self._calls = queue.SimpleQueue()
-        threading.Thread(target=self._run, daemon=True).start()
+        self._pool = ThreadPoolExecutor(1)
 
-    def _run(self) -> None:
-        while True:
-            call, future = self._calls.get()
-            try:
-                call()
-                future.set_result(None)
-            except Exception as error:
-                future.set_exception(error)
-
-    def _do(self, name: str, call: Callable[[], None]) -> Future[None]:
+    def __call__(self, message: Message) -> Future[None]:
+        fault = self.fault.pop(type(message), "")
+        if not fault:
+            return self._pool.submit(self._take, message)
         future: Future[None] = Future()
-        fault = self.fault.pop(name, "")
         if fault == "dies":
             future.set_exception(RuntimeError("the actor died"))
-        elif fault != "hangs":
-            self._calls.put((call, future))
         return future
 
-    def join(self, init_info: Mapping[str, Any]) -> Future[None]:
-        def call() -> None:
-            self.group = init_info["group"]
-            self.ranks.append(init_info["rank_offset"])
-            self.group.enter()
+    def _take(self, message: Message) -> None:
+        match message:
+            case Join(info):
+                self.group = info["group"]
+                self.ranks.append(info["rank_offset"])
+                self.group.enter()
+            case Begin():
+                self.whole = False
+            case Receive(info):
+                self.held.update(zip(info["names"], self.group.broadcast(None), strict=True))
+            case Finish(manifest):
+                self.version, self.whole = manifest.version, True
 
-        return self._do("join", call)
 
-    def begin(self) -> Future[None]:
-        return self._do("begin", lambda: setattr(self, "whole", False))
-
-    def receive(self, update_info: Mapping[str, Any]) -> Future[None]:
-        def call() -> None:
-            names = update_info["names"]
-            self.held.update(zip(names, self.group.broadcast(None), strict=True))
-
-        return self._do("receive", call)
-
-    def finish(self, version: Version) -> Future[None]:
-        def call() -> None:
-            self.version, self.whole = version, True
-
-        return self._do("finish", call)
+def manifest(step: int, probe: Probe | None = None) -> WeightsManifest:
+    version = Version(1, step)
+    return WeightsManifest(version=version, kind="full", base_version=None, buckets=(), probe=probe)
 
 
 def buckets(step: int) -> list[list[Named]]:
@@ -146,10 +132,7 @@ def test_whoever_is_named_is_loaded(memberships: list[set[str]]) -> None:
     groups, before = 0, set[str]()
     for step, names in enumerate(memberships):
         receivers = {name: all_receivers[name] for name in sorted(names)}
-        result = transfer.sync(Version(1, step), buckets(step), receivers)
-        assert set(result.loaded) == names
-        assert not result.broken
-        assert not result.behind
+        assert not transfer.sync(manifest(step), buckets(step), receivers)
         for receiver in receivers.values():
             assert held(receiver) == weights(step)
             assert receiver.version == Version(1, step)
@@ -161,67 +144,60 @@ def test_whoever_is_named_is_loaded(memberships: list[set[str]]) -> None:
     transfer.close()
 
 
-@pytest.mark.parametrize("fault", ["dies", "hangs"])
-@pytest.mark.parametrize("call", ["join", "begin", "receive", "finish"])
-def test_a_failed_member_ends_the_sync_in_time_and_the_next_one_goes_without_it(
-    call: str, fault: str
-) -> None:
-    good, bad = FakeReceiver(), FakeReceiver({call: fault})
-    transfer = NativeTransfer(FakeSender(), timeout_s=TIMEOUT_S)
-    started = time.monotonic()
-    result = transfer.sync(Version(1, 0), buckets(0), {"good": good, "bad": bad})
-    # Three times the deadline: this machine's other processes may take its cores meanwhile.
-    assert time.monotonic() - started < 3 * TIMEOUT_S + 5
-    assert not result.loaded
-    assert "bad" in result.broken
-    assert call in result.broken["bad"]
-    # Half-loaded members are never called whole.
-    assert all(r.whole or name in result.broken for name, r in {"good": good, "bad": bad}.items())
-    assert set(result.broken) | set(result.behind) == {"good", "bad"}
+def loads_a_fresh_member(transfer: NativeTransfer) -> None:
     fresh = FakeReceiver()
-    again = transfer.sync(Version(1, 1), buckets(1), {"fresh": fresh})
-    assert again.loaded == ("fresh",)
+    assert not transfer.sync(manifest(1), buckets(1), {"fresh": fresh})
     assert held(fresh) == weights(1)
     transfer.close()
+
+
+@pytest.mark.parametrize("fault", ["dies", "hangs"])
+@pytest.mark.parametrize("kind", [Join, Begin, Receive, Finish])
+def test_a_failed_member_ends_the_sync_in_time_and_the_next_one_goes_without_it(
+    kind: type[Message], fault: str
+) -> None:
+    good, bad = FakeReceiver(), FakeReceiver({kind: fault})
+    transfer = NativeTransfer(FakeSender(), timeout_s=TIMEOUT_S)
+    started = time.monotonic()
+    broken = transfer.sync(manifest(0), buckets(0), {"good": good, "bad": bad})
+    # Three times the deadline: this machine's other processes may take its cores meanwhile.
+    assert time.monotonic() - started < 3 * TIMEOUT_S + 5
+    assert kind.__name__.lower() in broken["bad"]
+    assert good.whole or "good" in broken, "half-loaded members are never called whole"
+    loads_a_fresh_member(transfer)
 
 
 def test_nobody_that_had_not_begun_is_replaced() -> None:
     """A member that dies as it is asked to join; the other one had answered."""
 
-    class Quick(FakeReceiver):
-        def join(self, init_info: Mapping[str, Any]) -> Future[None]:
-            done: Future[None] = Future()
-            done.set_result(None)
-            return done
+    def quick(message: Message) -> Future[None]:
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
 
-    result = NativeTransfer(FakeSender(), timeout_s=TIMEOUT_S).sync(
-        Version(1, 0), buckets(0), {"good": Quick(), "bad": FakeReceiver({"join": "dies"})}
+    receivers = {"good": quick, "bad": FakeReceiver({Join: "dies"})}
+    broken = NativeTransfer(FakeSender(), timeout_s=TIMEOUT_S).sync(
+        manifest(0), buckets(0), receivers
     )
-    assert result.behind == ("good",)
-    assert set(result.broken) == {"bad"}
+    assert set(broken) == {"bad"}
 
 
-@pytest.mark.parametrize("call", ["open", "connect", "offer", "transmit"])
+@pytest.mark.parametrize("call", ["open", "enter", "offer", "transmit"])
 def test_a_sender_that_fails_ends_the_sync_and_not_the_run(call: str) -> None:
     """Its sockets, its NCCL, its device: the store is the way then."""
-    sender, receiver = FakeSender(), FakeReceiver()
+    sender = FakeSender()
     transfer = NativeTransfer(sender, timeout_s=TIMEOUT_S)
 
-    def failing(*_: Any) -> None:
+    def failing(*_: Any) -> Any:
         raise RuntimeError("CUDA error")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sender, call, failing)
-        result = transfer.sync(Version(1, 0), buckets(0), {"one": receiver})
-    assert not result.loaded
+        patch.setattr(Group if call == "enter" else sender, call, failing)
+        broken = transfer.sync(manifest(0), buckets(0), {"one": FakeReceiver()})
     # Once asked to join, a member may hang in the collective.
-    assert set(result.behind) == ({"one"} if call == "open" else set())
-    assert set(result.broken) == (set() if call == "open" else {"one"})
-    assert all("CUDA error" in why or "no answer" in why for why in result.broken.values())
-    fresh = FakeReceiver()
-    assert transfer.sync(Version(1, 1), buckets(1), {"fresh": fresh}).loaded == ("fresh",)
-    assert held(fresh) == weights(1)
-    transfer.close()
+    assert set(broken) == (set() if call == "open" else {"one"})
+    assert all("CUDA error" in why or "no answer" in why for why in broken.values())
+    loads_a_fresh_member(transfer)
 
 
 def test_a_source_that_fails_gives_the_group_up() -> None:
@@ -231,5 +207,5 @@ def test_a_source_that_fails_gives_the_group_up() -> None:
 
     sender = FakeSender()
     with pytest.raises(RuntimeError, match="gathering failed"):
-        NativeTransfer(sender, timeout_s=30).sync(Version(1, 0), failing(), {"a": FakeReceiver()})
+        NativeTransfer(sender, timeout_s=30).sync(manifest(0), failing(), {"a": FakeReceiver()})
     assert sender.groups[-1].barrier.broken

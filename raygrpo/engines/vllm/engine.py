@@ -25,7 +25,7 @@ from raygrpo.errors import InfraError
 from raygrpo.models import DTYPES, load_model, load_tokenizer, stop_token_ids
 from raygrpo.types import ByteArray, Completion, FloatArray, Group, GroupRequest, Stream, Version
 from raygrpo.weights.buckets import make_buckets, weight_targets
-from raygrpo.weights.native import Receiver
+from raygrpo.weights.native import Message
 from raygrpo.weights.shared import share
 from raygrpo.weights.types import WeightsManifest
 
@@ -244,13 +244,12 @@ class VllmEngine:
         self._client.swap(staged)
         self._version = staged.manifest.version
 
-    @property
-    def receiver(self) -> Receiver:
+    def transfer(self, message: Message) -> concurrent.futures.Future[None]:
         """This engine's end of a direct transfer."""
         # It imports vLLM's transports, which a run without them does without.
-        from raygrpo.engines.vllm.native import VllmReceiver
+        from raygrpo.engines.vllm.native import receive
 
-        return VllmReceiver(self._client, 1)
+        return receive(self._client, message)
 
     def hold(self, version: Version | None) -> None:
         """Says which version a direct transfer has left here; None while one is under way."""

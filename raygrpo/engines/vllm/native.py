@@ -14,6 +14,7 @@ import pickle
 import socket
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
+from functools import partial
 from operator import itemgetter
 from typing import Any, Final
 
@@ -30,8 +31,16 @@ from raygrpo.engines.vllm.client import VllmClient
 from raygrpo.engines.vllm.native_worker import NATIVE
 from raygrpo.engines.vllm.requests import version_label
 from raygrpo.errors import ConfigError, InfraError
-from raygrpo.types import Version
-from raygrpo.weights.native import Named, Sender
+from raygrpo.weights.native import (
+    Begin,
+    Finish,
+    Join,
+    Message,
+    Named,
+    Offer,
+    Receive,
+    Sender,
+)
 
 BUCKET_BYTES: Final = 64 * 2**20
 _export: Any = reduce_tensor
@@ -57,22 +66,38 @@ def make_sender(kind: str, host: str) -> Sender:
 class _Group:
     """One NCCL group, from its address on; it may be given up while it is still being made."""
 
-    def __init__(self, address: dict[str, Any]) -> None:
-        self.address = address
-        self.communicator: Any = None
+    def __init__(self, address: Mapping[str, Any], device: int | None) -> None:
+        self._address, self._device = address, device
+        self._communicator: Any = None
         self._closed = False
 
-    def connect(self) -> None:
-        self.communicator = trainer_init(self.address)
-        if self.communicator.disabled:
+    def meet(self) -> None:
+        """Waits for the workers.
+
+        Raises:
+            InfraError: there is no NCCL here.
+        """
+        with torch.accelerator.device_index(self._device):
+            self._communicator = trainer_init(self._address)
+        if self._communicator.disabled:
             raise InfraError("NCCL does not load in the learner")
         if self._closed:
-            self.communicator.destroy()
+            self._communicator.destroy()
+
+    def broadcast(self, bucket: list[Named]) -> None:
+        """Sends a bucket and waits until it is sent."""
+        with torch.accelerator.device_index(self._device):
+            packed_nccl_broadcast_producer(
+                iterator=iter(bucket),
+                group=self._communicator,
+                src=0,
+                post_iter_func=itemgetter(1),
+            )
 
     def close(self) -> None:
         self._closed = True
-        if self.communicator is not None:
-            self.communicator.destroy()  # aborts, on a thread, and waits for 5 s at most
+        if self._communicator is not None:
+            self._communicator.destroy()  # aborts, on a thread, and waits for 5 s at most
 
 
 class NcclSender:
@@ -80,48 +105,28 @@ class NcclSender:
 
     def __init__(self, host: str, device: int | None) -> None:
         self._host, self._device = host, device
-        self._group = _Group({})
-        self._bucket: list[Named] = []
+        self._group: _Group | None = None
 
-    def open(self, world_size: int) -> dict[str, Any]:
+    def open(self, world_size: int) -> Offer:
         """Chooses where to meet."""
         with socket.socket() as listener:
             listener.bind(("", 0))
             port = listener.getsockname()[1]
-        self._group = _Group(
-            {"master_address": self._host, "master_port": port, "world_size": world_size}
-        )
-        return {**self._group.address, "packed": True}
+        address = {"master_address": self._host, "master_port": port, "world_size": world_size}
+        self._group = _Group(address, self._device)
+        return {**address, "packed": True}, self._group.meet
 
-    def connect(self) -> None:
-        """Meets the workers.
-
-        Raises:
-            InfraError: there is no NCCL here.
-        """
-        with torch.accelerator.device_index(self._device):
-            self._group.connect()
-
-    def offer(self, bucket: list[Named]) -> dict[str, Any]:
+    def offer(self, bucket: list[Named]) -> Offer:
         """Waits for the bucket's own kernels, since vLLM packs it on another stream."""
+        assert self._group is not None, "no group is open"
         if self._device is not None:
             torch.accelerator.synchronize(self._device)
-        self._bucket = bucket
-        return _describe(bucket)
-
-    def transmit(self) -> None:
-        """Broadcasts the bucket and waits until it is sent."""
-        with torch.accelerator.device_index(self._device):
-            packed_nccl_broadcast_producer(
-                iterator=iter(self._bucket),
-                group=self._group.communicator,
-                src=0,
-                post_iter_func=itemgetter(1),
-            )
+        return _describe(bucket), partial(self._group.broadcast, bucket)
 
     def close(self) -> None:
         """Aborts a broadcast on the GPU, which would wait for ever."""
-        self._group.close()
+        if self._group is not None:
+            self._group.close()
 
 
 class IpcSender:
@@ -135,15 +140,12 @@ class IpcSender:
         self._buffer = torch.empty(0, dtype=torch.uint8)
         self._handle: Any = None
 
-    def open(self, world_size: int) -> dict[str, Any]:
-        """Nothing to meet for."""
-        return {"packed": True}
+    def open(self, world_size: int) -> Offer:
+        """Nobody meets."""
+        return {"packed": True}, _nothing
 
-    def connect(self) -> None:
-        """Nobody is waited for."""
-
-    def offer(self, bucket: list[Named]) -> dict[str, Any]:
-        """Copies a bucket into the buffer."""
+    def offer(self, bucket: list[Named]) -> Offer:
+        """Copies a bucket into the buffer, where workers read it themselves."""
         flat = [tensor.contiguous().view(-1).view(torch.uint8) for _, tensor in bucket]
         sizes = [tensor.numel() for tensor in flat]
         if sum(sizes) > self._buffer.numel():
@@ -155,13 +157,14 @@ class IpcSender:
         if self._device is not None:
             torch.accelerator.synchronize(self._device)
         handles = {self._gpu_uuid: self._handle}
-        return {**_describe(bucket), "ipc_handles": handles, "tensor_sizes": sizes}
-
-    def transmit(self) -> None:
-        """Nothing to do: workers read it themselves."""
+        return {**_describe(bucket), "ipc_handles": handles, "tensor_sizes": sizes}, _nothing
 
     def close(self) -> None:
         """Nobody waits for anything."""
+
+
+def _nothing() -> None:
+    """The sender's part where the receivers do all."""
 
 
 def _describe(bucket: list[Named]) -> dict[str, Any]:
@@ -190,38 +193,25 @@ def gpu_buckets(tensors: Iterable[Named], device: str = "cuda") -> Iterator[list
         yield bucket
 
 
-class VllmReceiver:
-    """The `raygrpo.weights.native.Receiver` of the engine that ``client`` drives."""
+def receive(client: VllmClient, message: Message) -> Future[None]:
+    """A `raygrpo.weights.native.Receiver`, once the engine's client is given."""
+    return client.begin(_receive(client, message))
 
-    def __init__(self, client: VllmClient, num_workers: int) -> None:
-        self._client, self.num_workers = client, num_workers
 
-    def join(self, init_info: Mapping[str, Any]) -> Future[None]:
-        """vLLM's ``init_weight_transfer_engine``."""
-        info = dict(init_info)
-        if "world_size" not in info:
-            del info["rank_offset"]  # IPC knows no ranks
-        request = WeightTransferInitRequest(init_info=info)
-        return self._client.begin(self._client.ask("init_weight_transfer_engine", request))
-
-    def begin(self) -> Future[None]:
-        """Pauses decoding; requests keep the keys and values that they have."""
-        return self._client.begin(self._begin())
-
-    async def _begin(self) -> None:
-        await self._client.ask("pause_generation", mode="keep", clear_cache=False)
-        await self._client.ask("start_weight_update")
-
-    def receive(self, update_info: Mapping[str, Any]) -> Future[None]:
-        """vLLM's ``update_weights``; pickled, since vLLM's messages carry no CUDA handles."""
-        info = {NATIVE: pickle.dumps(dict(update_info))}
-        request = WeightTransferUpdateRequest(update_info=info)
-        return self._client.begin(self._client.ask("update_weights", request))
-
-    def finish(self, version: Version) -> Future[None]:
-        """Names the version, and goes on decoding."""
-        return self._client.begin(self._finish(version))
-
-    async def _finish(self, version: Version) -> None:
-        await self._client.ask("finish_weight_update", version_label(version))
-        await self._client.ask("resume_generation")
+async def _receive(client: VllmClient, message: Message) -> None:
+    match message:
+        case Join(init_info):
+            info = dict(init_info)
+            if "world_size" not in info:
+                del info["rank_offset"]  # IPC knows no ranks
+            request = WeightTransferInitRequest(init_info=info)
+            await client.ask("init_weight_transfer_engine", request)
+        case Begin():  # running requests keep the keys and values that they have
+            await client.ask("pause_generation", mode="keep", clear_cache=False)
+            await client.ask("start_weight_update")
+        case Receive(update_info):  # pickled, since vLLM's messages carry no CUDA handles
+            info = {NATIVE: pickle.dumps(dict(update_info))}
+            await client.ask("update_weights", WeightTransferUpdateRequest(update_info=info))
+        case Finish(manifest):
+            await client.ask("finish_weight_update", version_label(manifest.version))
+            await client.ask("resume_generation")
