@@ -21,6 +21,7 @@ from raygrpo.types import (
     Sampling,
     Score,
     Version,
+    summarise,
 )
 
 # The smallest configuration; nothing is loaded from these names.
@@ -111,23 +112,11 @@ def summary(
 ) -> GroupSummary:
     """A finished group; a reward given as text is an errored score."""
     count = len(rewards)
-    lengths = tuple(lengths or [4] * count)
-    scores = tuple(
-        score(None, reward) if isinstance(reward, str) else score(reward) for reward in rewards
-    )
-    return GroupSummary(
-        stream="train",
-        group_id=group_id,
-        attempt=0,
-        prompt_id="p",
-        prompt_length=prompt_length,
-        lengths=lengths,
-        num_loss_tokens=lengths,
-        finishes=tuple(finishes or ["stop"] * count),
-        oldest=(Version(1, step),) * count,
-        newest=(Version(1, step),) * count,
-        scores=scores,
-    )
+    order = request(group_id, num_completions=count, tokens=[1] * prompt_length)
+    shapes = zip(lengths or [4] * count, finishes or ["stop"] * count, strict=True)
+    done = [completion([1] * length, finish=finish, step=step) for length, finish in shapes]
+    scores = [score(None, r) if isinstance(r, str) else score(r) for r in rewards]
+    return summarise(group(order, done), scores)
 
 
 def finished(group_id: int, rewards: Sequence[float | str | None], step: int = 0) -> FinishedGroup:

@@ -97,11 +97,6 @@ def test_nobody_is_idle_while_a_group_waits_in_the_queue(
         worker.load -= tokens
 
 
-def test_what_is_still_to_be_written() -> None:
-    whole = request(num_completions=3)
-    assert whole.unfinished == (0, 1, 2)
-
-
 def test_idle_clock_adds_up_spells() -> None:
     clock = IdleClock()
     begin = clock.read()

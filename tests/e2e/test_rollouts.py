@@ -24,7 +24,6 @@ from raygrpo.actors.process import spawn
 from raygrpo.actors.rollout_writer import RolloutLog
 from raygrpo.commands.replay import replay
 from raygrpo.config import RunConfig
-from raygrpo.config.file import load_config
 from raygrpo.errors import ConfigError, StorageError
 from raygrpo.storage.rollouts import files, read_facts, read_step
 from raygrpo.types import Fate, FinishedGroup, PlannedSample, StepBatch
@@ -216,9 +215,7 @@ def test_a_foreign_directory_is_left_alone(config: Path, tmp_path: Path) -> None
 
 def test_a_model_that_is_gone_is_named(config: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="nowhere"):
-        replay(
-            runs.run_dir(config), tmp_path / "out", overrides=[f"--model.path={tmp_path}/nowhere"]
-        )
+        replay(runs.run_dir(config), tmp_path / "out", overrides=["--model.path=/nowhere"])
 
 
 class Log(RolloutLog):
@@ -244,15 +241,12 @@ class Log(RolloutLog):
 
 
 @pytest.fixture
-def make_log(config: Path, cluster: None, tmp_path: Path) -> Iterator[Callable[..., Log]]:
+def make_log(cluster: None, tmp_path: Path) -> Iterator[Callable[..., Log]]:
     logs: list[Log] = []
 
-    def make(**changes: Any) -> Log:
-        known = load_config(config)
-        kept = known.tracking.completions.model_copy(update=changes)
-        section = known.tracking.model_copy(update={"completions": kept})
-        directory = tmp_path / "completions"
-        logs.append(Log(directory, known.model_copy(update={"tracking": section})))
+    def make(**completions: Any) -> Log:
+        section = {"completions": completions}
+        logs.append(Log(tmp_path / "completions", builders.config(tracking=section)))
         return logs[-1]
 
     yield make
@@ -303,10 +297,8 @@ def test_dropped_groups_are_on_disk_before_their_checkpoint(
     log.finish()
     found = files(tmp_path / "completions", "step")
     frames = {step: pandas.read_parquet(path) for step, path in found.items()}
-    assert {step: sorted(set(frame.group_id)) for step, frame in frames.items()} == {
-        1: [0, 1],
-        2: [2, 3],
-    }
+    owners = {step: sorted(set(frame.group_id)) for step, frame in frames.items()}
+    assert owners == {1: [0, 1], 2: [2, 3]}
     assert read_step(found[2]).minibatches == batch(1, 2).minibatches
     assert log.samples == [4, 2]
     assert log.metrics() == {"completions_store/num_rows": 8, "completions_store/num_unstored": 0}

@@ -28,11 +28,9 @@ from raygrpo.config.file import load_config
 from raygrpo.errors import ConfigError, InfraError
 from raygrpo.models import load_model
 from raygrpo.rewards.contract import TrainerState
-from raygrpo.types import FinishedGroup, GroupRequest, Prompt, Sampling, Version
-from raygrpo.weights.buckets import make_buckets
+from raygrpo.types import FinishedGroup, GroupRequest, Sampling, Version
 from raygrpo.weights.publisher import Publisher
-from raygrpo.weights.types import WeightsManifest
-from tests import runs
+from tests import builders, runs
 
 pytestmark = runs.RAY_IN_PROCESS
 
@@ -72,29 +70,17 @@ class Cluster:
 
 
 def publish(config: RunConfig, store: StoreHandle, version: Version) -> None:
-    """Puts the model's own weights into the store, as a learner would."""
+    """Publishes the model's own weights, as a learner would."""
     model = load_model(config.model, seed=0, dtype=torch.float32)
-    specs = []
-    for index, (spec, data) in enumerate(make_buckets(model.named_parameters())):
-        store.put(version, index, data, encoded=False)()
-        specs.append(spec)
-    manifest = WeightsManifest(
-        version=version, kind="full", base_version=None, buckets=tuple(specs)
-    )
-    store.commit(manifest)
+    Publisher(store, local=True).publish(version, model.named_parameters())
 
 
 @pytest.fixture(scope="module")
 def joined(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunConfig]:
     directory = tmp_path_factory.mktemp("pool")
-    (directory / "gated.py").write_text(GATED)
-    reward = {
-        "func": f"{directory / 'gated.py'}:gated",
-        "params": {"gate": str(directory / "gate")},
-    }
-    path = runs.write_run(directory, "pool", rewards=[reward], deterministic=False)
+    gated = {**runs.reward(directory, "gated", GATED), "params": {"gate": str(directory / "gate")}}
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    config = load_config(path)
+    config = load_config(runs.write_run(directory, "pool", rewards=[gated], deterministic=False))
     connection = connect(config)
     yield config
     disconnect(connection)
@@ -118,14 +104,8 @@ def cluster(joined: RunConfig, store: StoreHandle) -> Iterator[Cluster]:
 
 
 def order(group_id: int, version: Version) -> GroupRequest:
-    return GroupRequest(
-        stream="train",
-        group_id=group_id,
-        prompt=Prompt(id="p", token_ids=np.array([5, 6, 7], np.int32), text="123"),
-        seed=0,
-        sampling=Sampling(num_completions=2, max_tokens=4),
-        min_version=version,
-    )
+    made = builders.request(group_id, tokens=(5, 6, 7), max_tokens=4)
+    return replace(made, min_version=version)
 
 
 def test_a_dead_generator_loses_all_its_groups_once(cluster: Cluster) -> None:

@@ -7,19 +7,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 
 from raygrpo.config import RunConfig
 from raygrpo.errors import ConfigError
-from raygrpo.training.evaluation import (
-    Evaluation,
-    check_best_metric,
-    is_due,
-    metric_names,
-)
+from raygrpo.training.evaluation import Evaluation, check_best_metric, is_due, metric_names
 from raygrpo.training.state import BestSoFar
-from raygrpo.types import GroupSummary, Prompt, Score, Version
+from raygrpo.types import GroupSummary, Score, Version
 from tests import builders
 from tests.builders import summary
 
@@ -36,11 +30,8 @@ def config(**keys: Any) -> RunConfig:
     return builders.config(**{**base, "eval": {**evaluation, **keys.pop("eval", {})}, **keys})
 
 
-def prompts(*answers: Any) -> list[Prompt]:
-    return [
-        Prompt(id=f"p{i}", token_ids=np.array([1, 2]), text="?", columns={"answer": answer})
-        for i, answer in enumerate(answers)
-    ]
+def evaluation_of(num_prompts: int, section: RunConfig | None = None) -> Evaluation:
+    return Evaluation([builders.prompt()] * num_prompts, VERSION, section or config())
 
 
 def result(
@@ -56,19 +47,18 @@ def result(
 
 
 def test_greedy_and_sampled_requests() -> None:
-    evaluation = Evaluation(prompts(1, 2), VERSION, config())
-    requests = evaluation.requests
+    requests = evaluation_of(2).requests
     assert [request.group_id for request in requests] == [0, 1, 2, 3]
     assert [request.sampling.num_completions for request in requests] == [1, 4, 1, 4]
     assert [request.sampling.temperature for request in requests] == [0.0, 0.7, 0.0, 0.7]
     assert {request.sampling.top_p for request in requests} == {0.9}
     assert {request.min_version for request in requests} == {VERSION}
-    alone = Evaluation(prompts(1, 2), VERSION, config(eval={"num_completions": 0}))
+    alone = evaluation_of(2, config(eval={"num_completions": 0}))
     assert [request.group_id for request in alone.requests] == [0, 2]
 
 
 def test_metrics_by_hand() -> None:
-    evaluation = Evaluation(prompts(7, 8, 9), VERSION, config())
+    evaluation = evaluation_of(3)
     evaluation.finish(result(0, [1.0], lengths=[3]))
     evaluation.finish(result(1, [1.0, 0.0, 0.0, 0.0], "7889", lengths=[1, 2, 3, 4]))
     evaluation.finish(result(2, [0.0], lengths=[5]))
@@ -101,15 +91,6 @@ def test_metrics_by_hand() -> None:
     assert {name: found[name] for name in expected} == pytest.approx(expected)
     assert "eval/pass@2/num_left_out" not in found
     assert "eval/pass@3" not in found
-
-
-def test_a_dropped_group_is_counted() -> None:
-    evaluation = Evaluation(prompts(1), VERSION, config())
-    evaluation.drop()
-    assert not evaluation.done
-    evaluation.finish(result(1, [1.0] * 4))
-    assert evaluation.done
-    assert evaluation.metrics()["eval/num_dropped"] == 1
 
 
 def test_an_evaluation_is_due_at_its_steps_and_at_the_end() -> None:
@@ -163,7 +144,7 @@ def test_patience_counts_evaluations_in_a_row() -> None:
 
 def test_every_metric_of_a_whole_evaluation_can_be_the_best() -> None:
     section = config()
-    evaluation = Evaluation(prompts(1, 2), VERSION, section)
+    evaluation = evaluation_of(2, section)
     for request in evaluation.requests:
         evaluation.finish(result(request.group_id, [1.0] * request.sampling.num_completions))
     assert metric_names(section) == set(evaluation.metrics()) - {"eval/num_dropped"}
@@ -175,14 +156,8 @@ def test_every_metric_of_a_whole_evaluation_can_be_the_best() -> None:
         ({"best": {"metric": "eval/greedy/rewards"}}, "did you mean 'eval/greedy/reward'"),
         ({"best": {"metric": "eval/pass@3"}}, "did you mean 'eval/pass@"),
         ({"best": {"metric": "-eval/nothing"}, "num_completions": 0}, "eval/nothing"),
-        (
-            {"best": {"metric": "eval/reward"}, "num_completions": 0},
-            "did you mean 'eval/greedy/reward'",
-        ),
-        (
-            {"best": {"metric": "eval/rewards/exact/mean"}},
-            "did you mean 'eval/rewards/number/mean'",
-        ),
+        ({"best": {"metric": "eval/reward"}, "num_completions": 0}, "mean 'eval/greedy/reward'"),
+        ({"best": {"metric": "eval/rewards/exact/mean"}}, "mean 'eval/rewards/number/mean'"),
         ({"best": {"metric": "eval/reward"}, "eval_steps": 0}, "set eval.eval_steps"),
         ({"best": {"patience": 3}}, "set eval.best.metric"),
     ],
@@ -200,15 +175,10 @@ def test_a_metric_that_can_be_is_taken(name: str) -> None:
 
 
 def test_a_score_of_several_rewards_is_judged_by_the_first() -> None:
-    section = config(rewards=[{"func": "number"}, {"func": "format", "params": {"pattern": "x"}}])
-    evaluation = Evaluation(prompts(1), VERSION, replace_eval(section))
+    rewards = [{"func": "number"}, {"func": "format", "params": {"pattern": "x"}}]
+    evaluation = evaluation_of(1, config(rewards=rewards, eval={"num_completions": 0}))
     made = result(0, [0.0])
     score = Score(value=1.0, parts={"number": 0.0, "format": 1.0})
     evaluation.finish(replace(made, scores=(score,)))
     found = evaluation.metrics()
     assert (found["eval/greedy/reward"], found["eval/greedy/accuracy"]) == (1.0, 0.0)
-
-
-def replace_eval(section: RunConfig) -> RunConfig:
-    alone = section.eval.model_copy(update={"num_completions": 0})
-    return section.model_copy(update={"eval": alone})
