@@ -14,42 +14,8 @@ from hypothesis import strategies as st
 
 from raygrpo.tracking.files import MetricsFile, read_metrics
 from raygrpo.tracking.metrics import StepFacts, reward_metrics, stat_metrics, step_metrics
-from raygrpo.types import GroupSummary, Score, Stat, Version
-from tests.builders import summary
-
-
-def group(
-    values: list[float | None],
-    *,
-    group_id: int = 0,
-    lengths: list[int] | None = None,
-    finishes: list[Any] | None = None,
-    errors: list[str | None] | None = None,
-    version: int = 0,
-    metrics: dict[str, tuple[float, ...]] | None = None,
-) -> GroupSummary:
-    size = len(values)
-    lengths = lengths or [4] * size
-    errors = errors or [None] * size
-    return GroupSummary(
-        stream="train",
-        group_id=group_id,
-        attempt=0,
-        prompt_id=f"row-{group_id}",
-        prompt_length=5,
-        lengths=tuple(lengths),
-        num_loss_tokens=tuple(lengths),
-        finishes=tuple(finishes or ["stop"] * size),
-        oldest=(Version(1, version),) * size,
-        newest=(Version(1, version),) * size,
-        scores=tuple(
-            Score(value=value, parts={"exact": value}, error=error)
-            for value, error in zip(values, errors, strict=True)
-        ),
-        metrics=metrics or {},
-        generate_s=0.5,
-        score_s=0.25,
-    )
+from raygrpo.types import GroupSummary, Score, Stat
+from tests.builders import score, summary
 
 
 def facts(finished: list[GroupSummary], trained: list[GroupSummary], **keys: Any) -> StepFacts:
@@ -62,7 +28,7 @@ def facts(finished: list[GroupSummary], trained: list[GroupSummary], **keys: Any
 
 def test_rewards_are_trls_over_all_finished_groups() -> None:
     mixed, alike, other = [1.0, 0.0, 0.0, 1.0], [1.0] * 4, [0.0, 0.0, 0.0, 2.0]
-    groups = [group(mixed), group(alike, group_id=1), group(other, group_id=2)]
+    groups = [summary(i, rewards) for i, rewards in enumerate((mixed, alike, other))]
     metrics = step_metrics(facts(groups, [groups[0], groups[2]], num_teaching=2))
     everything = np.array([mixed, alike, other])
     assert metrics["reward"] == pytest.approx(everything.mean())
@@ -70,8 +36,8 @@ def test_rewards_are_trls_over_all_finished_groups() -> None:
     assert metrics["group_reward_std"] == pytest.approx(everything.std(axis=1, ddof=1).mean())
     assert metrics["frac_reward_zero_std"] == pytest.approx(1 / 3)
     assert metrics["frac_no_signal"] == pytest.approx(1 / 3)
-    assert metrics["rewards/exact/mean"] == pytest.approx(everything.mean())
-    assert metrics["rewards/exact/std"] == pytest.approx(everything.std(ddof=1))
+    assert metrics["rewards/r/mean"] == pytest.approx(everything.mean())
+    assert metrics["rewards/r/std"] == pytest.approx(everything.std(ddof=1))
     trained = everything[[0, 2]]
     assert metrics["trained/reward"] == pytest.approx(trained.mean())
     assert metrics["trained/reward_std"] == pytest.approx(trained.std(ddof=1))
@@ -86,22 +52,19 @@ def test_rewards_are_trls_over_all_finished_groups() -> None:
 
 
 def test_none_and_errored_scores_are_in_no_mean() -> None:
-    scored = group([1.0, None, 0.0, None], errors=[None, "boom", None, None])
-    lonely = group([1.0, None], group_id=1)
+    scored, lonely = summary(0, [1.0, "boom", 0.0, None]), summary(1, [1.0, None])
     metrics = reward_metrics([scored, lonely])
     assert metrics["reward"] == pytest.approx(2 / 3)
     assert metrics["reward/error_frac"] == pytest.approx(1 / 6)
     assert metrics["reward_std"] == pytest.approx(np.std([1.0, 0.0, 1.0], ddof=1))
     assert metrics["group_reward_std"] == pytest.approx(math.sqrt(0.5))  # the lonely one has none
     assert metrics["frac_reward_zero_std"] == 0.0
-    alike = group([2.0, 2.0, None, None], group_id=2)
+    alike = summary(2, [2.0, 2.0, None, None])
     assert reward_metrics([scored, lonely, alike])["frac_reward_zero_std"] == pytest.approx(1 / 3)
     # A part that was computed before another reward failed still belongs to an errored score.
-    half = Score(value=None, parts={"exact": 9.0}, error="boom")
-    fine = Score(value=1.0, parts={"exact": 1.0})
-    both = group([1.0, 1.0])
-    mixed = GroupSummary(**{f: getattr(both, f) for f in both.__slots__} | {"scores": (half, fine)})
-    assert reward_metrics([mixed])["rewards/exact/mean"] == 1.0
+    half = Score(value=None, parts={"r": 9.0}, error="boom")
+    mixed = replace(summary(3, [1.0, 1.0]), scores=(half, score(1.0)))
+    assert reward_metrics([mixed])["rewards/r/mean"] == 1.0
 
 
 def test_a_rewards_metric_replaces_none_of_ours(tmp_path: Path) -> None:
@@ -114,8 +77,7 @@ def test_a_rewards_metric_replaces_none_of_ours(tmp_path: Path) -> None:
 
 
 def test_no_metric_stands_for_nothing() -> None:
-    silent = group([None, None])
-    metrics = step_metrics(facts([silent], []))
+    metrics = step_metrics(facts([summary(0, [None, None])], []))
     assert "reward" not in metrics
     assert "reward_std" not in metrics
     assert not any(name.startswith("trained/reward") for name in metrics)
@@ -124,7 +86,7 @@ def test_no_metric_stands_for_nothing() -> None:
 
 
 def test_lengths_tell_terminated_from_clipped() -> None:
-    one = group([0.0] * 4, lengths=[2, 4, 6, 8], finishes=["stop", "length", "stop", "length"])
+    one = summary(0, [0.0] * 4, lengths=[2, 4, 6, 8], finishes=["stop", "length"] * 2)
     metrics = step_metrics(facts([one], [one]))
     assert metrics["completions/mean_length"] == 5
     assert metrics["completions/min_length"] == 2
@@ -133,14 +95,14 @@ def test_lengths_tell_terminated_from_clipped() -> None:
     assert metrics["completions/mean_terminated_length"] == 4
     assert metrics["completions/min_terminated_length"] == 2
     assert metrics["completions/max_terminated_length"] == 6
-    endless = group([0.0] * 2, finishes=["length", "length"])
+    endless = summary(0, [0.0] * 2, finishes=["length", "length"])
     metrics = step_metrics(facts([endless], []))
     assert metrics["completions/clipped_ratio"] == 1
     assert metrics["completions/mean_terminated_length"] == 0
 
 
 def test_staleness_counts_versions_behind_the_step() -> None:
-    fresh, stale = group([0.0, 1.0], version=3), group([0.0, 1.0], group_id=1, version=1)
+    fresh, stale = summary(0, [0.0, 1.0], step=3), summary(1, [0.0, 1.0], step=1)
     metrics = step_metrics(facts([fresh, stale], [fresh, stale], step=3))
     assert metrics["staleness/mean"] == 1.0
     assert metrics["staleness/max"] == 2.0
@@ -177,8 +139,6 @@ def test_learner_statistics_and_effective_sample_size(weights: list[float]) -> N
 
 
 def test_values_that_rewards_report_are_averaged() -> None:
-    groups = [
-        group([0.0, 1.0], metrics={"depth": (1.0, 2.0)}),
-        group([0.0, 1.0], group_id=1, metrics={"depth": (6.0, math.nan)}),
-    ]
+    depths = [(1.0, 2.0), (6.0, math.nan)]
+    groups = [replace(summary(i, [0.0, 1.0]), metrics={"depth": d}) for i, d in enumerate(depths)]
     assert reward_metrics(groups)["depth"] == 3.0

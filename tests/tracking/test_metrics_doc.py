@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import re
+from dataclasses import replace
 from functools import cache
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,8 @@ import torch
 from raygrpo.algorithm.ledger import TokenLedger
 from raygrpo.algorithm.loss import LossConfig, LossInputs, policy_loss
 from raygrpo.tracking.metrics import StepFacts, evaluation_metrics, step_metrics
-from raygrpo.types import GroupSummary, Score, Stat, Version
+from raygrpo.types import GroupSummary, Stat
+from tests import builders
 
 ROOT = Path(__file__).parents[2]
 # {metric} stands for a metric of these sections.
@@ -43,15 +46,10 @@ def _matches(pattern: str, name: str) -> bool:
         shared = [p for p, (section, _) in rows().items() if section in SHARED]
         rest = name.removeprefix(prefix)
         return name.startswith(prefix) and any(_matches(p, rest) for p in shared)
-    expression = "".join(
-        part if index % 2 == 0 else _MEANING[part]
-        for index, part in enumerate(map(_escaped, enumerate(_PLACE.split(pattern))))
-    )
-    return re.fullmatch(expression, name) is not None
-
-
-def _escaped(part: tuple[int, str]) -> str:
-    return part[1] if part[0] % 2 else re.escape(part[1])
+    texts = [re.escape(text) for text in _PLACE.split(pattern)[::2]]
+    places = [_MEANING[place] for place in _PLACE.findall(pattern)]
+    pairs = zip_longest(texts, places, fillvalue="")
+    return re.fullmatch("".join(map("".join, pairs)), name) is not None
 
 
 def documented(name: str) -> bool:
@@ -60,20 +58,8 @@ def documented(name: str) -> bool:
 
 
 def group(source: str, size: int = 4) -> GroupSummary:
-    return GroupSummary(
-        stream="train",
-        group_id=0,
-        attempt=0,
-        prompt_id="p-0",
-        prompt_length=3,
-        lengths=(4,) * size,
-        num_loss_tokens=(4,) * size,
-        finishes=("stop",) * size,
-        oldest=(Version(1, 0),) * size,
-        newest=(Version(1, 0),) * size,
-        scores=tuple(
-            Score(value=i % 2, parts={"exact": i % 2, "format": 0.5}) for i in range(size)
-        ),
+    return replace(
+        builders.summary(0, [i % 2 for i in range(size)]),
         metrics={"rewards/exact/error_frac": (0.0,), "rewards/exact/cache_hit_frac": (0.5,)},
         generate_s=0.5,
         score_s=0.25,

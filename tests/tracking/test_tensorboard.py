@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import shutil
 import sys
@@ -13,10 +12,8 @@ import pytest
 
 from raygrpo.checks.checked import check
 from raygrpo.errors import ConfigError
-from raygrpo.storage.run_dir import RunDir
 from raygrpo.tracking.tensorboard import TensorBoardWriter, check_tensorboard
-from raygrpo.tracking.tracker import Tracker
-from tests.tracking.tracking_cases import events_of, run_config
+from tests.tracking.tracking_cases import events_of, run_config, tracked
 
 
 def scalars(directory: Path) -> dict[str, list[tuple[int, float]]]:
@@ -32,22 +29,17 @@ def scalars(directory: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path) -> None:
-    config = run_config(tmp_path, tensorboard=True)
-    check_tensorboard(config)
-    run_dir = RunDir.claim(config)
-    directory = run_dir.root / "tensorboard"
+    check_tensorboard(run_config(tmp_path, tensorboard=True))
+    directory, first_start = tmp_path / "run" / "tensorboard", tmp_path / "first"
     for resume_step, steps in ((None, (0, 1, 2, 3)), (1, (2, 3))):
-        tracker = Tracker(run_dir.root, config, resume_step=resume_step, file=io.StringIO())
-        for step in steps:
-            value = step / 4 + (0 if resume_step is None else 8)
-            tracker.log_step(step, {"reward": value, "rewards/exact/mean": 1.0, "kl": math.nan})
-            # On disk at once, as the metrics are.
-            assert scalars(directory)["reward"][-1] == (step, value)
-        if resume_step is None:
-            first_start = run_dir.root / "first"
-            shutil.copytree(directory, first_start)
-        tracker.close()
-    run_dir.release()
+        with tracked(tmp_path, resume_step, tensorboard=True) as tracker:
+            for step in steps:
+                value = step / 4 + (0 if resume_step is None else 8)
+                tracker.log_step(step, {"reward": value, "rewards/exact/mean": 1.0, "kl": math.nan})
+                # On disk at once, as the metrics are.
+                assert scalars(directory)["reward"][-1] == (step, value)
+            if resume_step is None:
+                shutil.copytree(directory, first_start)
     assert scalars(first_start)["reward"] == [(0, 0.0), (1, 0.25), (2, 0.5), (3, 0.75)]
     assert scalars(directory) == {
         "reward": [(0, 0.0), (1, 0.25), (2, 8.5), (3, 8.75)],
@@ -86,14 +78,11 @@ def test_a_full_disk_ends_tensorboard_and_not_the_run(tmp_path: Path) -> None:
 
 
 def test_a_directory_that_cannot_be_made_ends_tensorboard_and_not_the_run(tmp_path: Path) -> None:
-    config = run_config(tmp_path, tensorboard=True)
-    run_dir = RunDir.claim(config)
-    (run_dir.root / "tensorboard").write_text("in the way")
-    tracker = Tracker(run_dir.root, config, file=io.StringIO())
-    tracker.log_step(1, {"reward": 0.5})
-    tracker.close()
-    run_dir.release()
-    assert [e["kind"] for e in events_of(run_dir.root)] == ["tensorboard_failed"]
+    with tracked(tmp_path):
+        (tmp_path / "run" / "tensorboard").write_text("in the way")
+    with tracked(tmp_path, tensorboard=True) as tracker:
+        tracker.log_step(1, {"reward": 0.5})
+    assert [e["kind"] for e in events_of(tmp_path / "run")] == ["tensorboard_failed"]
 
 
 def test_a_missing_tensorboard_is_found_at_the_check(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import statistics
@@ -19,9 +18,10 @@ import pytest
 from raygrpo.storage.run_dir import RunDir
 from raygrpo.tracking import wandb_logger
 from raygrpo.tracking.files import read_metrics
-from raygrpo.tracking.tracker import Tracker
 from raygrpo.tracking.wandb_logger import WandbLogger, redacted
-from tests.tracking.tracking_cases import events_of, run_config
+from tests.tracking.tracking_cases import events_of, run_config, tracked
+
+ROOT = Path(__file__).parents[2]
 
 
 def wandb_records(path: Path) -> list[bytes]:
@@ -71,26 +71,23 @@ def test_wandb_offline_continues_one_run_and_holds_no_secret(
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "sentinel" + "0" * 32)
     monkeypatch.setenv("WANDB_NAME", "a-name")
-    config = run_config(tmp_path, wandb="offline")
-    run_dir = RunDir.claim(config)
+    root = tmp_path / "run"
     ids = []
     for resume_step, steps in ((None, (1, 2)), (1, (2, 3))):
-        tracker = Tracker(run_dir.root, config, resume_step=resume_step, file=io.StringIO())
-        for step in steps:
-            tracker.log_step(step, {"reward": step / 4, "completions/mean_length": 2.0})
-        tracker.close()
-        ids.append(run_dir.facts["wandb_id"])
-    run_dir.release()
+        with tracked(tmp_path, resume_step, wandb="offline") as tracker:
+            for step in steps:
+                tracker.log_step(step, {"reward": step / 4, "completions/mean_length": 2.0})
+        ids.append(RunDir(root).facts["wandb_id"])
     assert ids[0] == ids[1]
-    directories = sorted((run_dir.root / "wandb").glob("offline-run-*"))
+    directories = sorted((root / "wandb").glob("offline-run-*"))
     assert len(directories) == 2
     read = [read_offline(directory) for directory in directories]
     assert {run_id for _, _, run_id in read} == {ids[0]}
     history = [[(row["step"], row["reward"]) for row in rows] for rows, _, _ in read]
     assert sorted(history) == [[(1, 0.25), (2, 0.5)], [(2, 0.5), (3, 0.75)]]
     assert read[0][1]["train"]["steps"] == 3
-    assert not [e for e in events_of(run_dir.root) if e["kind"] == "wandb_failed"]
-    stored = b"".join(p.read_bytes() for p in run_dir.root.rglob("wandb/**/*") if p.is_file())
+    assert not [e for e in events_of(root) if e["kind"] == "wandb_failed"]
+    stored = b"".join(p.read_bytes() for p in root.rglob("wandb/**/*") if p.is_file())
     assert b"max_tokens" in stored
     assert b"hunter2" not in stored
     assert b"sentinel" not in stored
@@ -102,38 +99,25 @@ def test_wandb_that_cannot_start_is_an_event(
     monkeypatch.setattr("raygrpo.tracking.wandb_logger.INIT_TIMEOUT_S", 1.0)
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens there
-    config = run_config(tmp_path, wandb="online")
-    run_dir = RunDir.claim(config)
-    tracker = Tracker(run_dir.root, config, file=io.StringIO())
-    tracker.log_step(1, {"reward": 0.5})
-    tracker.close()
-    run_dir.release()
-    failed = [event for event in events_of(run_dir.root) if event["kind"] == "wandb_failed"]
-    assert len(failed) == 1
-    assert failed[0]["action"] == "init"
-    assert [row["step"] for row in read_metrics(run_dir.metrics_path)] == [1]
+    with tracked(tmp_path, wandb="online") as tracker:
+        tracker.log_step(1, {"reward": 0.5})
+    failed = [e for e in events_of(tmp_path / "run") if e["kind"] == "wandb_failed"]
+    assert [event["action"] for event in failed] == ["init"]
+    assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1]
 
 
 def test_wandb_without_credentials_records_offline(tmp_path: Path) -> None:
     # In a process of its own: wandb keeps credentials that it has once seen.
     code = f"""
-import io
-from raygrpo.config.file import load_config
-from raygrpo.storage.run_dir import RunDir
-from raygrpo.tracking.tensorboard import TensorBoardWriter, check_tensorboard
-from raygrpo.tracking.tracker import Tracker
-config = load_config({{
-    "run_dir": {str(tmp_path / "run")!r}, "model": {{"path": "m"}}, "data": {{"source": "d"}},
-    "tracking": {{"wandb": "online"}},
-}})
-run_dir = RunDir.claim(config)
-tracker = Tracker(run_dir.root, config, file=io.StringIO())
-tracker.log_step(1, {{"reward": 0.5}})
-tracker.close()
+from pathlib import Path
+from tests.tracking.tracking_cases import tracked
+with tracked(Path({str(tmp_path)!r}), wandb="online") as tracker:
+    tracker.log_step(1, {{"reward": 0.5}})
 """
     environment = {k: v for k, v in os.environ.items() if k != "WANDB_API_KEY"}
     environment["NETRC"] = str(tmp_path / "no-netrc")
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=120)
+    command = [sys.executable, "-c", code]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=120)
     root = tmp_path / "run"
     (event,) = [event for event in events_of(root) if event["kind"].startswith("wandb")]
     assert event["kind"] == "wandb_offline"
@@ -150,16 +134,12 @@ def test_wandb_that_dies_while_logging_is_one_event(
     fake = Blocked("nowhere")
     monkeypatch.setattr(fake, "log", fail)
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    config = run_config(tmp_path, wandb="offline")
-    run_dir = RunDir.claim(config)
-    tracker = Tracker(run_dir.root, config, file=io.StringIO())
-    for step in (1, 2, 3):
-        tracker.log_step(step, {"reward": 0.5})
-    tracker.close()
-    run_dir.release()
-    failed = [event for event in events_of(run_dir.root) if event["kind"] == "wandb_failed"]
+    with tracked(tmp_path, wandb="offline") as tracker:
+        for step in (1, 2, 3):
+            tracker.log_step(step, {"reward": 0.5})
+    failed = [e for e in events_of(tmp_path / "run") if e["kind"] == "wandb_failed"]
     assert [event["action"] for event in failed] == ["log"]
-    assert len(read_metrics(run_dir.metrics_path)) == 3
+    assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 3
 
 
 def test_secrets_are_redacted_by_name_only() -> None:
@@ -261,62 +241,52 @@ def test_a_slow_wandb_loses_the_oldest_and_says_so(
 ) -> None:
     fake = Blocked("log")
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    config = run_config(tmp_path, wandb="offline")
-    run_dir = RunDir.claim(config)
-    tracker = Tracker(run_dir.root, config, file=io.StringIO())
-    tracker.log_step(0, {"reward": 0.0})
-    assert fake.reached.wait(30.0)
     count = wandb_logger.MAX_QUEUED + 3
-    for step in range(1, count + 1):
-        tracker.log_step(step, {"reward": 0.5})
-    fake.gate.set()
-    tracker.close()
-    run_dir.release()
+    with tracked(tmp_path, wandb="offline") as tracker:
+        tracker.log_step(0, {"reward": 0.0})
+        assert fake.reached.wait(30.0)
+        for step in range(1, count + 1):
+            tracker.log_step(step, {"reward": 0.5})
+        fake.gate.set()
     assert fake.logged == [0, *range(4, count + 1)]
-    events = [event for event in events_of(run_dir.root) if event["kind"].startswith("wandb")]
+    events = [e for e in events_of(tmp_path / "run") if e["kind"].startswith("wandb")]
     assert [event["kind"] for event in events] == ["wandb_slow", "wandb_dropped"]
     assert events[1]["records"] == 3
-    assert len(read_metrics(run_dir.metrics_path)) == count + 1
+    assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == count + 1
 
 
 def test_a_stopped_wandb_service_delays_neither_steps_nor_the_exit(tmp_path: Path) -> None:
     """The real thing: wandb's helper process is stopped by SIGSTOP, as by a full machine."""
     code = f"""
-import io, os, signal, sys, time
+import time
+from pathlib import Path
 import psutil
-from raygrpo.config.file import load_config
-from raygrpo.storage.run_dir import RunDir
 from raygrpo.tracking import wandb_logger
-from raygrpo.tracking.tracker import Tracker
+from tests.tracking.tracking_cases import tracked
 wandb_logger.FINISH_TIMEOUT_S = 1.0
-config = load_config({{
-    "run_dir": {str(tmp_path / "run")!r}, "model": {{"path": "m"}}, "data": {{"source": "d"}},
-    "tracking": {{"wandb": "offline"}}, "train": {{"steps": 40}},
-}})
-run_dir = RunDir.claim(config)
-tracker = Tracker(run_dir.root, config, file=io.StringIO())
-tracker.log_step(1, {{"reward": 0.5}})
-while not list(run_dir.root.glob("wandb/offline-run-*/*.wandb")):
-    time.sleep(0.01)
-service, = [p for p in psutil.Process().children() if p.name() == "wandb-core"]
-service.suspend()
-print("suspended", flush=True)
-for step in range(2, 41):
-    tracker.log_step(step, {{"reward": 0.5}})
-tracker.close()
+directory = Path({str(tmp_path)!r})
+with tracked(directory, wandb="offline") as tracker:
+    tracker.log_step(1, {{"reward": 0.5}})
+    while not list(directory.glob("run/wandb/offline-run-*/*.wandb")):
+        time.sleep(0.01)
+    service, = [p for p in psutil.Process().children() if p.name() == "wandb-core"]
+    service.suspend()
+    print("suspended", flush=True)
+    for step in range(2, 41):
+        tracker.log_step(step, {{"reward": 0.5}})
 print("closed", flush=True)
 """
     environment = {k: v for k, v in os.environ.items() if k != "WANDB_SERVICE"}  # of its own
+    command = [sys.executable, "-c", code]
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, timeout=120, capture_output=True, text=True
+        command, cwd=ROOT, env=environment, timeout=120, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout.split() == ["suspended", "closed"]
     assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 40
     (failed,) = [e for e in events_of(tmp_path / "run") if e["kind"].startswith("wandb")]
-    assert failed["kind"] == "wandb_failed"
-    assert failed["action"] == "finish"
+    assert (failed["kind"], failed["action"]) == ("wandb_failed", "finish")
 
 
 def completion_rows(step: int, count: int = 2) -> list[dict[str, Any]]:
@@ -334,25 +304,22 @@ def completion_rows(step: int, count: int = 2) -> list[dict[str, Any]]:
 
 
 def test_completions_are_an_incremental_table_that_a_resumed_run_continues(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    config = run_config(tmp_path, wandb="offline")
-    run_dir = RunDir.claim(config)
+    root = tmp_path / "run"
     columns = ["step", "prompt", "completion", "reward", "advantage", "exact"]
     messages = json.dumps([{"role": "user", "content": "2+2="}])
     for resume_step, steps in ((None, (1, 2)), (2, (3,))):
-        tracker = Tracker(run_dir.root, config, resume_step=resume_step, file=io.StringIO())
-        for step in steps:
-            tracker.log_step(step, {"reward": 0.5})
-            tracker.log_completions(step, completion_rows(step))
-        tracker.log_completions(9, [])
-        tracker.close()
-    run_dir.release()
-    assert not [e for e in events_of(run_dir.root) if e["kind"].startswith("wandb")]
+        with tracked(tmp_path, resume_step, wandb="offline") as tracker:
+            for step in steps:
+                tracker.log_step(step, {"reward": 0.5})
+                tracker.log_completions(step, completion_rows(step))
+            tracker.log_completions(9, [])
+    assert not [e for e in events_of(root) if e["kind"].startswith("wandb")]
     tables: dict[int, list[Any]] = {}
-    for directory in sorted((run_dir.root / "wandb").glob("offline-run-*")):
+    for directory in sorted((root / "wandb").glob("offline-run-*")):
         rows, _, run_id = read_offline(directory)
-        assert run_id == run_dir.facts["wandb_id"]
+        assert run_id == RunDir(root).facts["wandb_id"]
         logged = [row for row in rows if "completions/_type" in row]
         for number, row in enumerate(logged):
             assert row["completions/_type"] == "incremental-table-file"
