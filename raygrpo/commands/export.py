@@ -4,29 +4,21 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 from raygrpo.commands.model_card import write_model_card
 from raygrpo.config import RunConfig
 from raygrpo.config.file import load_config
 from raygrpo.errors import StorageError
-from raygrpo.models import load_tokenizer
 from raygrpo.storage.checkpoint import find_checkpoint, open_run, verify
 from raygrpo.storage.run_dir import RunDir
 
 
 def export_checkpoint(
-    run_dir: RunDir,
-    path: Path,
-    config: RunConfig,
-    tokenizer: Any,
-    example: Any = None,
-    hub_id: str | None = None,
+    run_dir: RunDir, path: Path, config: RunConfig, hub_id: str | None = None
 ) -> Path:
     """Writes ``export/``: the model of a checkpoint with its card; replaces an older export.
 
-    ``example`` is a prompt (text or messages) for the card's quick start; ``hub_id`` is the model's
-    name on the hub, such as ``me/out``.
+    ``hub_id`` is the model's name on the hub, such as ``me/out``.
 
     Raises:
         StorageError: the checkpoint does not verify, or the export cannot be written.
@@ -36,15 +28,8 @@ def export_checkpoint(
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.copytree(path / "model", temporary)
-        write_model_card(
-            temporary,
-            config,
-            run_dir,
-            step=int(manifest["step"]),
-            tokenizer=tokenizer,
-            example=example,
-            hub_id=hub_id,
-        )
+        step = int(manifest["step"])
+        write_model_card(temporary, config, run_dir, step=step, hub_id=hub_id)
         if run_dir.export.exists():
             shutil.rmtree(run_dir.export)
         temporary.rename(run_dir.export)
@@ -62,9 +47,4 @@ def export_run(root: Path, step: int | None = None, hub_id: str | None = None) -
     """
     run_dir = open_run(root)
     config = load_config(run_dir.config_path)
-    path = find_checkpoint(run_dir, step)
-    tokenizer = load_tokenizer(
-        config.model.model_copy(update={"path": str(path / "model"), "revision": None})
-    )
-    example = run_dir.facts.get("example")
-    return export_checkpoint(run_dir, path, config, tokenizer, example, hub_id)
+    return export_checkpoint(run_dir, find_checkpoint(run_dir, step), config, hub_id)

@@ -25,8 +25,6 @@ from raygrpo.tracking.curve import points
 from raygrpo.tracking.files import read_metrics
 from raygrpo.tracking.wandb_logger import redacted
 
-Example = str | Sequence[Mapping[str, Any]]
-
 TEMPLATE = Path(__file__).with_name("model_card.md")
 _FRAMEWORKS = {
     "raygrpo": "raygrpo",
@@ -107,24 +105,20 @@ def write_model_card(
     run_dir: RunDir,
     *,
     step: int,
-    tokenizer: Any,
-    example: Example | None = None,
     hub_id: str | None = None,
 ) -> Path:
     """Writes ``README.md`` beside the exported model of ``step``; returns its path.
 
-    Args:
-        example: the prompt of the quick start, text or messages; None: a made-up one.
-        hub_id: the model's name on the hub, such as ``me/out``; None: it stays on disk.
+    The prompt of the quick start is the ``example`` of run.json, text or messages. ``hub_id`` is
+    the model's name on the hub, such as ``me/out``; None: the model stays on disk.
 
     Raises:
         StorageError: run.json or metrics.jsonl cannot be read, or the card cannot be written.
     """
     facts, rows = run_dir.facts, read_metrics(run_dir.metrics_path)
-    best, revisions = facts.get("best"), facts.get("revisions") or {}
+    best, revisions, example = facts.get("best"), facts.get("revisions") or {}, facts["example"]
     base, licence = _base_model(config, facts)
     datasets = _datasets(config)
-    example = _made_up_example(config, tokenizer) if example is None else example
     name = hub_id.split("/")[1] if hub_id else run_dir.root.name
     data = ModelCardData(
         base_model=base,
@@ -143,7 +137,7 @@ def write_model_card(
         on_datasets=", ".join(_linked(name, on_hub) for name, on_hub in datasets.items()),
         hub_id=hub_id,
         variable="prompt" if isinstance(example, str) else "messages",
-        value=repr(example if isinstance(example, str) else [dict(m) for m in example]),
+        value=repr(example),
         arguments=_arguments(config, example),
         results=_results(rows, step),
         wandb_url=facts.get("wandb_url"),
@@ -167,7 +161,7 @@ def _linked(name: str, on_hub: bool) -> str:
     return f"[{name}](https://huggingface.co/datasets/{name})" if on_hub else name
 
 
-def _arguments(config: RunConfig, example: Example) -> str:
+def _arguments(config: RunConfig, example: str | list[Any]) -> str:
     """The arguments of the quick start's call, beside the prompt."""
     text = f"max_new_tokens={config.sampling.max_tokens}, return_full_text=False"
     if config.sampling.stop:
@@ -199,16 +193,6 @@ def framework_versions() -> dict[str, str]:
         except PackageNotFoundError:
             versions[shown] = "not installed"
     return versions | {"Python": platform.python_version()}
-
-
-def _made_up_example(config: RunConfig, tokenizer: Any) -> Example:
-    """A prompt in the form of the run's prompts, as far as the configuration tells the form."""
-    data, asked = config.data, "What is 3 plus 4?"
-    chats = data.chat or (data.chat is None and data.template is None)
-    if not chats or getattr(tokenizer, "chat_template", None) is None:
-        return f"Question: {asked}\nAnswer:"
-    system = [{"role": "system", "content": data.system}] if data.system else []
-    return [*system, {"role": "user", "content": asked}]
 
 
 def _datasets(config: RunConfig) -> dict[str, bool]:

@@ -188,10 +188,12 @@ def run(
 
 
 def claim(checked: Checked, scope: Scope) -> RunDir:
-    """Holds the run's directory, and notes in it what the run uses."""
+    """Holds the run's directory, and notes the revisions and a prompt for the model's card."""
     run_dir = RunDir.claim(checked.given)
     scope.closers.callback(run_dir.release)
-    run_dir.note(revisions=dict(checked.revisions), example=_example(checked))
+    first = checked.prompts.take(1)[0]
+    example = first.text if first.text is not None else [dict(m) for m in first.messages or ()]
+    run_dir.note(revisions=dict(checked.revisions), example=example)
     return run_dir
 
 
@@ -381,11 +383,4 @@ def export(config: RunConfig, prepared: Prepared, step: int) -> Path:
     """Exports the best checkpoint where evaluations chose one, else that of ``step``."""
     run_dir, best = prepared.run_dir, prepared.run_dir.best_step
     path = prepared.checkpoints.path(step if best is None else best)
-    tokenizer = prepared.checked.tokenizer
-    return export_checkpoint(run_dir, path, config, tokenizer, _example(prepared.checked))
-
-
-def _example(checked: Checked) -> str | list[dict[str, Any]]:
-    """The first prompt, for the quick start of the model's card."""
-    first = checked.prompts.take(1)[0]
-    return first.text if first.text is not None else [dict(m) for m in first.messages or ()]
+    return export_checkpoint(run_dir, path, config)

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from raygrpo.commands.model_card import Example, write_model_card
+from raygrpo.commands.model_card import write_model_card
 from raygrpo.config import RunConfig
 from raygrpo.config.file import load_config
 from raygrpo.data.maker import PromptMaker
@@ -28,38 +28,30 @@ CHAT_TEMPLATE = (
 
 
 def run_config(tmp_path: Path, model: Path | str, **sections: Any) -> RunConfig:
-    return load_config(
-        {
-            "run_dir": str(tmp_path / "runs" / "my-run"),
-            "model": {"path": str(model)},
-            "data": {"source": str(tmp_path / "train.jsonl")},
-            "rewards": [{"func": f"{tmp_path}/rewards.py:good", "params": {"api_key": "hunter2"}}],
-            "sampling": {"max_tokens": 7},
-            **sections,
-        }
-    )
+    tree = {
+        "run_dir": str(tmp_path / "runs" / "my-run"),
+        "model": {"path": str(model)},
+        "data": {"source": str(tmp_path / "train.jsonl")},
+        "rewards": [{"func": f"{tmp_path}/rewards.py:good", "params": {"api_key": "hunter2"}}],
+        "sampling": {"max_tokens": 7},
+    }
+    return load_config(tree | sections)
 
 
 def card_of(
     config: RunConfig,
     *,
-    tokenizer: Any = None,
     step: int = 40,
-    example: Example | None = None,
     rows: Sequence[Mapping[str, float]] = (),
     **run: Any,
 ) -> str:
     """The card of ``step``, written into the run's own directory, with ``run`` in run.json."""
     run_dir = RunDir.claim(config)
-    run_dir.note(**run)
+    run_dir.note(**{"example": "3+4=", **run})
     run_dir.release()
     if rows:
         run_dir.metrics_path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tokenizer = tokenizer or tiny_tokenizer()
-    path = write_model_card(
-        run_dir.root, config, run_dir, step=step, tokenizer=tokenizer, example=example
-    )
-    return path.read_text()
+    return write_model_card(run_dir.root, config, run_dir, step=step).read_text()
 
 
 def quick_start_snippet(card: str) -> str:
@@ -196,7 +188,7 @@ def test_the_quick_start_runs_as_it_stands(tmp_path: Path) -> None:
     assert 0 < len(text) <= 7 * len("<unk>")  # one token is one character, or a special token
 
 
-def test_an_example_can_be_given(tmp_path: Path) -> None:
+def test_the_quick_start_asks_what_the_run_asked(tmp_path: Path) -> None:
     snippet = quick_start_snippet(card_of(run_config(tmp_path, "a/b"), example='k "7":\n'))
     assert "\nprompt = 'k \"7\":\\n'\n" in snippet
 
@@ -245,22 +237,15 @@ def test_the_quick_start_talks_as_the_run_did(tmp_path: Path) -> None:
     tokenizer.save_pretrained(export)
     data = {"source": "a/b", "system": "Be brief.", "chat": True, "chat_params": {"mark": "<me>"}}
     config = run_config(tmp_path, "a/b", data=data)
-    snippet = quick_start_snippet(card_of(config, tokenizer=tokenizer))
+    ours = PromptMaker(config.data, ["prompt"], tokenizer).render({"prompt": "1+1="}, 0)
+    assert ours.messages is not None and ours.string.endswith("<me>")
+    snippet = quick_start_snippet(card_of(config, example=[dict(m) for m in ours.messages]))
     assert "'role': 'system', 'content': 'Be brief.'" in snippet
     assert "tokenizer_encode_kwargs={'mark': '<me>'}" in snippet
     # What the pipeline hands to the model is what the run's own renderer makes.
-    namespace = run_snippet(snippet, export)
-    maker = PromptMaker(config.data, ["prompt"], tokenizer)
-    (first, asked) = namespace["messages"]
-    ours = maker.render({"prompt": [asked]}, 0)
-    assert ours.messages == (first, asked)
+    messages = run_snippet(snippet, export)["messages"]
     chat = tokenizer.apply_chat_template(
-        namespace["messages"], tokenize=False, add_generation_prompt=True, mark="<me>"
+        messages, tokenize=False, add_generation_prompt=True, mark="<me>"
     )
-    assert ours.string == chat
-    assert chat.endswith("<me>")
-    data = {"source": "a/b", "system": "Be brief.", "template": "{q}"}
-    config = run_config(tmp_path, "a/b", data=data, run_dir=f"{tmp_path}/r3")
-    plain = quick_start_snippet(card_of(config, tokenizer=tokenizer))
-    assert "prompt = " in plain
-    assert "tokenizer_encode_kwargs" not in plain
+    assert chat == ours.string
+    assert "tokenizer_encode_kwargs" not in quick_start_snippet(card_of(config, example="1+1="))
