@@ -52,7 +52,7 @@ def train(config: RunConfig, directory: Path) -> None:
             progress = TrainerState(global_step=step, max_steps=config.train.steps)
             trained: list[FinishedGroup] = []
             values: list[float | None] = []
-            refills = max_refills(config)
+            refills = config.train.max_refills
             while len(trained) < config.train.groups_per_step:
                 group = generate(engine, train_request(config, group_id, prompts.next(), version))
                 group_id += 1
@@ -90,12 +90,6 @@ def generate(engine: TransformersEngine, request: GroupRequest) -> Group:
     while not (finished := engine.step()):
         pass
     return finished[0]
-
-
-def max_refills(config: RunConfig) -> int:
-    """How many groups of a step may be replaced because they teach nothing."""
-    extra = (config.train.max_refill_factor - 1) * config.train.groups_per_step
-    return round(extra) if config.train.dynamic_sampling else 0
 
 
 def update(learner: DeepSpeedLearner, batch: StepBatch, config: RunConfig) -> None:

@@ -299,7 +299,7 @@ class PlannedSample:
 
     A sample is identified by ``group_id``, ``completion_index`` and ``part`` (0 where a completion
     has one part). ``loss_weight`` multiplies the loss of each trained token: it holds the
-    denominator of the whole step. A ``filler`` has weight 0: it only makes a rank's number of
+    denominator of its optimizer update. A ``filler`` has weight 0: it only makes a rank's number of
     microbatches equal to the others'.
     """
 

@@ -1,7 +1,8 @@
 """The token losses: each turns the ratio of two policies into the loss of a token.
 
-To add a loss, write a function like `_clip` here, give the function a name in `LossName` and a
-line in `token_losses`. docs/algorithms.md has the formulas and their papers.
+To add a loss, write a function like `_clip` here and a branch in `token_losses`. Its name goes into
+`LossName` and its parameters into `LossSection` (config/algorithm.py) and `LossConfig`.
+docs/algorithms.md has the formulas, their papers and the tests.
 """
 
 from __future__ import annotations
@@ -9,21 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, assert_never, get_args
 
 import torch
 from torch import Tensor
 
+from raygrpo.config.algorithm import Anchor, Correction, KlEstimator, Level, LossName
 from raygrpo.types import Stat
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int, Shaped
-
-LossName = Literal["clip", "gspo", "cispo", "sapo", "dppo_tv", "reinforce"]
-KlEstimator = Literal["k2", "k3"]
-Anchor = Literal["old", "sampler"]
-Correction = Literal["none", "tis", "icepop"]
-Level = Literal["token", "sequence"]
 
 # Weight of dppo_tv's pull towards the sampler, (l - mu)^2.
 DPPO_PULL = 1e-3
@@ -167,12 +163,14 @@ def token_losses(tokens: LossTokens, config: LossConfig) -> tuple[Float[Tensor, 
         losses, more = _sapo(log_ratio.exp(), tokens, config), {}
     elif config.loss == "dppo_tv":
         losses, more = _dppo(log_ratio, tokens, config)
-    else:
-        if config.loss == "gspo":
-            # One ratio per sequence: the geometric mean over its tokens, not over its row's.
-            means, _ = sequence_means(log_ratio, tokens.mask, tokens.sequences)
-            log_ratio = means[tokens.sequences]
+    elif config.loss == "gspo":
+        # One ratio per sequence: the geometric mean over its tokens, not over its row's.
+        means, _ = sequence_means(log_ratio, tokens.mask, tokens.sequences)
+        losses, more = _clip(means[tokens.sequences].exp(), tokens, config)
+    elif config.loss == "clip":
         losses, more = _clip(log_ratio.exp(), tokens, config)
+    else:
+        assert_never(config.loss)
     return losses, stats | more
 
 

@@ -63,10 +63,9 @@ def train_request(
 class Window:
     """Admits groups, decides their fates in order of admission, and hands out steps.
 
-    A group waits here for the groups before it, then for the rest of its step. With
-    ``dynamic_sampling`` a group that teaches nothing frees its place, at most
-    ``(max_refill_factor - 1) * groups_per_step`` times for one step; further such groups keep their
-    places. A group whose scores failed always frees its place.
+    A group waits here for the groups before it, then for the rest of its step. A group that teaches
+    nothing frees its place, at most ``max_refills`` times for one step; further such groups keep
+    their places. A group whose scores failed always frees its place.
     """
 
     def __init__(
@@ -75,16 +74,13 @@ class Window:
         steps: int,
         groups_per_step: int,
         max_staleness: int = 0,
-        dynamic_sampling: bool = False,
-        max_refill_factor: float = 1.0,
+        max_refills: int = 0,
         state: WindowState | None = None,
     ) -> None:
         self._steps = steps
         self._groups_per_step = groups_per_step
         self._max_staleness = max_staleness
-        # Rounded first: (1.4 - 1) * 5 is 1.9999999999999998.
-        refills = int(round((max_refill_factor - 1) * groups_per_step, 6))
-        self._max_refills = refills if dynamic_sampling else 0
+        self._max_refills = max_refills
         state = state or WindowState(admitted=0, dropped=0, taken=0, refilled=0, pending=())
         self._admitted = state.admitted
         self._dropped = state.dropped

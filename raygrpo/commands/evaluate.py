@@ -158,7 +158,7 @@ def serve(checked: Checked, trained: int, scope: Scope, on_event: OnEvent) -> Ro
     )
     scope.closers.callback(pool.close)
     with placing(cluster.connection):
-        pool.start()
+        pool.start(normal_gap=None)
     on_event("started", {})
     return Rollouts(
         config=cluster.config, trained=trained, pool=pool, signals=scope.signals, on_event=on_event

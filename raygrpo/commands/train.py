@@ -299,7 +299,7 @@ def start(
             tracker.event("engine", name=choice.engine, reason=choice.reason)
         rollouts = _open_rollouts(config, prepared, tracker, site.logs)
         closers.callback(rollouts.close)
-        pool.start()
+        pool.start(prepared.state.normal_gap if prepared.state else None)
         pids = {f"learner-{rank}": pid for rank, pid in enumerate(starting.wait())}
     tracker.event("started", step=0, pids=pids | pool.pids, seconds=time.time() - born)
     if prepared.checkpoint is not None:

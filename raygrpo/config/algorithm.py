@@ -8,7 +8,11 @@ from pydantic import field_validator, model_validator
 
 from raygrpo.config.base import Section, key
 
+LossName = Literal["clip", "gspo", "cispo", "sapo", "dppo_tv", "reinforce"]
+KlEstimator = Literal["k2", "k3"]
+Anchor = Literal["old", "sampler"]
 Correction = Literal["none", "tis", "icepop"]
+Level = Literal["token", "sequence"]
 
 
 class AdvantageSection(Section):
@@ -50,9 +54,7 @@ class AdvantageSection(Section):
 class LossSection(Section):
     """The objective that is minimised."""
 
-    loss: Literal["clip", "gspo", "cispo", "sapo", "dppo_tv", "reinforce"] = key(
-        "clip", "Loss of the policy; docs/algorithms.md has the formulas."
-    )
+    loss: LossName = key("clip", "Loss of the policy; docs/algorithms.md has the formulas.")
     clip_low: float = key(0.2, "Lower clip range of the ratio (clip, gspo).", ge=0, lt=1)
     clip_high: float = key(0.28, "Upper clip range of the ratio (clip, gspo).", ge=0)
     delta: float | None = key(
@@ -68,7 +70,7 @@ class LossSection(Section):
         0.2, "Tokens whose probability moved further are dropped (dppo_tv).", gt=0, le=1
     )
     beta: float = key(0.0, "Weight of the KL to the reference policy; 0 loads no reference.", ge=0)
-    kl_estimator: Literal["k2", "k3"] = key("k3", "Estimator of the KL.")
+    kl_estimator: KlEstimator = key("k3", "Estimator of the KL.")
     kl_unbiased: bool = key(
         False, "Multiply the KL by the ratio, which makes its gradient unbiased."
     )
@@ -78,16 +80,16 @@ class LossSection(Section):
         "over the completions' token means. prompt: over the prompts' token means. constant: the "
         "sum over the number of completions times sampling.max_tokens.",
     )
-    ratio_anchor: Literal["old", "sampler"] = key(
+    ratio_anchor: Anchor = key(
         "old",
         "Denominator of the ratio: the policy before the step (old), or the sampler's logprobs.",
     )
-    correction: Literal["auto", "none", "tis", "icepop"] = key(
+    correction: Literal["auto"] | Correction = key(
         "auto",
         "Correction for the gap between sampler and learner. auto: tis where generation may be "
         "stale and no filter changes the sampler's distribution, else none.",
     )
-    correction_level: Literal["token", "sequence"] = key(
+    correction_level: Level = key(
         "token", "Ratio of the correction: by token, or by sequence (geometric mean)."
     )
     correction_min: float = key(0.5, "Lower end of the range that icepop keeps.", ge=0)

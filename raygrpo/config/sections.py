@@ -216,6 +216,13 @@ class TrainSection(Section):
         4096, "Padded tokens that a rank computes at once; one row may exceed it.", "tokens", ge=1
     )
 
+    @property
+    def max_refills(self) -> int:
+        """Groups of a step that may be replaced for want of signal. Example: 5 groups, 1.4: 2."""
+        # Rounded first: (1.4 - 1) * 5 is 1.9999999999999998.
+        factor = self.max_refill_factor - 1
+        return int(round(factor * self.groups_per_step, 6)) if self.dynamic_sampling else 0
+
 
 _Decay = Annotated[float, Field(ge=0, lt=1)]
 

@@ -88,8 +88,7 @@ class Trainer:
             steps=config.train.steps,
             groups_per_step=config.train.groups_per_step,
             max_staleness=config.train.max_staleness,
-            dynamic_sampling=config.train.dynamic_sampling,
-            max_refill_factor=config.train.max_refill_factor,
+            max_refills=config.train.max_refills,
             state=restored.window if restored else None,
         )
         ledger = restored.ledger.roll_back(restored.buffered_tokens) if restored else None
@@ -270,7 +269,7 @@ class Trainer:
         self._interval.num_dropped += 1
         if self._interval.num_dropped > self._config.train.groups_per_step:
             raise DataError(
-                f"{self._interval.num_dropped} groups in a row could not be generated",
+                f"{self._interval.num_dropped} groups of one step could not be generated",
                 "events.jsonl names each and the reason",
             )
 

@@ -377,7 +377,7 @@ def test_window_and_plan_agree_on_signal(
     weighted = [weight_a * s.parts["a"] + s.parts["b"] for s in group.summary.scores]  # type: ignore[operator]
     assert max(weighted) == min(weighted), "the plain sum teaches nothing"
     assert make_step_batch(0, [group], config).has_signal is signal
-    window = Window(steps=1, groups_per_step=1, dynamic_sampling=True, max_refill_factor=3.0)
+    window = Window(steps=1, groups_per_step=1, max_refills=2)
     window.admit(request(0))
     (decided,) = window.finish(group)
     assert decided.fate == ("kept" if signal else "no_signal")

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from raygrpo.algorithm.ledger import TokenLedger, buffered_tokens
 from raygrpo.algorithm.window import Window, WindowState
+from raygrpo.config.sections import TrainSection
 from raygrpo.types import FinishedGroup, Version
 from tests.builders import finished, request
 
@@ -34,13 +35,20 @@ class Simulation:
     ledger: TokenLedger = field(default_factory=TokenLedger)
     step: int = 0
 
+    @property
+    def section(self) -> TrainSection:
+        return TrainSection(
+            groups_per_step=self.size,
+            dynamic_sampling=self.refill,
+            max_refill_factor=self.factor,
+        )
+
     def window(self, state: WindowState | None = None) -> Window:
         return Window(
             steps=self.steps,
             groups_per_step=self.size,
             max_staleness=self.staleness,
-            dynamic_sampling=self.refill,
-            max_refill_factor=self.factor,
+            max_refills=self.section.max_refills,
             state=state,
         )
 
@@ -149,16 +157,14 @@ def test_a_resumed_window_goes_on(case: dict[str, object], cut: int) -> None:
 
 
 def test_refill_is_bounded_for_each_step() -> None:
-    window = Window(
-        steps=2, groups_per_step=2, dynamic_sampling=True, max_refill_factor=2.0, max_staleness=0
-    )
+    window = Window(steps=2, groups_per_step=2, max_refills=2)
     fates = []
     for _ in range(8):
         if not window.has_room(0):
             break
         order = window.admit(request(window.admitted))
         fates += [group.fate for group in window.finish(finished(order.group_id, NO_SIGNAL))]
-    # Two places are freed, (2 - 1) * 2; the next two groups keep theirs and make up the step.
+    # Two places are freed; the next two groups keep theirs and make up the step.
     assert fates == ["no_signal", "no_signal", "kept", "kept"]
     window.take_step()
     order = window.admit(request(window.admitted))
@@ -167,7 +173,7 @@ def test_refill_is_bounded_for_each_step() -> None:
 
 
 def test_decisions_wait_for_earlier_groups() -> None:
-    window = Window(steps=1, groups_per_step=2, dynamic_sampling=True, max_refill_factor=9.0)
+    window = Window(steps=1, groups_per_step=2, max_refills=16)
     for group_id in (0, 1):
         window.admit(request(group_id))
     assert window.finish(finished(1, NO_SIGNAL)) == []

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from raygrpo.training.state import load_state
 from tests import runs
 
 # Refill is off in the runs that are killed: their groups' ids then do not depend on rewards, which
@@ -111,6 +112,10 @@ def test_killed_and_resumed_is_the_same_run(directory: Path, undisturbed: Path, 
     same = ("loss", "grad_norm", "reward", "num_tokens", "learning_rate")
     for row, other in zip(runs.metrics(config), runs.metrics(undisturbed), strict=True):
         assert [row[name] for name in same] == [other[name] for name in same]
+    # The generators' proof goes on with the tolerance of the run's first version.
+    last = Path("checkpoints", "step-00000005")
+    gaps = {load_state(runs.run_dir(c) / last).normal_gap for c in (config, undisturbed)}
+    assert len(gaps) == 1
     incarnations = [event["incarnation"] for event in runs.events(config, "resumed")]
     assert incarnations == sorted(set(incarnations)) and len(incarnations) == times
 

@@ -131,7 +131,7 @@ def score(pool: RolloutPool, *group_ids: int) -> tuple[list[GroupSummary], list[
 def test_a_model_that_hangs_is_an_errored_score_and_is_replaced(joined: RunConfig) -> None:
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     pool = RolloutPool(joined, None, {}, Site(local=True), make_engine=Writer)
-    pool.start()
+    pool.start(normal_gap=None)
     try:
         params = RewardModelParams.model_validate(joined.rewards[0].params)
         direct = RewardModel(params)

@@ -98,7 +98,7 @@ def cluster(joined: RunConfig, store: StoreHandle) -> Iterator[Cluster]:
     gate = Path(joined.rewards[0].params["gate"])
     gate.touch()
     pool = RolloutPool(joined, store, {}, Site(local=True))
-    pool.start()
+    pool.start(normal_gap=None)
     yield Cluster(config=joined, store=store, pool=pool, gate=gate)
     pool.close()
 

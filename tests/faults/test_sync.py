@@ -245,7 +245,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         patch.setattr("raygrpo.actors.weight_store.WeightStoreActor", StoreWithPid)
         store = start_store()
         pool = RolloutPool(config, store, {}, Site(local=True), make_faulty_engine)
-        pool.start()
+        pool.start(normal_gap=None)
         yield Cluster(config=config, store=store, pool=pool, place=directory / "model")
         pool.close()
         store.close()

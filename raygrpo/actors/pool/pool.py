@@ -96,7 +96,7 @@ class RolloutPool:
         """Process ids of the workers that have started, by name."""
         return {worker.name: worker.pid for worker in self._workers}
 
-    def start(self, normal_gap: float | None = None) -> None:
+    def start(self, normal_gap: float | None) -> None:
         """Waits until every worker has started; raises what the first failing one raised.
 
         ``normal_gap`` is the probe's gap of the run's first version, where an earlier start of the
