@@ -8,8 +8,8 @@ A delta is a header and two sections. *Positions* are gaps between changed eleme
 gap 65535 skips 65535 unchanged elements. *Values* are the elements' wrapping differences as
 integers, zigzag coded: a step by one unit in the last place is 1 or 2. Both sections are split into
 byte planes, and zstd level 1 compresses each plane that gets smaller. The last ``size % 8`` bytes
-travel as they are. If the plain bytes are smaller than the delta, they are sent instead. The header
-holds the sizes, the checksums of base and result, and a checksum of all that follows the header.
+travel as they are. The header holds the sizes, the checksums of base and result, and a checksum of
+all that follows.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,8 +26,6 @@ import xxhash
 
 from raygrpo.errors import InfraError, WeightsCorrupt
 from raygrpo.types import ByteArray
-
-Bytes = ByteArray | bytes | bytearray | memoryview
 
 MAGIC = b"rgD1"
 # Above this share of changed elements the plain bytes are sent: over a link of 1 Gbit/s they arrive
@@ -40,16 +38,12 @@ BLOCK_GAPS = 2**20
 SKIP = 2**16 - 1
 
 _SEAL = struct.Struct("<4sQ")  # magic, checksum of all that follows
-_HEAD = struct.Struct("<BBQQQQQ")  # sparse, itemsize, num_bytes, base, result, changed, symbols
+_HEAD = struct.Struct("<BBQQQQQ")  # 1, then the fields of `_Header`
 _CODEC = pyarrow.Codec("zstd", compression_level=1)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Header:
-    """A delta's header: ``base`` and ``result`` are xxh3_64 of all bytes before and after.
-
-    ``itemsize`` is 0 if the plain bytes are sent.
-    """
+class _Header(NamedTuple):
+    """A delta's header: ``base`` and ``result`` are xxh3_64 of all bytes before and after."""
 
     itemsize: int
     num_bytes: int
@@ -61,7 +55,7 @@ class Header:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Encoded:
-    """The outcome of a comparison: ``data`` is None if the plain bytes are the better choice."""
+    """The outcome of a comparison; ``data`` is the delta, None if the plain bytes are better."""
 
     data: bytes | None
     num_changed: int
@@ -73,38 +67,6 @@ def checksum(data: ByteArray) -> int:
     return xxhash.xxh3_64_intdigest(data.data)
 
 
-def encode(old: Bytes, new: Bytes, itemsize: int = 2) -> bytes:
-    """The delta from ``old`` to ``new``, two byte strings of one size.
-
-    ``itemsize`` (1, 2, 4 or 8) is the width in which elements are compared. Every width gives the
-    right bytes; the width of most elements gives the smallest delta.
-    """
-    before, after = _flat(old), _flat(new)
-    base, result = checksum(before), checksum(after)
-    encoded = compare(before, after, base, result, itemsize)
-    if encoded.data is not None:
-        return encoded.data
-    return _seal(_HEAD.pack(0, 0, after.size, base, result, 0, 0), after.tobytes())
-
-
-def apply(old: Bytes, data: Bytes) -> ByteArray:
-    """The bytes that `encode` took as ``new``, in an array of its own.
-
-    Raises:
-        InfraError: ``old`` is not the base.
-        WeightsCorrupt: ``data`` is not a delta that `encode` made.
-    """
-    before = _flat(old)
-    header = read_header(data)
-    if before.size != header.num_bytes or checksum(before) != header.base:
-        raise InfraError("the delta is of another base", "take a whole version")
-    after = before.copy()
-    patch(after, data, header.base)
-    if checksum(after) != header.result:
-        raise WeightsCorrupt("the delta did not give the bytes that it was made of")
-    return after
-
-
 def compare(
     old: ByteArray,
     new: ByteArray,
@@ -113,10 +75,11 @@ def compare(
     itemsize: int = 2,
     max_frac: float = DENSE_FRAC,
 ) -> Encoded:
-    """`encode` for a caller that knows the checksums and can send the plain bytes.
+    """The delta from ``old`` to ``new``, two arrays of one size with these checksums.
 
-    Above ``max_frac`` of changed elements the comparison stops, and ``num_changed`` is an estimate
-    from samples.
+    ``itemsize`` (1, 2, 4 or 8) is the width in which elements are compared. Every width gives the
+    right bytes; the width of most elements gives the smallest delta. Above ``max_frac`` of changed
+    elements the comparison stops, and ``num_changed`` is an estimate from samples.
 
     Raises:
         ValueError: the sizes differ, or the width is not 1, 2, 4 or 8.
@@ -146,30 +109,7 @@ def compare(
     return Encoded(data=data if smaller else None, num_changed=changed, num_elements=num_elements)
 
 
-def read_header(data: Bytes) -> Header:
-    """A delta's header, after its checksum is verified.
-
-    Raises:
-        WeightsCorrupt: the delta's bytes have changed.
-    """
-    blob = _flat(data)
-    if blob.size >= _SEAL.size + _HEAD.size:
-        magic, seal = _SEAL.unpack_from(blob.data)
-        if magic == MAGIC and seal == checksum(blob[_SEAL.size :]):
-            sparse, itemsize, *numbers = _HEAD.unpack_from(blob.data, _SEAL.size)
-            size, base, result, changed, symbols = numbers
-            return Header(
-                itemsize=itemsize if sparse else 0,
-                num_bytes=size,
-                base=base,
-                result=result,
-                num_changed=changed,
-                num_symbols=symbols,
-            )
-    raise WeightsCorrupt("a delta is corrupt", "the weights are published again")
-
-
-def patch(target: ByteArray, data: Bytes, base: int) -> int:
+def patch(target: ByteArray, data: ByteArray, base: int) -> int:
     """Turns the base into the result in place; returns the checksum that the result must have.
 
     The caller vouches for ``base``, the target's checksum, and checks the result.
@@ -178,13 +118,10 @@ def patch(target: ByteArray, data: Bytes, base: int) -> int:
         InfraError: ``data`` is of another base; the target is unchanged.
         WeightsCorrupt: the delta's bytes have changed; the target is unchanged.
     """
-    header = read_header(data)
+    header = _read_header(data)
     if target.size != header.num_bytes or base != header.base:
         raise InfraError("the delta is of another base", "take a whole version")
-    sections = _flat(data)[_SEAL.size + _HEAD.size :]
-    if not header.itemsize:
-        target[:] = sections
-        return header.result
+    sections = data[_SEAL.size + _HEAD.size :]
     body = target.size // WORD * WORD
     tail = target.size - body
     target[body:] = sections[:tail]
@@ -215,10 +152,13 @@ class _Reader:
         return out.reshape(-1).view(f"<u{itemsize}")
 
 
-def _flat(data: Bytes) -> ByteArray:
-    if isinstance(data, np.ndarray):
-        return np.ascontiguousarray(data).reshape(-1).view(np.uint8)
-    return np.frombuffer(data, np.uint8)
+def _read_header(data: ByteArray) -> _Header:
+    """A delta's header, after the checksum is verified."""
+    if data.size >= _SEAL.size + _HEAD.size:
+        magic, seal = _SEAL.unpack_from(data.data)
+        if magic == MAGIC and seal == checksum(data[_SEAL.size :]):
+            return _Header(*_HEAD.unpack_from(data.data, _SEAL.size)[1:])
+    raise WeightsCorrupt("a delta is corrupt", "the weights are published again")
 
 
 def _seal(head: bytes, *parts: bytes) -> bytes:

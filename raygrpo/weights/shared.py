@@ -16,7 +16,7 @@ import fcntl
 import mmap
 import os
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -131,13 +131,7 @@ class KeptBuffer:
 
     def __init__(self, address: SharedAddress) -> None:
         self._file = _open(address)
-        self.address = SharedAddress(
-            pid=os.getpid(),
-            descriptor=self._file,
-            name=address.name,
-            edition=address.edition,
-            num_bytes=address.num_bytes,
-        )
+        self.address = replace(address, pid=os.getpid(), descriptor=self._file)
 
     def __del__(self) -> None:
         if hasattr(self, "_file"):
