@@ -112,11 +112,7 @@ FOREIGN: Final[Table] = {
         "lower train.tokens_per_microbatch or generators.max_rows, or raise the ZeRO stage",
     ),
     "torch.AcceleratorError": (InfraError, "{what} lost its device", "see the log of its process"),
-    "vllm.exceptions.VLLMServerError": (
-        InfraError,
-        "{what} failed",
-        "the generator is replaced",
-    ),
+    "vllm.exceptions.VLLMServerError": (InfraError, "{what} failed", "the generator is replaced"),
 }
 # The same for an error that was raised inside a remote call: there, Ray's errors are about others.
 FOREIGN_INSIDE: Final[Table] = {
@@ -126,11 +122,7 @@ FOREIGN_INSIDE: Final[Table] = {
 }
 
 
-def infra_error(
-    error: BaseException,
-    what: str,
-    table: Table = FOREIGN,
-) -> InfraError | None:
+def infra_error(error: BaseException, what: str, table: Table = FOREIGN) -> InfraError | None:
     """The InfraError for a library's error; None for an error that is not in the table."""
     for cls in type(error).__mro__:
         if row := table.get(f"{cls.__module__}.{cls.__qualname__}"):
@@ -141,11 +133,7 @@ def infra_error(
 
 @contextmanager
 def infra_errors(
-    what: str,
-    table: Table = FOREIGN,
-    *,
-    all_errors: bool = False,
-    fix: str = "",
+    what: str, table: Table = FOREIGN, *, all_errors: bool = False, fix: str = ""
 ) -> Iterator[None]:
     """Raises libraries' errors as InfraErrors; with ``all_errors`` every error but our own.
 

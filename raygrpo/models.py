@@ -197,14 +197,10 @@ def attention_masks(
         near = allowed
         if window is not None:
             near = allowed & (query_positions[:, :, None] - key_positions[:, None, :] < window)
-        masks[kind] = _additive(near, dtype)
+        near = near | ~near.any(-1, keepdim=True)
+        mask = torch.zeros(near.shape, dtype=dtype, device=near.device)
+        masks[kind] = mask.masked_fill_(~near, torch.finfo(dtype).min)[:, None]
     return masks if len(masks) > 1 else next(iter(masks.values()))
-
-
-def _additive(allowed: Bool[Tensor, "B Q K"], dtype: torch.dtype) -> Float[Tensor, "B 1 Q K"]:
-    allowed = allowed | ~allowed.any(-1, keepdim=True)
-    mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
-    return mask.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
 
 
 def refuse_unknown(options: Mapping[str, Any], where: str) -> None:

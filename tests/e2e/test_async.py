@@ -34,12 +34,9 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def trained(config: Path) -> list[tuple[int, dict[str, Any]]]:
     """(Version that the step trained, completion) of every completion that a step took."""
-    found = []
-    for path in sorted((runs.run_dir(config) / "completions").glob("step-*.parquet")):
-        for row in pq.read_table(path).to_pylist():
-            if row["fate"] == "trained":
-                found.append((row["step"], row))
-    return found
+    paths = sorted((runs.run_dir(config) / "completions").glob("step-*.parquet"))
+    rows = [row for path in paths for row in pq.read_table(path).to_pylist()]
+    return [(row["step"], row) for row in rows if row["fate"] == "trained"]
 
 
 def test_weights_land_in_the_middle_of_completions(config: Path) -> None:

@@ -58,28 +58,26 @@ class Raylets:
 
     def add(self, name: str, **arguments: Any) -> int:
         """Starts a node; its raylet's process id."""
-        self._say("add", name, arguments)
-        pid: int = self._answer()["pid"]
+        pid: int = self._tell("add", name, arguments)["pid"]
         return pid
 
     def remove(self, name: str) -> None:
         """Kills a node's processes."""
-        self._say("remove", name)
-        self._answer()
+        self._tell("remove", name)
 
     def drain(self, name: str) -> None:
         """Announces a node's preemption."""
-        self._say("drain", name)
-        self._answer()
+        self._tell("drain", name)
 
     def end(self) -> None:
         """Ends the cluster."""
         self._process.communicate(timeout=60)
 
-    def _say(self, *command: Any) -> None:
+    def _tell(self, *command: Any) -> dict[str, Any]:
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(command) + "\n")
         self._process.stdin.flush()
+        return self._answer()
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None

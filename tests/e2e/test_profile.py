@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,11 @@ def profiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return config, runs.run(config, "--profile-step", "2")
 
 
-def operators(path: Path) -> dict[str, int]:
+def operators(path: Path) -> Counter[str]:
     """How often each operator, and each named part, is in a trace."""
     with gzip.open(path, "rt") as file:
-        trace: dict[str, Any] = json.load(file)
-    counts: dict[str, int] = {}
-    for event in trace["traceEvents"]:
-        if event.get("cat") in ("cpu_op", "user_annotation"):
-            counts[event["name"]] = counts.get(event["name"], 0) + 1
-    return counts
+        events: list[dict[str, Any]] = json.load(file)["traceEvents"]
+    return Counter(e["name"] for e in events if e.get("cat") in ("cpu_op", "user_annotation"))
 
 
 def test_both_traces_hold_the_work_of_their_step(profiled: tuple[Path, str]) -> None:

@@ -103,11 +103,9 @@ class RolloutPool:
         run measured it.
         """
         self.normal_gap = normal_gap
+        start_s = self._config.ray.timeouts_s.start
         for worker in self._workers:
-            pending = Pending(
-                worker.name, [worker.starting], self._config.ray.timeouts_s.start, lambda v: v[0]
-            )
-            worker.pid = pending.wait()
+            worker.pid = Pending(worker.name, [worker.starting], start_s, lambda v: v[0]).wait()
             worker.starting = None
 
     def take_idle_frac(self) -> float | None:
@@ -392,10 +390,9 @@ class RolloutPool:
         """A generator that leaves gave a group back: another generator goes on with the group."""
         if not worker.leaving:  # the pool did not ask the generator to leave
             self.retire(worker, "it was told to end (SIGTERM)")
-        keep = not self._config.deterministic
-        if not keep:
-            self._count_aborted(key, num_tokens)
-        self._dispatcher.resume(key, num_tokens if keep else 0)
+        kept = 0 if self._config.deterministic else num_tokens
+        self._count_aborted(key, num_tokens - kept)
+        self._dispatcher.resume(key, kept)
 
     def retire(self, worker: Worker, reason: str) -> None:
         """Replaces a generator that still answers, once the generator has given its groups back."""
