@@ -139,6 +139,9 @@ def test_tensors_carry_their_shapes(path: Path) -> None:
             found = [node.returns, *(argument.annotation for argument in every)]
         elif isinstance(node, ast.ClassDef):
             found = [item.annotation for item in node.body if isinstance(item, ast.AnnAssign)]
+        elif isinstance(node, ast.Module) and path.stem == "shapes":
+            # Aliases for signatures, as FloatBT = Float[Tensor, "B T"].
+            found = [item.value for item in node.body if isinstance(item, ast.Assign)]
         for annotation in filter(None, found):
             bare = list(bare_tensors(annotation))
             assert not bare, f"{NAMES[path]}:{annotation.lineno}: {ast.unparse(annotation)}"

@@ -17,6 +17,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
+    from raygrpo.algorithm.shapes import BoolNG, FloatNG
+
 Baseline = Literal["mean", "leave_one_out", "max_rl"]
 Scale = Literal["none", "group", "group_population", "batch", "batch_centred"]
 
@@ -26,11 +28,8 @@ _POPULATION_EPSILON = 1e-8
 
 
 def group_advantages(
-    rewards_NG: Float[Tensor, "N G"] | Sequence[Sequence[float]],
-    *,
-    baseline: Baseline,
-    scale: Scale,
-) -> Float[Tensor, "N G"]:
+    rewards_NG: FloatNG | Sequence[Sequence[float]], *, baseline: Baseline, scale: Scale
+) -> FloatNG:
     """Advantages of N groups of G rewards; computed in float64, returned in float32.
 
     NaN is the reward of a completion without a score. Such a completion is in no mean and no
@@ -63,7 +62,7 @@ def group_advantages(
 def normalised_sum(
     parts_NGK: Float[Tensor, "N G K"] | Sequence[Sequence[Sequence[float]]],
     weights_K: Sequence[float],
-) -> Float[Tensor, "N G"]:
+) -> FloatNG:
     """Weighted sums of K rewards, each normalised within its group first (GDPO); in float64.
 
     z_k = (R_k - mean_k) / (std_k + 1e-4), ddof 1. A part that is NaN adds nothing. The sum is NaN
@@ -89,7 +88,7 @@ def normalised_sum(
     return torch.where(usable, sums, math.nan)
 
 
-def batch_normalised(sums_NG: Float[Tensor, "N G"]) -> Float[Tensor, "N G"]:
+def batch_normalised(sums_NG: FloatNG) -> FloatNG:
     """Advantages from `normalised_sum`: (x - mean) / (std + 1e-4) over all, ddof 1; float32.
 
     NaN is in neither mean nor deviation, and its advantage is 0.
@@ -123,9 +122,7 @@ def has_signal(
     )
 
 
-def _centre(
-    values: Float[Tensor, "N G"], scored: Bool[Tensor, "N G"], baseline: Baseline
-) -> Float[Tensor, "N G"]:
+def _centre(values: FloatNG, scored: BoolNG, baseline: Baseline) -> FloatNG:
     count = scored.sum(1, keepdim=True).clamp(min=1)
     mean = (values * scored).sum(1, keepdim=True) / count
     if baseline == "mean":
@@ -139,11 +136,7 @@ def _centre(
 
 
 def _divisor(
-    values: Float[Tensor, "N G"],
-    centred: Float[Tensor, "N G"],
-    scored: Bool[Tensor, "N G"],
-    usable: Bool[Tensor, "N G"],
-    scale: Scale,
+    values: FloatNG, centred: FloatNG, scored: BoolNG, usable: BoolNG, scale: Scale
 ) -> Float[Tensor, "*groups"]:
     if scale == "none":
         return torch.ones(())

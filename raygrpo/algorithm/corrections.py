@@ -6,7 +6,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from raygrpo.algorithm.surrogates import (
     LossConfig,
@@ -18,17 +17,13 @@ from raygrpo.algorithm.surrogates import (
 )
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int
+    from raygrpo.algorithm.shapes import BoolBT, FloatBT, IntBT
 
 
 @torch.no_grad()
 def correction(
-    old: Float[Tensor, "B T"],
-    sampler: Float[Tensor, "B T"],
-    mask: Bool[Tensor, "B T"],
-    sequences: Int[Tensor, "B T"],
-    config: LossConfig,
-) -> tuple[Float[Tensor, "B T"], StatsLater]:
+    old: FloatBT, sampler: FloatBT, mask: BoolBT, sequences: IntBT, config: LossConfig
+) -> tuple[FloatBT, StatsLater]:
     """The factor for the gap between sampler and old policy, without gradient; and statistics.
 
     rho = exp(old - sampler), of a token, or of a sequence as the geometric mean of its tokens (a
@@ -65,8 +60,8 @@ def correction(
 
 @torch.no_grad()
 def off_policy_sequences(
-    tokens: LossTokens, sampler: Float[Tensor, "B T"], threshold: float
-) -> tuple[Bool[Tensor, "B T"], StatsLater]:
+    tokens: LossTokens, sampler: FloatBT, threshold: float
+) -> tuple[BoolBT, StatsLater]:
     """The tokens that the off-policy sequence mask of DeepSeek-V3.2 (2512.02556) keeps.
 
     The mask drops a sequence of negative advantage whose mean of (sampler - policy) is above

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float
+    from raygrpo.algorithm.shapes import BoolBT, FloatBT, FloatN
 
 # Step and maximum of Skywork-OR1's coefficient (2505.22312); TRL's values.
 COEF_STEP, COEF_MAX = 0.005, 1.0
@@ -20,9 +19,7 @@ TIE = 1e-5
 
 
 def entropy_threshold(
-    entropies: Float[Tensor, "N"],
-    frac: float,
-    total: Callable[[float], float] = lambda value: value,
+    entropies: FloatN, frac: float, total: Callable[[float], float] = lambda value: value
 ) -> float:
     """The smallest entropy in the top ``frac`` of all ranks' tokens (2506.01939).
 
@@ -49,9 +46,7 @@ def entropy_threshold(
     return float(torch.tensor(low, dtype=torch.int32).view(torch.float32))
 
 
-def top_entropy_mask(
-    entropies: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], threshold: float
-) -> Bool[Tensor, "B T"]:
+def top_entropy_mask(entropies: FloatBT, mask: BoolBT, threshold: float) -> BoolBT:
     """Trained tokens whose entropy is at least the threshold, up to a relative `TIE`."""
     return mask & (entropies.detach().float().clamp(min=0) >= threshold * (1 - TIE))
 

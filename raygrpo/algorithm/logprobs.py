@@ -30,7 +30,17 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Float
+
+    from raygrpo.algorithm.shapes import (
+        FloatChunk,
+        FloatN,
+        FloatNH,
+        FloatV,
+        FloatVH,
+        IntChunk,
+        IntN,
+    )
 
 # Logits that a chunk may hold: 64 MiB in bfloat16, 128 MiB in float32.
 MAX_CHUNK_LOGITS = 2**25
@@ -45,12 +55,8 @@ class ExpectedGrad(Protocol):
     """The gradients that a loss will give to logprobs and entropies, up to a common factor."""
 
     def __call__(
-        self,
-        which: slice | Int[Tensor, "n"],
-        logprobs: Float[Tensor, "n"],
-        entropies: Float[Tensor, "n"],
-        /,
-    ) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"] | None]:
+        self, which: slice | IntChunk, logprobs: FloatChunk, entropies: FloatChunk, /
+    ) -> tuple[FloatChunk, FloatChunk | None]:
         """For tokens ``which`` among all N; None for entropies without a gradient."""
         ...
 
@@ -107,15 +113,15 @@ class HeadSettings:
 
 
 def token_logprobs(
-    hidden: Float[Tensor, "N H"],
-    weight: Float[Tensor, "V H"],
-    targets: Int[Tensor, "N"],
+    hidden: FloatNH,
+    weight: FloatVH,
+    targets: IntN,
     *,
-    bias: Float[Tensor, "V"] | None = None,
+    bias: FloatV | None = None,
     settings: HeadSettings,
     entropy_gradient: bool = False,
     expected_grad: ExpectedGrad | None = None,
-) -> tuple[Float[Tensor, "N"], Float[Tensor, "N"]]:
+) -> tuple[FloatN, FloatN]:
     """The logprob of each target and the entropy of its distribution, float32, in nats.
 
     Value and gradient equal those of the full logits.
@@ -138,20 +144,18 @@ def token_logprobs(
 
 def token_logprobs_by(
     head: Callable[[Float[Tensor, "n H"]], Float[Tensor, "n V"]],
-    hidden: Float[Tensor, "N H"],
-    targets: Int[Tensor, "N"],
+    hidden: FloatNH,
+    targets: IntN,
     *,
     settings: HeadSettings,
     entropy_gradient: bool = False,
-) -> tuple[Float[Tensor, "N"], Float[Tensor, "N"]]:
+) -> tuple[FloatN, FloatN]:
     """`token_logprobs` through any ``head``, by recomputation in the backward pass.
 
     For a head that is more than a weight, for example one with an adapter.
     """
 
-    def compute(
-        hidden: Float[Tensor, "n H"], targets: Int[Tensor, "n"]
-    ) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"]]:
+    def compute(hidden: Float[Tensor, "n H"], targets: IntChunk) -> tuple[FloatChunk, FloatChunk]:
         table = torch.log_softmax(settings.logits(head(hidden)), -1)
         entropies = -(table.exp() * table).sum(-1)
         chosen = table.gather(-1, targets.long()[:, None]).squeeze(-1)
@@ -171,14 +175,14 @@ class _HeadLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        hidden: Float[Tensor, "N H"],
-        weight: Float[Tensor, "V H"],
-        bias: Float[Tensor, "V"] | None,
-        targets: Int[Tensor, "N"],
+        hidden: FloatNH,
+        weight: FloatVH,
+        bias: FloatV | None,
+        targets: IntN,
         settings: HeadSettings,
         entropy_gradient: bool,
         expected_grad: ExpectedGrad | None,
-    ) -> tuple[Float[Tensor, "N"], Float[Tensor, "N"]]:
+    ) -> tuple[FloatN, FloatN]:
         found = hidden.new_empty(4, hidden.shape[0], dtype=torch.float32)
         logprobs, entropies, expected = found[0], found[1], found[2:]
         expected.zero_()
@@ -204,9 +208,7 @@ class _HeadLogprobs(torch.autograd.Function):
         return logprobs, entropies
 
     @staticmethod
-    def backward(
-        ctx: Any, by_logprob: Float[Tensor, "N"] | None, by_entropy: Float[Tensor, "N"] | None
-    ) -> Any:
+    def backward(ctx: Any, by_logprob: FloatN | None, by_entropy: FloatN | None) -> Any:
         hidden, weight, bias, targets, expected, *formed = ctx.saved_tensors
         zeros = torch.zeros_like(expected[0])
         arrived = torch.stack([zeros if g is None else g for g in (by_logprob, by_entropy)])
@@ -241,16 +243,14 @@ class _Chunk:
 
     here: slice
     hidden: Float[Tensor, "n H"]
-    targets: Int[Tensor, "n"]
+    targets: IntChunk
     raw: Float[Tensor, "V n"]
     settings: HeadSettings
-    logprobs: Float[Tensor, "n"]
-    entropies: Float[Tensor, "n"]
-    log_normaliser: Float[Tensor, "n"]
+    logprobs: FloatChunk
+    entropies: FloatChunk
+    log_normaliser: FloatChunk
 
-    def differentiate(
-        self, by_logprob: Float[Tensor, "n"], by_entropy: Float[Tensor, "n"] | None
-    ) -> None:
+    def differentiate(self, by_logprob: FloatChunk, by_entropy: FloatChunk | None) -> None:
         """Replaces ``raw`` by the loss's gradient with respect to it."""
         tokens = torch.arange(len(self.targets), device=self.raw.device)
         settings = self.settings
@@ -263,10 +263,7 @@ class _Chunk:
         self.raw[self.targets, tokens] = at_target.to(self.raw.dtype)
 
     def _softmax_part(
-        self,
-        raw: Float[Tensor, "*rows n"],
-        by_logprob: Float[Tensor, "n"],
-        by_entropy: Float[Tensor, "n"] | None,
+        self, raw: Float[Tensor, "*rows n"], by_logprob: FloatChunk, by_entropy: FloatChunk | None
     ) -> Float[Tensor, "*rows n"]:
         """-p g for the logprob, -p (log p + entropy) g for the entropy, times the slope."""
         logits = self.settings.logits(raw)
@@ -288,9 +285,9 @@ class _Gradients:
     def __init__(
         self,
         needed: tuple[bool, ...],
-        hidden: Float[Tensor, "N H"],
-        weight: Float[Tensor, "V H"],
-        bias: Float[Tensor, "V"] | None,
+        hidden: FloatNH,
+        weight: FloatVH,
+        bias: FloatV | None,
         settings: HeadSettings,
     ) -> None:
         self._weight = weight
@@ -320,20 +317,14 @@ class _Gradients:
             total.addmm_(raw[rows].T, self._weight[rows].to(self._dtype))
         return total
 
-    def finished(
-        self,
-    ) -> tuple[Float[Tensor, "N H"] | None, Float[Tensor, "V H"] | None, Float[Tensor, "V"] | None]:
+    def finished(self) -> tuple[FloatNH | None, FloatVH | None, FloatV | None]:
         """The gradients of hidden states, weight and bias, each in the dtype of its tensor."""
         weight = self._weight_sum
         return self._hidden, None if weight is None else weight.to(self._weight.dtype), self._bias
 
 
 def logit_chunks(
-    hidden: Float[Tensor, "N H"],
-    weight: Float[Tensor, "V H"],
-    bias: Float[Tensor, "V"] | None,
-    targets: Int[Tensor, "N"],
-    settings: HeadSettings,
+    hidden: FloatNH, weight: FloatVH, bias: FloatV | None, targets: IntN, settings: HeadSettings
 ) -> Iterator[_Chunk]:
     """Chunks in order; each overwrites the logits of the one before."""
     vocabulary, num_tokens = weight.shape[0], hidden.shape[0]
@@ -357,7 +348,7 @@ def logit_chunks(
 def _summarised(
     here: slice,
     hidden: Float[Tensor, "n H"],
-    targets: Int[Tensor, "n"],
+    targets: IntChunk,
     raw: Float[Tensor, "V n"],
     settings: HeadSettings,
 ) -> _Chunk:

@@ -32,7 +32,18 @@ from raygrpo.algorithm.surrogates import (
 from raygrpo.types import Stat
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int, Shaped
+    from jaxtyping import Shaped
+
+    from raygrpo.algorithm.shapes import (
+        BoolBT,
+        FloatBT,
+        FloatChunk,
+        FloatS,
+        IntBT,
+        IntChunk,
+        IntN,
+        Scalar,
+    )
 
 __all__ = ["LossConfig", "LossInputs", "expected_grad", "loss_weights_for", "policy_loss"]
 
@@ -64,21 +75,19 @@ class LossInputs:
         loss_weights: of each sequence's tokens, the aggregation's denominator included.
     """
 
-    logprobs: Float[Tensor, "B T"]
-    old_logprobs: Float[Tensor, "B T"] | None
-    sampler_logprobs: Float[Tensor, "B T"] | None
-    ref_logprobs: Float[Tensor, "B T"] | None
-    entropies: Float[Tensor, "B T"] | None
-    loss_mask: Bool[Tensor, "B T"]
-    policy_mask: Bool[Tensor, "B T"] | None
-    sequence_ids: Int[Tensor, "B T"]
-    advantages: Float[Tensor, "S"]
-    loss_weights: Float[Tensor, "S"]
+    logprobs: FloatBT
+    old_logprobs: FloatBT | None
+    sampler_logprobs: FloatBT | None
+    ref_logprobs: FloatBT | None
+    entropies: FloatBT | None
+    loss_mask: BoolBT
+    policy_mask: BoolBT | None
+    sequence_ids: IntBT
+    advantages: FloatS
+    loss_weights: FloatS
 
 
-def policy_loss(
-    inputs: LossInputs, config: LossConfig
-) -> tuple[Float[Tensor, ""], dict[str, Stat]]:
+def policy_loss(inputs: LossInputs, config: LossConfig) -> tuple[Scalar, dict[str, Stat]]:
     """The globally normalised loss, with gradient, and its statistics over trained tokens.
 
     Without ``sampler_logprobs`` there are no statistics of the sampler, without ``entropies`` no
@@ -91,7 +100,7 @@ def policy_loss(
     return loss, {name: compute() for name, compute in stats.items()}
 
 
-def _loss_and_stats(inputs: LossInputs, config: LossConfig) -> tuple[Float[Tensor, ""], StatsLater]:
+def _loss_and_stats(inputs: LossInputs, config: LossConfig) -> tuple[Scalar, StatsLater]:
     mask = inputs.loss_mask.bool()
     sequences = inputs.sequence_ids.clamp(min=0).long()
     # Untrained positions may hold anything, infinities included: 0 * inf is NaN, where() is not.
@@ -128,10 +137,10 @@ def _loss_and_stats(inputs: LossInputs, config: LossConfig) -> tuple[Float[Tenso
 def _factor(
     inputs: LossInputs,
     tokens: LossTokens,
-    old: Float[Tensor, "B T"],
-    sampler: Float[Tensor, "B T"] | None,
+    old: FloatBT,
+    sampler: FloatBT | None,
     config: LossConfig,
-) -> tuple[Float[Tensor, "B T"], StatsLater]:
+) -> tuple[FloatBT, StatsLater]:
     """Sampler correction times masks, without gradient: the factor of each token's policy loss."""
     factor = torch.ones_like(old)
     stats: StatsLater = {}
@@ -149,16 +158,14 @@ def _factor(
     return factor, stats
 
 
-def _kl(difference: Float[Tensor, "B T"], config: LossConfig) -> Float[Tensor, "B T"]:
+def _kl(difference: FloatBT, config: LossConfig) -> FloatBT:
     """The estimators of Schulman's "Approximating KL divergence", of ref - policy."""
     if config.kl_estimator == "k2":
         return difference.square() / 2
     return torch.exp(difference) - difference - 1
 
 
-def _trained(
-    values: Float[Tensor, "B T"] | None, mask: Bool[Tensor, "B T"]
-) -> Float[Tensor, "B T"] | None:
+def _trained(values: FloatBT | None, mask: BoolBT) -> FloatBT | None:
     return None if values is None else torch.where(mask, values.detach(), 0.0)
 
 
@@ -173,7 +180,7 @@ def loss_weights_for(
     lengths: Sequence[int],
     groups: Sequence[int] | None = None,
     max_completion_length: int | None = None,
-) -> Float[Tensor, "S"]:
+) -> FloatS:
     """The weight of each sequence's tokens, by aggregation.
 
     token 1/N, sequence 1/(S L_i), constant 1/(S Lmax), prompt 1/(P N_group), with N loss tokens, S
@@ -225,7 +232,7 @@ def is_token_separable(config: LossConfig) -> bool:
 
 
 def expected_grad(
-    inputs: LossInputs, rows: Int[Tensor, "N"], columns: Int[Tensor, "N"], config: LossConfig
+    inputs: LossInputs, rows: IntN, columns: IntN, config: LossConfig
 ) -> ExpectedGrad | None:
     """The gradient of `policy_loss` by logprob and entropy of tokens, as a function of these two.
 
@@ -241,11 +248,8 @@ def expected_grad(
 
     @torch.enable_grad()
     def gradient(
-        which: slice | Int[Tensor, "n"],
-        logprobs: Float[Tensor, "n"],
-        entropies: Float[Tensor, "n"],
-        /,
-    ) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"] | None]:
+        which: slice | IntChunk, logprobs: FloatChunk, entropies: FloatChunk, /
+    ) -> tuple[FloatChunk, FloatChunk | None]:
         part: dict[str, Any] = {k: v if v is None else v[None, which] for k, v in flat.items()}
         leaf = logprobs.detach()[None].requires_grad_()
         bonus = entropies.detach()[None].requires_grad_()

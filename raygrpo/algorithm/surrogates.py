@@ -19,7 +19,9 @@ from raygrpo.config.algorithm import Anchor, Correction, KlEstimator, Level, Los
 from raygrpo.types import Stat
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int, Shaped
+    from jaxtyping import Bool, Shaped
+
+    from raygrpo.algorithm.shapes import BoolBT, FloatBT, FloatS, IntBT
 
 # Weight of dppo_tv's pull towards the sampler, (l - mu)^2.
 DPPO_PULL = 1e-3
@@ -100,16 +102,14 @@ class LossTokens:
         sequences: the number of each token's sequence, from 0.
     """
 
-    logprobs: Float[Tensor, "B T"]
-    anchor: Float[Tensor, "B T"]
-    advantages: Float[Tensor, "B T"]
-    mask: Bool[Tensor, "B T"]
-    sequences: Int[Tensor, "B T"]
+    logprobs: FloatBT
+    anchor: FloatBT
+    advantages: FloatBT
+    mask: BoolBT
+    sequences: IntBT
 
 
-def _clip(
-    ratio: Float[Tensor, "B T"], tokens: LossTokens, config: LossConfig
-) -> tuple[Float[Tensor, "B T"], StatsLater]:
+def _clip(ratio: FloatBT, tokens: LossTokens, config: LossConfig) -> tuple[FloatBT, StatsLater]:
     advantages = tokens.advantages
     bounded = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
     free = ratio if config.delta is None else ratio.clamp(max=config.delta)
@@ -122,26 +122,20 @@ def _clip(
     return -objective, _clip_stats(low, high, tokens, by_sequence=config.loss == "gspo")
 
 
-def _cispo(
-    ratio: Float[Tensor, "B T"], tokens: LossTokens, config: LossConfig
-) -> tuple[Float[Tensor, "B T"], StatsLater]:
+def _cispo(ratio: FloatBT, tokens: LossTokens, config: LossConfig) -> tuple[FloatBT, StatsLater]:
     weight = ratio.detach().clamp(max=config.cispo_cap)
     capped = (ratio > config.cispo_cap) & (tokens.advantages > 0)
     losses = -weight * tokens.advantages * tokens.logprobs
     return losses, {"cispo_clip_ratio": partial(stat, capped.float(), tokens.mask)}
 
 
-def _sapo(
-    ratio: Float[Tensor, "B T"], tokens: LossTokens, config: LossConfig
-) -> Float[Tensor, "B T"]:
+def _sapo(ratio: FloatBT, tokens: LossTokens, config: LossConfig) -> FloatBT:
     positive = tokens.advantages > 0
     tau = torch.full_like(ratio, config.sapo_tau_neg).masked_fill(positive, config.sapo_tau_pos)
     return -tokens.advantages * torch.sigmoid(tau * (ratio - 1)) * 4 / tau
 
 
-def _dppo(
-    log_ratio: Float[Tensor, "B T"], tokens: LossTokens, config: LossConfig
-) -> tuple[Float[Tensor, "B T"], StatsLater]:
+def _dppo(log_ratio: FloatBT, tokens: LossTokens, config: LossConfig) -> tuple[FloatBT, StatsLater]:
     moved = tokens.logprobs.detach().exp() - tokens.anchor.exp()
     positive = tokens.advantages > 0
     high = positive & (moved > config.dppo_tv)
@@ -151,7 +145,7 @@ def _dppo(
     return losses, _clip_stats(low, high, tokens, by_sequence=False)
 
 
-def token_losses(tokens: LossTokens, config: LossConfig) -> tuple[Float[Tensor, "B T"], StatsLater]:
+def token_losses(tokens: LossTokens, config: LossConfig) -> tuple[FloatBT, StatsLater]:
     """The policy loss of each token before corrections, KL and weights; and its statistics."""
     log_ratio = tokens.logprobs - tokens.anchor
     stats: StatsLater = {"ratio": partial(stat, log_ratio.exp(), tokens.mask)}
@@ -174,14 +168,12 @@ def token_losses(tokens: LossTokens, config: LossConfig) -> tuple[Float[Tensor, 
     return losses, stats | more
 
 
-def _clip_stats(
-    low: Bool[Tensor, "B T"], high: Bool[Tensor, "B T"], tokens: LossTokens, *, by_sequence: bool
-) -> StatsLater:
+def _clip_stats(low: BoolBT, high: BoolBT, tokens: LossTokens, *, by_sequence: bool) -> StatsLater:
     """Shares of tokens (gspo: of sequences) whose ratio passed a bound that acts on them."""
     mask, sequences = tokens.mask, tokens.sequences
     lower, upper = low.float(), high.float()
 
-    def share(values: Float[Tensor, "B T"]) -> Callable[[], Stat]:
+    def share(values: FloatBT) -> Callable[[], Stat]:
         if by_sequence:
             return partial(sequence_stat, values, mask, sequences)
         return partial(stat, values, mask)
@@ -195,9 +187,7 @@ def _clip_stats(
     }
 
 
-def sequence_means(
-    values: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], sequences: Int[Tensor, "B T"]
-) -> tuple[Float[Tensor, "S"], Float[Tensor, "S"]]:
+def sequence_means(values: FloatBT, mask: BoolBT, sequences: IntBT) -> tuple[FloatS, FloatS]:
     """The mean over each sequence's trained tokens, with gradient, and their number.
 
     A sequence is a completion, wherever its tokens lie: several may share a row. ``values`` must
@@ -221,9 +211,7 @@ def stat(values: Shaped[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Stat
     return Stat(sum=total, count=float(chosen.numel()), min=least, max=most)
 
 
-def sequence_stat(
-    values: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], sequences: Int[Tensor, "B T"]
-) -> Stat:
+def sequence_stat(values: FloatBT, mask: BoolBT, sequences: IntBT) -> Stat:
     """A statistic of the sequences' means; sequences without trained tokens are left out."""
     means, counts = sequence_means(values.detach(), mask, sequences)
     return stat(means, counts > 0)

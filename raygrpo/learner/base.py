@@ -41,7 +41,9 @@ from raygrpo.types import FloatArray, Microbatch, Stat, merge_stats
 from raygrpo.weights.adapter import merged_weights
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Float32, Int, Shaped
+    from jaxtyping import Float, Float32, Shaped
+
+    from raygrpo.algorithm.shapes import FloatBT, FloatS, IntBT, Scalar
 
 # Optimizer updates in a row that may be skipped because a loss or gradient was not finite.
 MAX_SKIPPED_UPDATES = 3
@@ -52,11 +54,11 @@ class _Prepared:
     """A microbatch on the device; ``ref_logprobs`` is None when beta is 0."""
 
     inputs: PolicyInputs
-    sampler_logprobs: Float[Tensor, "B T"]
-    sequence_ids: Int[Tensor, "B T"]
-    advantages: Float[Tensor, "S"]
-    loss_weights: Float[Tensor, "S"]
-    ref_logprobs: Float[Tensor, "B T"] | None
+    sampler_logprobs: FloatBT
+    sequence_ids: IntBT
+    advantages: FloatS
+    loss_weights: FloatS
+    ref_logprobs: FloatBT | None
 
 
 class Learner(ABC):
@@ -223,11 +225,11 @@ class Learner(ABC):
         """CPU copies of whole parameters, lazily; every rank must iterate to the end, in step."""
 
     @abstractmethod
-    def _forward(self, inputs: PolicyInputs) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
+    def _forward(self, inputs: PolicyInputs) -> tuple[FloatBT, FloatBT]:
         """Logprobs and entropies under the policy."""
 
     @abstractmethod
-    def _backward(self, loss: Float[Tensor, ""], *, last: bool) -> None:
+    def _backward(self, loss: Scalar, *, last: bool) -> None:
         """Adds the gradient of this rank's part of the loss; ``last`` ends the minibatch."""
 
     @abstractmethod

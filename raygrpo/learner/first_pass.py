@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from raygrpo.algorithm.entropy import entropy_threshold, top_entropy_mask
 from raygrpo.algorithm.loss import LossConfig
 from raygrpo.learner.inputs import PolicyInputs
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float
+    from raygrpo.algorithm.shapes import BoolBT, FloatBT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,14 +26,14 @@ class StepCache:
         policy_mask: tokens that carry the policy loss; None where all do.
     """
 
-    old_logprobs: Float[Tensor, "B T"] | None
-    policy_mask: Bool[Tensor, "B T"] | None
+    old_logprobs: FloatBT | None
+    policy_mask: BoolBT | None
 
 
 @torch.no_grad()
 def first_pass(
     batches: Sequence[Sequence[PolicyInputs]],
-    forward: Callable[[PolicyInputs], tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]],
+    forward: Callable[[PolicyInputs], tuple[FloatBT, FloatBT]],
     sum_over_ranks: Callable[[float], float],
     config: LossConfig,
 ) -> list[list[StepCache]]:

@@ -16,6 +16,8 @@ from raygrpo.types import IntArray, Microbatch
 if TYPE_CHECKING:
     from jaxtyping import Bool, Int
 
+    from raygrpo.algorithm.shapes import BoolBT, IntBT, IntN
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyInputs:
@@ -31,11 +33,11 @@ class PolicyInputs:
         expected_grad: the gradients that the loss will give to the N tokens, where they are known.
     """
 
-    token_ids: Int[Tensor, "B T"]
-    loss_mask: Bool[Tensor, "B T"]
-    rows: Int[Tensor, "N"]
-    columns: Int[Tensor, "N"]
-    predictors: Int[Tensor, "N"]
+    token_ids: IntBT
+    loss_mask: BoolBT
+    rows: IntN
+    columns: IntN
+    predictors: IntN
     tree: TreeLayout | None
     expected_grad: ExpectedGrad | None = None
 
@@ -48,9 +50,9 @@ class TreeLayout:
     ``segment_ids`` [[0, 0, 1, 1, 2]] and ``parent_ids`` [[-1, -1, 0, 0, 0]].
     """
 
-    positions: Int[Tensor, "B T"]
-    segment_ids: Int[Tensor, "B T"]
-    parent_ids: Int[Tensor, "B T"]
+    positions: IntBT
+    segment_ids: IntBT
+    parent_ids: IntBT
     plan: SegmentPlan
 
     def allowed(self) -> Bool[Tensor, "B T T"]:

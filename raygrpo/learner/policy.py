@@ -25,7 +25,9 @@ from raygrpo.learner.inputs import PolicyInputs, TreeLayout
 from raygrpo.models import attention_masks, logit_transform
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Float
+
+    from raygrpo.algorithm.shapes import FloatBT, FloatN, FloatNH, IntBT, IntN
 
 
 class RowShard(Protocol):
@@ -37,9 +39,7 @@ class RowShard(Protocol):
 
     attention: str
 
-    def forward(
-        self, policy: PolicyModel, inputs: PolicyInputs
-    ) -> tuple[Float[Tensor, "N"], Float[Tensor, "N"]]:
+    def forward(self, policy: PolicyModel, inputs: PolicyInputs) -> tuple[FloatN, FloatN]:
         """Logprobs and entropies of all trained tokens, with gradient, on every rank."""
         ...
 
@@ -70,11 +70,8 @@ class LogprobHead(nn.Module):
         )
 
     def forward(
-        self,
-        hidden: Float[Tensor, "N H"],
-        targets: Int[Tensor, "N"],
-        expected_grad: ExpectedGrad | None = None,
-    ) -> tuple[Float[Tensor, "N"], Float[Tensor, "N"]]:
+        self, hidden: FloatNH, targets: IntN, expected_grad: ExpectedGrad | None = None
+    ) -> tuple[FloatN, FloatN]:
         """Logprobs of ``targets`` and the entropies of their distributions."""
         common: dict[str, Any] = {
             "settings": self.settings,
@@ -142,7 +139,7 @@ class PolicyModel(nn.Module):
         self._shard, self._layout = shard, unpacked(self._layout)
         self.model.set_attn_implementation(shard.attention)
 
-    def forward(self, inputs: PolicyInputs) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
+    def forward(self, inputs: PolicyInputs) -> tuple[FloatBT, FloatBT]:
         """Logprobs and entropies, fp32, in nats; zeros where nothing is trained."""
         if self._shard is not None:
             logprobs, entropies = self._shard.forward(self, inputs)
@@ -154,9 +151,7 @@ class PolicyModel(nn.Module):
             )
         return self._scatter(inputs, logprobs), self._scatter(inputs, entropies)
 
-    def hidden(
-        self, token_ids: Int[Tensor, "B T"], tree: TreeLayout | None
-    ) -> Float[Tensor, "B T H"]:
+    def hidden(self, token_ids: IntBT, tree: TreeLayout | None) -> Float[Tensor, "B T H"]:
         """The last hidden states."""
         options: dict[str, Any] = {}
         if tree is not None:
@@ -181,7 +176,7 @@ class PolicyModel(nn.Module):
         return dtype
 
     @staticmethod
-    def _scatter(inputs: PolicyInputs, values: Float[Tensor, "N"]) -> Float[Tensor, "B T"]:
+    def _scatter(inputs: PolicyInputs, values: FloatN) -> FloatBT:
         shape = inputs.token_ids.shape
         grid = torch.zeros(shape, dtype=values.dtype, device=values.device)
         return grid.index_put((inputs.rows, inputs.columns), values) * inputs.loss_mask

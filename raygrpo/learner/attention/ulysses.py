@@ -21,6 +21,7 @@ from raygrpo.models import attention_masks, refuse_unknown
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
+    from raygrpo.algorithm.shapes import FloatN, IntBT, IntChunk
     from raygrpo.learner.inputs import PolicyInputs
     from raygrpo.learner.policy import PolicyModel
 
@@ -71,9 +72,7 @@ class SequenceShard:
         self.attention = _ATTENTION
         AttentionInterface.register(_ATTENTION, UlyssesAttention(self._group, self._size))
 
-    def forward(
-        self, policy: PolicyModel, inputs: PolicyInputs
-    ) -> tuple[Float[Tensor, "N"], Float[Tensor, "N"]]:
+    def forward(self, policy: PolicyModel, inputs: PolicyInputs) -> tuple[FloatN, FloatN]:
         """Logprobs and entropies of all trained tokens, with gradient, on every rank."""
         start, hidden = self._hidden(policy, inputs)
         local = inputs.predictors - start
@@ -114,16 +113,16 @@ class SequenceShard:
         return here.start, output.last_hidden_state
 
 
-def _of(gradient: ExpectedGrad, picked: Int[Tensor, "n"]) -> ExpectedGrad:
+def _of(gradient: ExpectedGrad, picked: IntChunk) -> ExpectedGrad:
     """The expected gradient of the picked tokens, numbered among themselves."""
     return lambda which, *values: gradient(picked[which], *values)
 
 
-def _pad(values: Int[Tensor, "B T"], count: int) -> Int[Tensor, "B T+count"]:
+def _pad(values: IntBT, count: int) -> Int[Tensor, "B T+count"]:
     return torch.nn.functional.pad(values, (0, count))
 
 
-def _sum_over_group(value: Float[Tensor, "N"], group: Any) -> Float[Tensor, "N"]:
+def _sum_over_group(value: FloatN, group: Any) -> FloatN:
     total: Tensor = _SumOverGroup.apply(value, group)  # type: ignore[no-untyped-call]
     return total
 
@@ -135,13 +134,13 @@ class _SumOverGroup(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, value: Float[Tensor, "N"], group: Any) -> Float[Tensor, "N"]:
+    def forward(ctx: Any, value: FloatN, group: Any) -> FloatN:
         total = value.clone()
         dist.all_reduce(total, group=group)
         return total
 
     @staticmethod
-    def backward(ctx: Any, gradient: Float[Tensor, "N"]) -> tuple[Float[Tensor, "N"], None]:
+    def backward(ctx: Any, gradient: FloatN) -> tuple[FloatN, None]:
         return gradient, None
 
 
