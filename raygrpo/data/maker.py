@@ -56,7 +56,7 @@ class PromptMaker:
             raise _missing_prompt(names)
         if section.chat:
             self._check_chat("data.chat is true")
-        self._num_appended = _num_appended(tokenizer)
+        self._in_front = _tokens_in_front(tokenizer)
         self.num_dropped = 0
         self.num_truncated = 0
 
@@ -126,22 +126,16 @@ class PromptMaker:
         return self._render_messages(self._with_system(_messages(content, name)), name)
 
     def _tokenize(self, prompts: Sequence[Rendered]) -> list[list[int]]:
-        ids: list[list[int]] = [[] for _ in prompts]
-        marked = [self._brings_its_marks(item) for item in prompts]
-        for is_marked in (False, True):
-            chosen = [i for i, has_marks in enumerate(marked) if has_marks == is_marked]
-            if not chosen:
-                continue
-            encoded = self._tokenizer(
-                [prompts[i].string for i in chosen],
-                add_special_tokens=not is_marked,
-                return_attention_mask=False,
-                verbose=False,
-            )
-            appended = 0 if is_marked else self._num_appended
-            for i, tokens in zip(chosen, encoded["input_ids"], strict=True):
-                ids[i] = list(tokens[: len(tokens) - appended])
-        return ids
+        encoded = self._tokenizer(
+            [prompt.string for prompt in prompts],
+            add_special_tokens=False,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        return [
+            list(ids) if self._brings_its_marks(prompt) else [*self._in_front, *ids]
+            for prompt, ids in zip(prompts, encoded["input_ids"], strict=True)
+        ]
 
     def _brings_its_marks(self, prompt: Rendered) -> bool:
         """Whether the string holds its special tokens: a chat, or text made from a chat."""
@@ -267,13 +261,11 @@ def _fill(template: str, row: Mapping[str, Any], name: str) -> str:
         raise DataError(f"data.template does not fit {name}: {error!r}") from error
 
 
-def _num_appended(tokenizer: Any) -> int:
-    """The number of special tokens that the tokenizer appends to a text."""
+def _tokens_in_front(tokenizer: Any) -> list[int]:
+    """The special tokens that the tokenizer puts in front of a text."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    if not plain:  # a vocabulary without this letter, which tells nothing
-        return 0
     full = tokenizer("a", add_special_tokens=True)["input_ids"]
     for start in range(len(full) - len(plain) + 1):
-        if full[start : start + len(plain)] == plain:
-            return len(full) - len(plain) - start
-    return 0
+        if plain and full[start : start + len(plain)] == plain:
+            return list(full[:start])
+    return []

@@ -39,7 +39,11 @@ def reasoning_gym(
     (``source_dataset``), so that mixed tasks can be scored. Some tasks give partial credit.
     """
     answers = answer if answer is not None else [None] * len(completions)
-    texts = [_final_text(completion_text(completion)) for completion in completions]
+    texts = []
+    for completion in completions:
+        text = completion_text(completion)
+        tagged = extract_answer(text)
+        texts.append(text.strip() if tagged is None else tagged)
     report_answers(log_extra, texts)
     scores = []
     for text, asked, expected, about in zip(texts, question, answers, metadata, strict=True):
@@ -47,12 +51,6 @@ def reasoning_gym(
         entry = {"question": asked, "answer": expected, "metadata": about}
         scores.append(score(task or about["source_dataset"], text, entry))
     return scores
-
-
-def _final_text(text: str) -> str:
-    tagged = extract_answer(text)
-    found: str = text.strip() if tagged is None else tagged
-    return found
 
 
 def score(task: str, text: str, entry: dict[str, Any]) -> float:

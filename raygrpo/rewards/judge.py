@@ -97,7 +97,7 @@ class JudgeReward(ServiceReward[JudgeParams]):
         params = self._params
         sent = {"model", "max_tokens", "temperature", "seed"}
         body = params.model_dump(include=sent, exclude_none=True) | {"messages": messages}
-        url = f"{params.base_url}/chat/completions"
+        url = f"{params.base_url.rstrip('/')}/chat/completions"
         answer = await self._post(url, body | params.extra_body)
         try:
             choice = answer["choices"][0]

@@ -7,7 +7,14 @@ import string
 from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from raygrpo.config import RewardSection
 from raygrpo.errors import ConfigError, nearest
@@ -18,6 +25,29 @@ Scale = Annotated[tuple[float, float], Field(strict=False)]
 # The name of an environment variable: a secret written in its place does not pass for one.
 Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")]
 _SECRET = re.compile(r"key|token|secret|passw|credential|sig$|auth", re.I)
+
+
+def _check_url(value: str) -> str:
+    parts = urlsplit(value)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("write http://host/path or https://host/path")
+    if parts.username or parts.password:
+        raise ValueError("no credentials in an address: name an environment variable instead")
+    if secrets := [name for name, _ in parse_qsl(parts.query) if _SECRET.search(name)]:
+        raise ValueError(f"no secret ({secrets[0]}) in an address: send it by headers_env")
+    return value
+
+
+def _check_pattern(value: str) -> str:
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"no regular expression: {error}") from None
+    return value
+
+
+Url = Annotated[str, AfterValidator(_check_url)]
+Pattern = Annotated[str, AfterValidator(_check_pattern)]
 
 
 class Params(BaseModel):
@@ -42,16 +72,7 @@ class ExactParams(ColumnParams):
 class FormatParams(Params):
     """Parameters of `format`: a regular expression."""
 
-    pattern: str
-
-    @field_validator("pattern")
-    @classmethod
-    def _compiles(cls, value: str) -> str:
-        try:
-            re.compile(value)
-        except re.error as error:
-            raise ValueError(f"no regular expression: {error}") from None
-        return value
+    pattern: Pattern
 
 
 class LengthParams(Params):
@@ -93,15 +114,10 @@ class HttpParams(ServiceParams):
     dataset columns sent (None: all).
     """
 
-    url: str
+    url: Url
     batch_size: int = Field(0, ge=0)
     headers_env: dict[str, Variable] = {}
     columns: list[str] | None = None
-
-    @field_validator("url")
-    @classmethod
-    def _is_url(cls, value: str) -> str:
-        return _check_url(value)
 
 
 class JudgeParams(ServiceParams):
@@ -113,7 +129,7 @@ class JudgeParams(ServiceParams):
     None; ``extra_body`` is added to it. ``api_key_env`` names an environment variable.
     """
 
-    base_url: str
+    base_url: Url
     model: str
     rubric: str
     scale: Scale = (0.0, 10.0)
@@ -122,11 +138,6 @@ class JudgeParams(ServiceParams):
     temperature: float | None = Field(0.0, ge=0)
     seed: int | None = None
     extra_body: dict[str, Any] = {}
-
-    @field_validator("base_url")
-    @classmethod
-    def _is_url(cls, value: str) -> str:
-        return _check_url(value).rstrip("/")
 
     @model_validator(mode="after")
     def _makes_sense(self) -> JudgeParams:
@@ -187,17 +198,6 @@ def rubric_fields(rubric: str) -> set[str]:
             )
         names.add(name)
     return names
-
-
-def _check_url(value: str) -> str:
-    parts = urlsplit(value)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError("write http://host/path or https://host/path")
-    if parts.username or parts.password:
-        raise ValueError("no credentials in an address: name an environment variable instead")
-    if secrets := [name for name, _ in parse_qsl(parts.query) if _SECRET.search(name)]:
-        raise ValueError(f"no secret ({secrets[0]}) in an address: send it by headers_env")
-    return value
 
 
 def _explain(error: ValidationError, model: type[Params], func: str) -> ConfigError:

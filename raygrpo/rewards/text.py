@@ -37,13 +37,9 @@ def report_answers(log_extra: LogExtra | None, answers: Sequence[str | None]) ->
 
 def last_number(text: str) -> Decimal | None:
     """The last number written in a text: 1,234 or -3 or 2.50 or 1e5; "1/2" reads as 2."""
-    found = None
-    for match in NUMBER.finditer(text):
-        found = match
-    if found is None:
-        return None
+    found = NUMBER.findall(text)
     try:
-        return Decimal(found[0].replace(",", "").replace("\u2212", "-"))
+        return Decimal(found[-1].replace(",", "").replace("\u2212", "-")) if found else None
     except InvalidOperation:  # an exponent beyond what a Decimal holds
         return None
 
