@@ -34,7 +34,6 @@ from raygrpo.rewards.contract import (
     TrainerState,
     make_call,
 )
-from raygrpo.rewards.loading import anchor_reward
 from raygrpo.rewards.wire import Channel
 from raygrpo.types import Group, Score
 
@@ -182,10 +181,9 @@ class RewardHost:
     """All reward functions of one scorer; a context manager.
 
     Args:
-        rewards: the configured rewards; a relative file starts from ``directory``.
+        rewards: the configured rewards.
         functions: by reward name, the bytes (`pack_function`) of functions passed in Python.
         backends: by reward name, the backends of rewards without a child process.
-        directory: the place of relative files and modules; None: the current directory.
         start_timeout_s: deadline of one function's import, in seconds.
     """
 
@@ -195,21 +193,19 @@ class RewardHost:
         functions: Mapping[str, bytes],
         *,
         backends: Mapping[str, RewardBackend] | None = None,
-        directory: Path | None = None,
         start_timeout_s: float = START_TIMEOUT_S,
     ) -> None:
         names = [reward_name(reward) for reward in rewards]
         if len(set(names)) != len(names):
             raise ConfigError(f"rewards need distinct names, not {names}", "set rewards[].name")
-        here = (directory or Path.cwd()).absolute()
-        paths = (*(str(Path(path).absolute()) for path in sys.path), str(here))
+        paths = tuple(str(Path(path).absolute()) for path in (*sys.path, ""))
         self._weights = {reward_name(reward): reward.weight for reward in rewards}
         # One thread a reward, which does its work in order.
         self._rewards: list[tuple[RewardBackend, ThreadPoolExecutor]] = []
         for reward, name in zip(rewards, names, strict=True):
             setup = Setup(
                 name=name,
-                func=anchor_reward(reward, here).func,
+                func=reward.func,
                 pickled=functions.get(name),
                 params=reward.params,
                 paths=paths,

@@ -80,14 +80,10 @@ def pack_function(function: Callable[..., Any]) -> bytes:
     return data
 
 
-def check_reward(
-    section: RewardSection, directory: Path | None = None, passed: Collection[str] = ()
-) -> None:
+def check_reward(section: RewardSection, passed: Collection[str] = ()) -> None:
     """Finds mistakes before any process starts; runs no user code.
 
-    Args:
-        directory: the place of relative paths and of modules; None: the current directory.
-        passed: names of functions passed in Python, which are not looked up.
+    ``passed`` are the names of functions passed in Python, which are not looked up.
 
     Raises:
         ConfigError: an unknown built-in or parameter of one; a missing file or module; a file with
@@ -97,11 +93,11 @@ def check_reward(
         return
     place, _, attribute = section.func.rpartition(":")
     if not place:
-        _check_builtin(section, directory)
+        _check_builtin(section)
     elif _is_file(place):
-        _check_file(_path(place, directory), attribute)
+        _check_file(_path(place), attribute)
     elif attribute.isidentifier() and not place.startswith("."):
-        _check_module(place, directory)
+        _check_module(place)
     else:
         raise ConfigError(
             f"reward {section.func!r} names no function",
@@ -119,16 +115,16 @@ def reward_models(rewards: Sequence[RewardSection]) -> dict[str, RewardModelPara
     }
 
 
-def anchor_reward(section: RewardSection, directory: Path | None = None) -> RewardSection:
+def anchor_reward(section: RewardSection) -> RewardSection:
     """The section with its local path made absolute, for processes that run elsewhere."""
     if section.func == REWARD_MODEL and "path" in section.params:
-        path = _path(section.params["path"], directory)
+        path = _path(section.params["path"])
         params = {**section.params, "path": str(path)} if path.exists() else section.params
         return section.model_copy(update={"params": params})
     place, colon, attribute = section.func.rpartition(":")
     if not colon or not _is_file(place):
         return section
-    return section.model_copy(update={"func": f"{_path(place, directory)}:{attribute}"})
+    return section.model_copy(update={"func": f"{_path(place)}:{attribute}"})
 
 
 def load_reward(setup: Setup) -> tuple[Callable[..., Any], Mapping[str, Any]]:
@@ -176,7 +172,7 @@ def accepted_arguments(function: Callable[..., Any]) -> frozenset[str] | None:
 
 def _import(func: str) -> Any:
     place, _, attribute = func.rpartition(":")
-    module = _load_file(Path(place)) if _is_file(place) else importlib.import_module(place)
+    module = _load_file(_path(place)) if _is_file(place) else importlib.import_module(place)
     return operator.attrgetter(attribute)(module)
 
 
@@ -197,12 +193,12 @@ def _is_file(place: str) -> bool:
     return place.endswith(".py") or "/" in place
 
 
-def _path(place: str, directory: Path | None) -> Path:
-    return ((directory or Path.cwd()) / Path(place).expanduser()).absolute()
+def _path(place: str) -> Path:
+    return Path(place).expanduser().absolute()
 
 
-def _check_model_path(path: str, directory: Path | None) -> None:
-    place = _path(path, directory)
+def _check_model_path(path: str) -> None:
+    place = _path(path)
     looks_local = path.startswith(("/", "./", "../", "~")) or path.count("/") > 1
     if not place.exists() and not looks_local:
         return  # a hub id: what it holds is found when its actor starts
@@ -213,7 +209,7 @@ def _check_model_path(path: str, directory: Path | None) -> None:
         )
 
 
-def _check_builtin(section: RewardSection, directory: Path | None) -> None:
+def _check_builtin(section: RewardSection) -> None:
     builtin = BUILTINS.get(section.func)
     if builtin is None:
         raise ConfigError(
@@ -222,22 +218,22 @@ def _check_builtin(section: RewardSection, directory: Path | None) -> None:
         )
     params = read_params(builtin.params, section)
     if isinstance(params, RewardModelParams):
-        _check_model_path(params.path, directory)
+        _check_model_path(params.path)
 
 
-def _check_module(place: str, directory: Path | None) -> None:
+def _check_module(place: str) -> None:
     top = place.partition(".")[0]
     if top == "__main__":
         raise ConfigError(
             "a reward in __main__ cannot be found by name", "pass the function itself from Python"
         )
     # Only the top package is looked up: finding a submodule would import its parents.
-    here = [str(directory or Path.cwd())]
+    here = [str(Path.cwd())]
     found = top in sys.modules or importlib.util.find_spec(top) or PathFinder.find_spec(top, here)
     if not found:
         raise ConfigError(
             f"no module {top!r} for the reward {place!r}",
-            f"install it, put it beside the configuration in {here[0]}, or write its path",
+            f"install it, put it into {here[0]}, or write its path",
         )
 
 

@@ -184,26 +184,24 @@ class TestContract:
             assert values(host.score(written(["a"]), STATE)) == [1]
             assert values(host.score(written(["a"]), STATE)) == [1]
 
-    def test_from_files_with_neighbours_and_modules_beside_the_configuration(
-        self, tmp_path: Path
-    ) -> None:
-        (tmp_path / "neighbour.py").write_text("BONUS = 5.0\n")
-        (tmp_path / "mine.py").write_text(
+    def test_from_files_with_neighbours_and_from_modules_of_the_directory(self, here: Path) -> None:
+        (here / "neighbour.py").write_text("BONUS = 5.0\n")
+        (here / "mine.py").write_text(
             "from neighbour import BONUS\n"
             "def f(completions, scale, **kwargs):\n"
             "    return [scale * len(c) + BONUS for c in completions]\n"
         )
-        package = tmp_path / "my_rewards_package"
+        package = here / "my_rewards_package"
         package.mkdir()
         (package / "deep.py").write_text("def g(completions): return [1 for _ in completions]\n")
         sections = [
             RewardSection(func="mine.py:f", params={"scale": 2}),
             RewardSection(func="my_rewards_package.deep:g"),
         ]
-        with RewardHost(sections, {}, directory=tmp_path) as host:
+        with RewardHost(sections, {}) as host:
             assert values(host.score(written(["a", "bbb"]), STATE)) == [8, 12]
 
-    def test_trl_rewards_run_unchanged(self, tmp_path: Path) -> None:
+    def test_trl_rewards_run_unchanged(self, here: Path) -> None:
         from trl.rewards import (  # the oracle, called directly
             accuracy_reward,
             get_cosine_scaled_reward,
@@ -213,7 +211,7 @@ class TestContract:
             think_format_reward,
         )
 
-        (tmp_path / "mine.py").write_text(
+        (here / "mine.py").write_text(
             "from trl.rewards import get_cosine_scaled_reward, get_repetition_penalty_reward\n"
             "from trl.rewards import get_soft_overlong_punishment\n"
             "overlong = get_soft_overlong_punishment(40, 20)\n"
@@ -228,7 +226,7 @@ class TestContract:
         ]
         texts = [r"<think>so</think> $\boxed{\frac{1}{2}}$", r"$\boxed{3}$", "none " * 7]
         group = written(texts, {"solution": "$0.5$"}, chat=True)
-        with RewardHost(sections, {}, directory=tmp_path) as host:
+        with RewardHost(sections, {}) as host:
             scored = host.score(group, STATE)
         assert scored.traceback is None
         completions = [[{"role": "assistant", "content": text}] for text in texts]
@@ -395,12 +393,12 @@ class TestFailures:
         ("f = 3", "is a int, not a function"),
     ],
 )
-def test_modules_that_cannot_be_loaded(tmp_path: Path, source: str, says: str) -> None:
-    (tmp_path / "mine.py").write_text(source)
+def test_modules_that_cannot_be_loaded(here: Path, source: str, says: str) -> None:
+    (here / "mine.py").write_text(source)
     sections = [RewardSection(func="mine.py:f"), RewardSection(func="exact")]
     deadline_s = 0.5 if "pause" in source else 60.0
     with pytest.raises(RewardError, match=says):
-        RewardHost(sections, {}, directory=tmp_path, start_timeout_s=deadline_s).start()
+        RewardHost(sections, {}, start_timeout_s=deadline_s).start()
 
 
 def spawn_family(path: str) -> Callable[..., Any]:

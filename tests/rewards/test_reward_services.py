@@ -59,30 +59,30 @@ class TestParams:
         ],
     )
     def test_what_is_wrong_is_named(
-        self, tmp_path: Path, func: str, params: dict[str, Any], says: str
+        self, here: Path, func: str, params: dict[str, Any], says: str
     ) -> None:
-        (tmp_path / "empty").mkdir()
+        (here / "empty").mkdir()
         with pytest.raises(ConfigError, match=says):
-            check_reward(RewardSection(func=func, params=params), tmp_path)
+            check_reward(RewardSection(func=func, params=params))
 
-    def test_what_is_right_passes(self, tmp_path: Path) -> None:
-        (tmp_path / "model").mkdir()
-        (tmp_path / "model" / "config.json").write_text("{}")
+    def test_what_is_right_passes(self, here: Path) -> None:
+        (here / "model").mkdir()
+        (here / "model" / "config.json").write_text("{}")
         for func, params in (
             ("http", {"url": "https://h/score", "request_timeout_s": 5}),
             ("judge", {**JUDGE, "scale": [1, 5], "rubric": "{prompt} {{}} {completion} {gold}"}),
             ("reward_model", {"path": "model", "gpus": 0.5}),
             ("reward_model", {"path": "org/model"}),
         ):
-            check_reward(RewardSection(func=func, params=params), tmp_path)
+            check_reward(RewardSection(func=func, params=params))
 
-    def test_a_models_path_is_made_absolute_and_a_hub_id_is_not(self, tmp_path: Path) -> None:
-        (tmp_path / "model").mkdir()
+    def test_a_models_path_is_made_absolute_and_a_hub_id_is_not(self, here: Path) -> None:
+        (here / "model").mkdir()
         local = RewardSection(func="reward_model", params={"path": "model", "count": 2})
-        anchored = anchor_reward(local, tmp_path)
-        assert anchored.params == {"path": str(tmp_path / "model"), "count": 2}
+        anchored = anchor_reward(local)
+        assert anchored.params == {"path": str(here / "model"), "count": 2}
         remote = RewardSection(func="reward_model", params={"path": "org/model"})
-        assert anchor_reward(remote, tmp_path) == remote
+        assert anchor_reward(remote) == remote
 
     def test_the_cluster_must_hold_the_models(self) -> None:
         rewards = [

@@ -285,16 +285,14 @@ class TestCheck:
             (section("broken.py:f"), "no valid Python"),
         ],
     )
-    def test_what_is_wrong_is_named(self, tmp_path: Path, bad: RewardSection, says: str) -> None:
-        (tmp_path / "mine.py").write_text("def golden(completions): ...\n")
-        (tmp_path / "broken.py").write_text("def f(:\n")
+    def test_what_is_wrong_is_named(self, here: Path, bad: RewardSection, says: str) -> None:
+        (here / "mine.py").write_text("def golden(completions): ...\n")
+        (here / "broken.py").write_text("def f(:\n")
         with pytest.raises(ConfigError, match=says):
-            check_reward(bad, tmp_path)
+            check_reward(bad)
 
-    def test_all_ways_to_define_a_name_are_found_without_running_the_file(
-        self, tmp_path: Path
-    ) -> None:
-        (tmp_path / "mine.py").write_text(
+    def test_all_ways_to_define_a_name_are_found_without_running_the_file(self, here: Path) -> None:
+        (here / "mine.py").write_text(
             "raise SystemExit('the driver ran user code')\n"
             "from math import sin as imported\n"
             "def plain(completions): ...\n"
@@ -309,28 +307,26 @@ class TestCheck:
             *("imported", "plain", "later", "left", "right", "rest", "typed", "Holder.method"),
             *("tried", "branch", "other"),
         ):
-            check_reward(section(f"mine.py:{name}"), tmp_path)
+            check_reward(section(f"mine.py:{name}"))
         with pytest.raises(ConfigError, match="defines no 'absent'"):
-            check_reward(section("mine.py:absent"), tmp_path)
+            check_reward(section("mine.py:absent"))
 
-    def test_modules_installed_or_beside_the_configuration(self, tmp_path: Path) -> None:
-        (tmp_path / "beside_it.py").write_text("")
-        check_reward(section("beside_it:f"), tmp_path)
+    def test_modules_installed_or_beside_the_configuration(self, here: Path) -> None:
+        (here / "beside_it.py").write_text("")
+        check_reward(section("beside_it:f"))
         check_reward(section("trl.rewards:accuracy_reward"))
-        with pytest.raises(ConfigError, match="no module 'beside_it'"):
-            check_reward(section("beside_it:f"))
 
     def test_functions_passed_in_python_are_not_looked_up(self) -> None:
         check_reward(section("mine", name="mine"), passed={"mine"})
         with pytest.raises(ConfigError, match="unknown reward 'mine'"):
             check_reward(section("mine", name="mine"))
 
-    def test_names_and_anchors(self, tmp_path: Path) -> None:
+    def test_names_and_anchors(self, here: Path) -> None:
         assert reward_name(section("exact")) == "exact"
         assert reward_name(section("a/b.py:f")) == "f"
         assert reward_name(section("a.b:f", name="mine")) == "mine"
-        assert anchor_reward(section("b.py:f"), tmp_path).func == f"{tmp_path}/b.py:f"
-        assert anchor_reward(section("a.b:f"), tmp_path).func == "a.b:f"
+        assert anchor_reward(section("b.py:f")).func == f"{here}/b.py:f"
+        assert anchor_reward(section("a.b:f")).func == "a.b:f"
 
     def test_what_cannot_be_pickled_is_refused(self) -> None:
         import threading
