@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 TOKEN = "hf_" + "s3cret" * 5
 
@@ -76,12 +76,7 @@ class FakeHub:
 def fake_hub() -> Iterator[FakeHub]:
     """A hub that answers until the end of the block."""
     hub = FakeHub()
-
-    class Handler(_Handler):
-        pass
-
-    Handler.hub = hub
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
     hub.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
@@ -188,7 +183,8 @@ class _Handler(BaseHTTPRequestHandler):
                 files = {p: d for p, d in commit.files.items() if p.startswith(prefix)}
                 self._json([_described(path, data) for path, data in files.items()])
             case ["paths-info", _]:
-                paths = json.loads(body)["paths"] if body.startswith(b"{") else _form(body)
+                form = parse_qs(body.decode())
+                paths = json.loads(body)["paths"] if body.startswith(b"{") else form["paths"]
                 found = [path for path in paths if path in commit.files]
                 self._json([_described(path, commit.files[path]) for path in found])
             case ["preupload", _]:
@@ -211,11 +207,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _batch(self, asked: dict[str, Any]) -> None:
         objects = [
-            {
-                **item,
-                "authenticated": True,
-                "actions": {"upload": {"href": f"{self.hub.url}/lfs/{item['oid']}"}},
-            }
+            {**item, "actions": {"upload": {"href": f"{self.hub.url}/lfs/{item['oid']}"}}}
             for item in asked["objects"]
         ]
         self._json({"transfer": "basic", "objects": objects})
@@ -278,15 +270,5 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _described(path: str, data: bytes) -> dict[str, Any]:
-    return {
-        "type": "file",
-        "path": path,
-        "size": len(data),
-        "oid": hashlib.sha1(data).hexdigest(),
-    }
-
-
-def _form(body: bytes) -> list[str]:
-    from urllib.parse import parse_qs
-
-    return parse_qs(body.decode()).get("paths", [])
+    oid = hashlib.sha1(data).hexdigest()
+    return {"type": "file", "path": path, "size": len(data), "oid": oid}

@@ -15,11 +15,11 @@ import pytest
 from raygrpo.actors.pool.workers import PoolEvents
 from raygrpo.commands.evaluate import Rollouts, evaluate_prompts, generate_groups
 from raygrpo.commands.signals import Stopped, StopSignals
-from raygrpo.config.file import load_config
 from raygrpo.data.prompts import PromptSource
 from raygrpo.errors import RewardError
 from raygrpo.rewards.contract import TrainerState
 from raygrpo.types import FinishedGroup, Group, GroupRequest, Prompt
+from tests import builders
 from tests.builders import completion, prompt
 from tests.builders import summary as summary_of
 
@@ -59,15 +59,11 @@ class Pool:
 
 
 def rollouts(pool: Pool, **sections: Any) -> Rollouts:
-    config = load_config(
-        {
-            "model": {"path": "m"},
-            "data": {"source": "d"},
-            "sampling": {"num_completions": 2},
-            "rewards": [{"func": "exact", "name": "r"}],
-            "eval": {"eval_steps": 1, "num_completions": 2},
-            **sections,
-        }
+    config = builders.config(
+        sampling={"num_completions": 2},
+        rewards=[{"func": "exact", "name": "r"}],
+        eval={"eval_steps": 1, "num_completions": 2},
+        **sections,
     )
     return Rollouts(
         config=config, trained=0, pool=pool, signals=StopSignals(), on_event=lambda *_: None

@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub
 import pytest
@@ -15,9 +14,9 @@ from typer.testing import CliRunner
 
 from raygrpo.cli import app
 from raygrpo.commands.hub import commit_message, push, push_run
-from raygrpo.config.file import load_config
 from raygrpo.errors import ConfigError, InfraError, RayGrpoError
 from raygrpo.storage.run_dir import RunDir
+from tests import builders
 from tests.fake_hub import TOKEN, Commit, FakeHub, Repo, fake_hub
 from tests.storage.test_checkpoint import state
 from tests.tiny import save_tiny_model
@@ -35,14 +34,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     root = tmp_path_factory.mktemp("runs") / "my-run"
     model = save_tiny_model(tmp_path_factory.mktemp("base") / "tiny")
-    config = load_config(
-        {
-            "run_dir": str(root),
-            "model": {"path": str(model)},
-            "data": {"source": "openai/gsm8k"},
-            "eval": {"eval_steps": 2},
-            "rewards": [{"func": "exact"}],
-        }
+    data = {"source": "openai/gsm8k"}
+    config = builders.config(
+        run_dir=str(root), model={"path": str(model)}, data=data, eval={"eval_steps": 2}
     )
     run_dir = RunDir.claim(config)
     run_dir.write_config(config)
@@ -86,12 +80,8 @@ def test_the_hub_gets_the_export_byte_for_byte(trained: Path, hub: FakeHub) -> N
     export = trained / "export"
     expected = {p.name: p.read_bytes() for p in export.iterdir() if p.suffix != ".bin"}
     assert commit.files == expected
-    assert {
-        "model.safetensors",
-        "config.json",
-        "tokenizer.json",
-        "README.md",
-    } <= commit.files.keys()
+    files = {"model.safetensors", "config.json", "tokenizer.json", "README.md"}
+    assert files <= commit.files.keys()
     assert not set(SECRET_FILES) & commit.files.keys()
     assert commit.message == "Step 4: eval/reward 0.875"
     assert hub.repos["models/me/out"].private
@@ -173,8 +163,10 @@ def test_what_is_not_retried_shows_nothing_and_can_be_repeated(
     assert published(hub).files["model.safetensors"]
 
 
-def refusal(trained: Path, name: str = "me/out") -> RayGrpoError:
-    with pytest.raises(RayGrpoError) as caught:
+def refusal(
+    trained: Path, name: str = "me/out", kind: type[RayGrpoError] = ConfigError
+) -> RayGrpoError:
+    with pytest.raises(kind) as caught:
         push_run(trained, name, public=True)
     assert caught.value.fix
     assert TOKEN not in str(caught.value)
@@ -184,16 +176,12 @@ def refusal(trained: Path, name: str = "me/out") -> RayGrpoError:
 def test_refusals_are_typed(trained: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.repos["models/you/theirs"] = Repo(private=False)
     for name in ("you/theirs", "you/new"):
-        error = refusal(trained, name)
-        assert isinstance(error, ConfigError)
-        assert "may not write" in error.message
+        assert "may not write" in refusal(trained, name).message
     assert not published(hub, "you/theirs").files
     hub.failures["/commit/"] = [404]
-    assert isinstance(refusal(trained), ConfigError)
+    refusal(trained)
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    error = refusal(trained)
-    assert isinstance(error, ConfigError)
-    assert "token" in error.message
+    assert "token" in refusal(trained).message
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(trained / "none"))
     assert "no token" in refusal(trained).message
@@ -204,23 +192,16 @@ def test_refusals_are_typed(trained: Path, hub: FakeHub, monkeypatch: pytest.Mon
 def test_no_network(trained: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     # Port 9 of this machine: nothing listens there.
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    error = refusal(trained)
-    assert isinstance(error, InfraError)
-    assert "cannot be reached" in error.message
+    assert "cannot be reached" in refusal(trained, kind=InfraError).message
 
 
 def test_the_message_names_the_metric_that_decides(tmp_path: Path) -> None:
-    config: dict[str, Any] = {
-        "run_dir": str(tmp_path / "r"),
-        "model": {"path": "a/b"},
-        "data": {"source": "c/d"},
-        "eval": {"eval_steps": 1, "best": {"metric": "eval/greedy/reward"}},
-    }
-    run_dir = RunDir.claim(load_config(config))
-    run_dir.write_config(load_config(config))
+    best = {"metric": "eval/greedy/reward"}
+    config = builders.config(run_dir=str(tmp_path / "r"), eval={"eval_steps": 1, "best": best})
+    run_dir = RunDir(tmp_path)
+    run_dir.write_config(config)
     row = {"step": 3, "eval/greedy/reward": 0.25, "eval/reward": 0.5, "reward": 1.0}
     run_dir.metrics_path.write_text(json.dumps(row) + "\n")
-    run_dir.release()
     assert commit_message(run_dir, 3) == "Step 3: eval/greedy/reward 0.25"
     assert commit_message(run_dir, 4) == "Step 4"
 

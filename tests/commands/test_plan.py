@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,13 @@ def make(path: Path, **sections: Any) -> RunConfig:
     return load_config(base)
 
 
+def learner_parts(path: Path, update: FullUpdate = FULL, **sections: Any) -> dict[str, int]:
+    """The tensors of a learner rank on the host."""
+    config = make(path, **sections)
+    size = model_size(config.model, lora=config.learner.lora)
+    return learner_memory(config, size, update).host
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma3"])
 def test_parameters_are_counted_without_weights(kind: str, models: dict[str, Path]) -> None:
     config = make(models[kind])
@@ -90,7 +98,7 @@ def test_an_adapter_has_few_trained_parameters(models: dict[str, Path]) -> None:
     size = model_size(config.model, lora=LORA)
     # Two layers; q: 32 -> 32, v: 32 -> 16.
     assert size.trained == 2 * 4 * ((32 + 32) + (32 + 16))
-    parts = learner_memory(config, size, FULL).host
+    parts = learner_parts(models["llama"], learner={"lora": LORA})
     assert parts["optimizer"] == 8 * size.trained
     # The head is not trained: its logits alone.
     assert parts["language head"] == 4 * 4096 * size.vocabulary
@@ -98,31 +106,23 @@ def test_an_adapter_has_few_trained_parameters(models: dict[str, Path]) -> None:
 
 
 def test_stages_divide_what_they_shard(models: dict[str, Path]) -> None:
-    size = model_size(make(models["llama"]).model)
-    p = 4 * size.parameters
-
-    def parts(stage: int) -> dict[str, int]:
-        learner = {"zero_stage": stage, "num_ranks": 4}
-        return learner_memory(make(models["llama"], learner=learner), size, FULL).host
-
-    assert [parts(s)["optimizer"] for s in range(4)] == [2 * p] + [2 * (p // 4)] * 3
-    assert [parts(s)["master weights"] for s in range(4)] == [0] + [p // 4] * 3
-    assert [parts(s)["gradients"] for s in range(4)] == [p, p, p // 4, p // 4]
+    p = 4 * model_size(make(models["llama"]).model).parameters
+    learners = [{"zero_stage": stage, "num_ranks": 4} for stage in range(4)]
+    parts = [learner_parts(models["llama"], learner=learner) for learner in learners]
+    assert [each["optimizer"] for each in parts] == [2 * p] + [2 * (p // 4)] * 3
+    assert [each["master weights"] for each in parts] == [0] + [p // 4] * 3
+    assert [each["gradients"] for each in parts] == [p, p, p // 4, p // 4]
 
 
 def test_gradients_of_one_microbatch_grow_as_its_activations_go(models: dict[str, Path]) -> None:
-    config = make(models["llama"], learner={"zero_stage": 1})
-    size = model_size(config.model)
-    parts = learner_memory(config, size, replace(FULL, microbatches=1, tokens=1)).host
-    assert parts["gradients"] == 4 * size.parameters - size.activations
-    assert learner_memory(config, size, FULL).host["gradients"] == 4 * size.parameters
+    size = model_size(make(models["llama"]).model)
+    one = learner_parts(models["llama"], replace(FULL, microbatches=1, tokens=1))
+    assert one["gradients"] == 4 * size.parameters - size.activations
+    assert learner_parts(models["llama"])["gradients"] == 4 * size.parameters
 
 
 def test_each_remedy_lowers_its_part(models: dict[str, Path]) -> None:
-    def parts(update: FullUpdate = FULL, **sections: Any) -> dict[str, int]:
-        config = make(models["llama"], **sections)
-        return learner_memory(config, model_size(config.model), update).host
-
+    parts = partial(learner_parts, models["llama"])
     plain = parts()
     recomputed = parts(learner={"gradient_checkpointing": True})
     assert recomputed["activations"] < plain["activations"]
@@ -165,12 +165,12 @@ def test_shared_prompts_are_copied_for_each_completion(
 
 def test_a_float32_head_is_counted_in_float32(models: dict[str, Path]) -> None:
     """Its logits, and the sum of its weight's gradient beside the rounded one."""
-    config = make(models["llama"], model={"dtype": "bfloat16", "fp32_head": True})
-    size = model_size(config.model)
-    weight, logits = size.vocabulary * 32, 4096 * size.vocabulary
-    assert learner_memory(config, size, FULL).host["language head"] == 4 * logits + 6 * weight
-    plain = make(models["llama"], model={"dtype": "bfloat16"})
-    assert learner_memory(plain, size, FULL).host["language head"] == 2 * logits + 4 * weight
+    vocabulary = model_size(make(models["llama"]).model).vocabulary
+    weight, logits = vocabulary * 32, 4096 * vocabulary
+    parts = learner_parts(models["llama"], model={"dtype": "bfloat16", "fp32_head": True})
+    assert parts["language head"] == 4 * logits + 6 * weight
+    plain = learner_parts(models["llama"], model={"dtype": "bfloat16"})
+    assert plain["language head"] == 2 * logits + 4 * weight
 
 
 def on_gpu(path: Path, stage: int, **zero: Any) -> tuple[int, Memory]:

@@ -79,6 +79,9 @@ def set_keys(config: RunConfig) -> list[set[str]]:
     return [keys.model_fields_set for keys in changes]
 
 
+FILTERED = {"filters": {"min_p": 0.1}}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -90,7 +93,6 @@ def set_keys(config: RunConfig) -> list[set[str]]:
         ({"sampling": {"num_completions": 1}}, "baseline"),
         ({"sampling": {"filters": {"min_tokens": 9}, "max_tokens": 4}}, "min_tokens is larger"),
         ({"deterministic": True, "train": {"max_staleness": 1}}, "max_staleness: 0"),
-        ({"loss": {"correction": "tis"}, "sampling": {"filters": {"top_p": 0.9}}}, "renormalised"),
         (
             {"generators": {"options": {"weight_transfer": "ipc"}}},
             "options.weight_transfer\n  fix: the key is weights.transport now",
@@ -108,6 +110,24 @@ def set_keys(config: RunConfig) -> list[set[str]]:
         ({"learner": {"zero_stage": 4}}, "learner.zero_stage"),
         ({"learner": {"num_ranks": 3, "sequence_parallel": 2}}, "num_ranks (3) is no multiple"),
         ({"train": "fast"}, "train"),
+        ({"loss": {"kl_estimator": "k1"}}, "gradient of zero on average"),
+        ({"loss": {"correction": "tis"}, "sampling": FILTERED}, "renormalised"),
+        ({"loss": {"ratio_anchor": "sampler"}, "sampling": FILTERED}, "renormalised"),
+        ({"loss": {"loss": "dppo_tv"}, "sampling": FILTERED}, "renormalised"),
+        ({"loss": {"off_policy_threshold": 0.1}, "sampling": FILTERED}, "renormalised"),
+        ({"loss": {"ratio_anchor": "sampler", "correction": "tis"}}, "corrects"),
+        ({"loss": {"loss": "dppo_tv", "correction": "icepop"}}, "corrects"),
+        ({"loss": {"loss": "reinforce", "ratio_anchor": "sampler"}}, "has no ratio"),
+        ({"loss": {"loss": "reinforce"}, "train": {"num_iterations": 2}}, "may have one update"),
+        ({"loss": {"loss": "cispo", "delta": 2.0}}, "delta acts with loss: clip and gspo only"),
+        ({"loss": {"loss": "sapo", "dual_clip": 2.0}}, "dual_clip acts with"),
+        ({"loss": {"correction": "icepop", "correction_min": 3.0}}, "larger than correction_max"),
+        ({"learner": {"reference": {"sync_steps": 2}}}, "set loss.beta too"),
+        (
+            {"learner": {"reference": {"sync_steps": 2}, "lora": {"r": 4}}, "loss": {"beta": 0.1}},
+            "without the adapter",
+        ),
+        ({"advantage": {"scale": "gdpo", "overlong_buffer": 0.2}}, "add the reward `length`"),
     ],
     ids=str,
 )

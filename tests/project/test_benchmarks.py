@@ -46,20 +46,6 @@ def test_generation_is_what_the_rest_of_a_step_leaves() -> None:
     assert ours.split() == [(7.5, 1.0, 0.5), (0.5, 1.0, 0.5), (2.5, 1.0, 0.5)]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "bar"),
-    [
-        ([], 2.5),
-        (["--engine", "vllm"], 1.5),
-        (["--workload", "long_prompt"], 2.5),
-        (["--workload", "gemma"], 1.8),
-        (["--workload", "gemma", "--engine", "vllm"], None),
-    ],
-)
-def test_each_workload_and_engine_has_its_bar(arguments: list[str], bar: float | None) -> None:
-    assert parse_arguments(arguments).bar == bar
-
-
 def test_the_target_is_a_mean_over_a_window() -> None:
     rewards = [0.9, 0.1, 0.7, 0.8, 0.6, 0.9]
     steps = run("raygrpo", [1.0] * 6, rewards).steps

@@ -131,15 +131,6 @@ def test_a_run_is_claimed_once_and_not_changed(tmp_path: Path) -> None:
     RunDir.claim(longer).release()
 
 
-def test_damaged_later_checkpoints_cost_no_good_one(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path, keep=1)
-    damaged = save(checkpoints, 20)
-    (damaged / "manifest.json").write_text("{")
-    good = save(checkpoints, 10)
-    assert good.is_dir()
-    assert checkpoints.newest_valid()[0] == good
-
-
 def test_a_strangers_directory_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(ConfigError, match="no run"):
