@@ -87,22 +87,6 @@ class Link:
         return array
 
 
-class Receiver:
-    """A generator's end: a replica that is brought up to each version."""
-
-    def __init__(self, threads: int) -> None:
-        self._replica = Replica(threads)
-
-    def take(self, manifest: WeightsManifest, arrays: list[ByteArray]) -> None:
-        """Builds and verifies a version beside the one before, and makes it the one in use."""
-        self._replica.commit(self._replica.stage([(manifest, arrays)]))
-
-    @property
-    def buckets(self) -> tuple[ByteArray, ...]:
-        """The version in use."""
-        return self._replica.current.buckets
-
-
 class Policy:
     """A bfloat16 model, its fp32 masters under AdamW, and rows to train on."""
 
@@ -151,21 +135,27 @@ class Policy:
         return manifest, [data for _, data in packed]
 
 
+def take(replica: Replica, manifest: WeightsManifest, arrays: list[ByteArray]) -> None:
+    """A generator's end: builds and verifies a version, and makes it the one in use."""
+    replica.stage([(manifest, arrays)])
+    replica.commit()
+
+
 class Comparison:
     """A learner's end with two receivers: one is sent whole versions, the other deltas."""
 
     def __init__(self, link: Link, threads: int, first: Weights) -> None:
         self._link, self._held = link, first
         self._workers = ThreadPoolExecutor(threads)
-        self._whole, self._sparse = Receiver(threads), Receiver(threads)
-        for receiver in (self._whole, self._sparse):
-            receiver.take(*first)
+        self._whole, self._sparse = Replica(threads), Replica(threads)
+        for replica in (self._whole, self._sparse):
+            take(replica, *first)
 
     def send(self, new: Weights) -> dict[str, float]:
         """Sends a version both ways; sizes in bytes, times in seconds."""
         manifest, buckets = new
         started = time.perf_counter()
-        self._whole.take(manifest, self._link.carry(buckets, len(buckets)))
+        take(self._whole, manifest, self._link.carry(buckets, len(buckets)))
         full_s = time.perf_counter() - started
         started = time.perf_counter()
         encoded = list(self._workers.map(delta.compare, *self._pairs(new)))
@@ -181,11 +171,10 @@ class Comparison:
             base_version=self._held[0].version,
             buckets=tuple(replace(spec, encoded_bytes=part.nbytes) for spec, part in specs),
         )
-        self._sparse.take(sparse, arrived)
+        take(self._sparse, sparse, arrived)
         delta_s = time.perf_counter() - started
-        for one, other, sent in zip(
-            self._whole.buckets, self._sparse.buckets, buckets, strict=True
-        ):
+        held = self._whole.current.buckets, self._sparse.current.buckets
+        for one, other, sent in zip(*held, buckets, strict=True):
             assert np.array_equal(one, sent), "the whole bytes arrived"
             assert np.array_equal(other, sent), "the deltas gave the same bytes"
         self._held = new

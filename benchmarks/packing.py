@@ -42,16 +42,8 @@ from raygrpo.algorithm.packing import (
     trees_of,
 )
 from raygrpo.learner.attention.segments import make_plan
-from raygrpo.types import (
-    Completion,
-    Group,
-    GroupRequest,
-    PlannedSample,
-    Prompt,
-    Sampling,
-    StepBatch,
-    Version,
-)
+from raygrpo.types import Group, PlannedSample, StepBatch
+from tests import builders
 
 PADDING_BAR, IMBALANCE_BAR = 0.02, 0.03
 
@@ -97,27 +89,11 @@ def make_step(options: argparse.Namespace, seed: int) -> StepBatch:
 
 def make_group(group_id: int, prompt: int, lengths: list[int]) -> Group:
     """A group of these lengths in tokens."""
-    version = Version(1, 0)
-    request = GroupRequest(
-        stream="train",
-        group_id=group_id,
-        prompt=Prompt(id="p", token_ids=np.zeros(prompt, np.int32), text=""),
-        seed=0,
-        sampling=Sampling(num_completions=len(lengths), max_tokens=max(lengths)),
-        min_version=version,
+    request = builders.request(
+        group_id, num_completions=len(lengths), tokens=[0] * prompt, max_tokens=max(lengths)
     )
-    completions = tuple(
-        Completion(
-            token_ids=np.zeros(length, np.int32),
-            logprobs=np.zeros(length, np.float32),
-            loss_mask=np.ones(length, np.bool_),
-            text="",
-            finish="length",
-            version_runs=((version, length),),
-        )
-        for length in lengths
-    )
-    return Group(request=request, completions=completions)
+    completions = [builders.completion([0] * length, finish="length") for length in lengths]
+    return builders.group(request, completions)
 
 
 def attention_slots(plan: MicrobatchPlan, batch: StepBatch, layout: RowLayout) -> tuple[int, int]:

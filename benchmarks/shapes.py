@@ -1,8 +1,9 @@
-"""Models of a known shape with random weights, as directories: for time and memory only."""
+"""What is measured: workloads, and models of a known shape with random weights."""
 
 from __future__ import annotations
 
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -12,6 +13,25 @@ SHAPES = {
     "small": (256, 512, 2, 4, 2, 512),
     "0.5b": (896, 4864, 24, 14, 2, 151_936),
     "1.5b": (1536, 8960, 28, 12, 2, 151_936),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Sizes of a step: prompts, completions of each, and tokens of either."""
+
+    model: str
+    prompts: int
+    completions: int
+    prompt_tokens: int
+    new_tokens: int
+
+
+SMOLLM2, GEMMA = "weights/smollm2-135m", "weights/gemma-3-270m"
+WORKLOADS = {
+    "smollm2": Workload(SMOLLM2, prompts=4, completions=8, prompt_tokens=105, new_tokens=64),
+    "long_prompt": Workload(SMOLLM2, prompts=2, completions=16, prompt_tokens=256, new_tokens=32),
+    "gemma": Workload(GEMMA, prompts=4, completions=8, prompt_tokens=12, new_tokens=32),
 }
 
 

@@ -20,7 +20,6 @@ import numpy as np
 import psutil
 import ray
 import xxhash
-import yaml
 
 from raygrpo.actors.cluster.site import Site
 from raygrpo.actors.futures import Pending
@@ -30,6 +29,8 @@ from raygrpo.actors.process import spawn
 from raygrpo.actors.weight_store import StoreHandle
 from raygrpo.commands.train import run
 from raygrpo.config import RunConfig
+from raygrpo.config.file import load_config
+from raygrpo.tracking.files import read_metrics
 from raygrpo.types import (
     ByteArray,
     Completion,
@@ -43,6 +44,7 @@ from raygrpo.types import (
     Version,
 )
 from raygrpo.weights.types import BucketSpec, PublishReport, TensorSpec, WeightsManifest
+from tests.tiny import save_tiny_model
 
 WEIGHT_BYTES = 2**16
 LOOK_FRAC = 0.01  # how long a step may keep a command waiting, in times of a group
@@ -327,16 +329,12 @@ def simulate(
     **sections: dict[str, Any],
 ) -> Measured:
     """Runs a training with these times in a directory of its own; leaves out ``warmup`` steps."""
-    from raygrpo.config.file import load_config
-    from tests.tiny import save_tiny_model
-
     model = directory / "model"
     if not model.exists():
         save_tiny_model(model)
         rows = [{"prompt": f"{a}+{b}="} for a in range(10) for b in range(10)]
         (directory / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
         (directory / "reward.py").write_text(REWARD)
-    path = directory / f"{name}.yaml"
     base: dict[str, Any] = {
         "run_dir": str(directory / name),
         "model": {"path": str(model)},
@@ -347,8 +345,7 @@ def simulate(
     }
     for section, keys in sections.items():
         base[section] = {**base.get(section, {}), **keys}
-    path.write_text(yaml.safe_dump(base))
-    config = load_config(path)
+    config = load_config(base)
     engine = functools.partial(make_engine, group_s=group_s, spread=spread)
     learners: list[SimulatedLearner] = []
 
@@ -360,10 +357,9 @@ def simulate(
 
     with (directory / f"{name}.log").open("w") as log, contextlib.redirect_stdout(log):
         outcome = run(config, make_workers=make_workers)
-    text = (directory / name / "metrics.jsonl").read_text()
-    found = [json.loads(line) for line in text.splitlines()]
+    logged = read_metrics(directory / name / "metrics.jsonl")
     return Measured(
-        rows=[row for row in found if row["step"] > warmup],
+        rows=[row for row in logged if row["step"] > warmup],
         driver_ms_per_group=outcome.driver_ms_per_group,
         readings=learners[0].readings,
     )

@@ -6,11 +6,10 @@ import os
 import resource
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 
 def serve(name: str, spec: dict[str, Any], pipe: Connection) -> None:
@@ -72,35 +71,19 @@ def our_config(spec: dict[str, Any], dtype: str) -> Any:
 def our_step(spec: dict[str, Any], config: Any) -> tuple[Any, dict[int, Any]]:
     """The plan of the step, and its groups."""
     from raygrpo.algorithm.step_plan import make_step_batch
-    from raygrpo.types import (
-        Completion,
-        FinishedGroup,
-        Group,
-        GroupRequest,
-        Prompt,
-        Score,
-        Version,
-        summarise,
-    )
+    from raygrpo.types import FinishedGroup, summarise
+    from tests import builders
 
-    version = Version(1, 0)
     finished, payloads = [], {}
     for number, stored in enumerate(spec["groups"]):
-        prompt = Prompt(id="p", token_ids=np.array(stored["prompt"], np.int32), text="?")
-        request = GroupRequest(
-            stream="train", group_id=number, prompt=prompt, seed=0,
-            sampling=config.sampling.settings(), min_version=version,
-        )  # fmt: skip
-        completions = tuple(
-            Completion(
-                token_ids=np.array(ids, np.int32), logprobs=np.zeros(len(ids), np.float32),
-                loss_mask=np.ones(len(ids), np.bool_), text="", finish="length",
-                version_runs=((version, len(ids)),),
-            )
+        request = builders.request(number, tokens=stored["prompt"])
+        request = replace(request, sampling=config.sampling.settings())
+        completions = [
+            builders.completion(ids, [0.0] * len(ids), finish="length")
             for ids in stored["completions"]
-        )  # fmt: skip
-        payloads[number] = Group(request=request, completions=completions)
-        scores = [Score(value=r, parts={"given": r}) for r in stored["rewards"]]
+        ]
+        payloads[number] = builders.group(request, completions)
+        scores = [builders.score(reward) for reward in stored["rewards"]]
         summary = summarise(payloads[number], scores)
         finished.append(FinishedGroup(summary=summary, payload=None, teaches=True))
     return make_step_batch(0, finished, config), payloads
@@ -181,9 +164,9 @@ def recording_learner(spec: dict[str, Any]) -> Any:
         return DeepSpeedLearner
 
     class Recording(DeepSpeedLearner):
-        def _update_once(self, batch: Any, held: Any) -> Any:
-            stored = {}
-            for item, kept, samples in zip(batch, held, self.samples, strict=True):
+        def _update_once(self, batch: Any, caches: Any) -> Any:
+            stored, known = {}, []
+            for item, cache, samples in zip(batch, caches, self.samples, strict=True):
                 with torch.no_grad():
                     old = self._forward(item.inputs)[0]
                 for number, sample in enumerate(samples):
@@ -191,9 +174,9 @@ def recording_learner(spec: dict[str, Any]) -> Any:
                     here = item.sequence_ids == number
                     old[here] += torch.tensor(spec["groups"][where[0]]["noise"][where[1]])
                     stored[where] = old[here]
-                kept.old_logprobs = old
+                known.append(replace(cache, old_logprobs=old))
             torch.save(stored, Path(spec["work"]) / "old.pt")
-            return super()._update_once(batch, held)
+            return super()._update_once(batch, known)
 
         def _apply(self, lr: float) -> float:
             named = self.hf_model.named_parameters()

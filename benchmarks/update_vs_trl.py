@@ -42,7 +42,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.flops import Work, matmul_flops, separate_rows, update_flops  # noqa: E402
-from benchmarks.shapes import SHAPES, model_directory  # noqa: E402
+from benchmarks.shapes import SHAPES, WORKLOADS, Workload, model_directory  # noqa: E402
 from benchmarks.update_sides import serve  # noqa: E402
 
 SIDES = ("raygrpo", "TRL bf16", "TRL autocast")
@@ -50,44 +50,8 @@ FLOAT32_SIDES = ("raygrpo", "TRL fp32")
 PARITY_TOLERANCE = 1e-4
 
 
-@dataclass(frozen=True, kw_only=True)
-class Workload:
-    """Sizes in tokens, and the ratio to TRL's time that is asked for."""
-
-    model: str
-    num_groups: int
-    num_completions: int
-    prompt_tokens: int
-    completion_tokens: int
-    bar: float
-
-
-WORKLOADS = {
-    "smollm2": Workload(
-        model="weights/smollm2-135m",
-        num_groups=4,
-        num_completions=8,
-        prompt_tokens=105,
-        completion_tokens=64,
-        bar=2.5,
-    ),
-    "long_prompt": Workload(
-        model="weights/smollm2-135m",
-        num_groups=2,
-        num_completions=16,
-        prompt_tokens=256,
-        completion_tokens=32,
-        bar=3.0,
-    ),
-    "gemma": Workload(
-        model="weights/gemma-3-270m",
-        num_groups=4,
-        num_completions=8,
-        prompt_tokens=12,
-        completion_tokens=32,
-        bar=1.5,
-    ),
-}
+# Times as fast as TRL's update, by workload.
+BARS = {"smollm2": 2.5, "long_prompt": 3.0, "gemma": 1.5}
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -136,12 +100,12 @@ def make_rollouts(model: str, size: Workload, seed: int = 0) -> list[dict[str, A
         return ids
 
     groups = []
-    for _ in range(size.num_groups):
+    for _ in range(size.prompts):
         spread = size.prompt_tokens // 20
-        rewards = random.permutation(np.arange(size.num_completions) % 2).tolist()
-        completions = [text(size.completion_tokens) for _ in range(size.num_completions)]
+        rewards = random.permutation(np.arange(size.completions) % 2).tolist()
+        completions = [text(size.new_tokens) for _ in range(size.completions)]
         length = size.prompt_tokens + int(random.integers(-spread, spread + 1))
-        noise = random.normal(0, 0.1, (size.num_completions, size.completion_tokens)).tolist()
+        noise = random.normal(0, 0.1, (size.completions, size.new_tokens)).tolist()
         groups.append(
             {
                 "prompt": text(length),
@@ -324,7 +288,7 @@ def run(options: argparse.Namespace, work: str) -> int:
     machine = (options.device, options.threads, options.matmul_size)
     plain = matmul_flops(spec["dtype"], *machine)
     print(f"# a plain matrix product: {spec['dtype']} {plain / 1e9:.0f} GFLOP/s")
-    lines, holds = report(found, flops, plain, size.bar)
+    lines, holds = report(found, flops, plain, BARS[options.workload])
     print("\n".join(lines))
     if options.json:
         shown = {name: str(value) for name, value in vars(options).items()}

@@ -40,8 +40,7 @@ import shutil
 import signal
 import statistics
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,66 +52,24 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.flops import forward_flops, matmul_flops, separate_rows
 from benchmarks.observe import Run, Step, observe, reached
 from benchmarks.report import Flops, report
-from benchmarks.shapes import SHAPES, model_directory
+from benchmarks.shapes import SHAPES, SMOLLM2, Workload, model_directory
+from benchmarks.shapes import WORKLOADS as SPEED_WORKLOADS
 
 ROOT = Path(__file__).parents[1]
 PRECISIONS = ("bf16", "autocast")
 FLOAT32 = "float32"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Workload:
-    """Sizes in tokens, and how many times as fast as TRL's a step is asked to be, by engine.
-
-    An engine that has no bar is only reported.
-    """
-
-    model: str
-    prompts: int
-    completions: int
-    prompt_tokens: int
-    new_tokens: int
-    bars: Mapping[str, float]
-    steps: int = 4
-    pairs: int = 5
-
-
-SMOLLM2, GEMMA = "weights/smollm2-135m", "weights/gemma-3-270m"
 WORKLOADS = {
-    "smollm2": Workload(
-        model=SMOLLM2,
-        prompts=4,
-        completions=8,
-        prompt_tokens=105,
-        new_tokens=64,
-        bars={"transformers": 2.5, "vllm": 1.5},
-    ),
-    "long_prompt": Workload(
-        model=SMOLLM2,
-        prompts=2,
-        completions=16,
-        prompt_tokens=256,
-        new_tokens=32,
-        bars={"transformers": 2.5},
-    ),
-    "gemma": Workload(
-        model=GEMMA,
-        prompts=4,
-        completions=8,
-        prompt_tokens=12,
-        new_tokens=32,
-        bars={"transformers": 1.8},
-    ),
-    "chain_sum": Workload(
-        model=SMOLLM2,
-        prompts=8,
-        completions=8,
-        prompt_tokens=0,
-        new_tokens=0,
-        bars={},
-        steps=40,
-        pairs=2,
-    ),
+    **SPEED_WORKLOADS,
+    "chain_sum": Workload(SMOLLM2, prompts=8, completions=8, prompt_tokens=0, new_tokens=0),
+}
+# Times as fast as TRL's a step is asked to be; what has no bar is only reported.
+BARS = {
+    ("smollm2", "transformers"): 2.5,
+    ("smollm2", "vllm"): 1.5,
+    ("long_prompt", "transformers"): 2.5,
+    ("gemma", "transformers"): 1.8,
 }
 
 
@@ -145,12 +102,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--timeout", type=float, default=3600.0, help="seconds of a run")
     options = parser.parse_args(arguments)
     workload = WORKLOADS[options.workload]
-    for name in ("prompts", "completions", "prompt_tokens", "new_tokens", "steps", "pairs"):
-        if getattr(options, name) is None:
-            setattr(options, name, getattr(workload, name))
-    if options.bar is None:
-        options.bar = workload.bars.get(options.engine)
     options.speed = options.workload != "chain_sum"
+    length = {"steps": 4, "pairs": 5} if options.speed else {"steps": 40, "pairs": 2}
+    bar = {"bar": BARS.get((options.workload, options.engine))}
+    for name, value in {**asdict(workload), **length, **bar}.items():
+        if name != "model" and getattr(options, name) is None:
+            setattr(options, name, value)
     options.dtype = "float32" if options.trl == FLOAT32 else "bfloat16"
     return options
 

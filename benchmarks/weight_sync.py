@@ -21,6 +21,7 @@ one generator is below 10 % of the load (four on these cores wait for each other
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import sys
@@ -145,10 +146,6 @@ def memory_copy_s(num_bytes: int, runs: int) -> float:
 
 def make_config(directory: Path, arguments: argparse.Namespace) -> RunConfig:
     """A run's configuration over a model directory without weights."""
-    import json
-
-    import yaml
-
     if arguments.model:
         model = Path(arguments.model)
     else:
@@ -156,19 +153,15 @@ def make_config(directory: Path, arguments: argparse.Namespace) -> RunConfig:
         shape = json.loads((model / "config.json").read_text())
         shape["num_hidden_layers"] = arguments.layers
         (model / "config.json").write_text(json.dumps(shape))
-    (directory / "rows.jsonl").write_text('{"prompt": "1"}\n')
-    path = directory / "run.yaml"
-    written = {
-        "run_dir": str(directory / "run"),
-        "model": {"path": str(model), "random_init": True, "dtype": arguments.dtype},
-        "data": {"source": str(directory / "rows.jsonl")},
-        "rewards": [],
-        "train": {"steps": 1, "max_staleness": 1},
-        "generators": {"engine": arguments.engine},
-        "ray": {"address": "local"},
-    }
-    path.write_text(yaml.safe_dump(written))
-    return load_config(path)
+    return load_config(
+        {
+            "model": {"path": str(model), "random_init": True, "dtype": arguments.dtype},
+            "data": {"source": "none.jsonl"},
+            "train": {"max_staleness": 1},
+            "generators": {"engine": arguments.engine},
+            "ray": {"address": "local"},
+        }
+    )
 
 
 class Rig:
