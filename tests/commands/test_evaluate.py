@@ -15,13 +15,13 @@ import pytest
 from raygrpo.actors.pool.workers import PoolEvents
 from raygrpo.commands.evaluate import Rollouts, evaluate_prompts, generate_groups
 from raygrpo.commands.signals import Stopped, StopSignals
-from raygrpo.data.prompts import PromptSource
 from raygrpo.errors import RewardError
 from raygrpo.rewards.contract import TrainerState
-from raygrpo.types import FinishedGroup, Group, GroupRequest, Prompt
+from raygrpo.types import FinishedGroup, Group, GroupRequest
 from tests import builders
 from tests.builders import completion, prompt
 from tests.builders import summary as summary_of
+from tests.data.data_cases import ROWS, source_of
 
 
 class Pool:
@@ -89,21 +89,11 @@ def test_a_broken_reward_ends_an_evaluation() -> None:
     assert evaluate_prompts(allowed, PROMPTS).metrics["eval/num_dropped"] == 0
 
 
-class Prompts(PromptSource):
-    """The same prompt for ever."""
-
-    def __init__(self) -> None:
-        pass
-
-    def next(self) -> Prompt:
-        return prompt()
-
-
 def test_generated_groups_say_whether_they_teach(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("raygrpo.actors.futures.resolve", lambda payload, name: payload)
-    made = generate_groups(rollouts(Pool(1)), Prompts(), 4, tmp_path)
+    made = generate_groups(rollouts(Pool(1)), source_of(ROWS), 4, tmp_path)
     assert made.num_groups == 3
     assert made.metrics["num_dropped"] == 1
     assert made.metrics["frac_groups_with_signal"] == 2 / 3

@@ -22,8 +22,6 @@ from raygrpo.training.wiring import Wiring
 from raygrpo.types import (
     FinishedGroup,
     GroupRequest,
-    GroupSummary,
-    Prompt,
     StepBatch,
     StepResult,
     Stream,
@@ -31,6 +29,7 @@ from raygrpo.types import (
 )
 from raygrpo.weights.types import PublishReport
 from tests import builders
+from tests.data.data_cases import ROWS, source_of
 
 STEPS = 3
 
@@ -144,40 +143,12 @@ class Parts:
         self.rows[step] = dict(metrics)
 
 
-class Prompts:
-    """The same prompt for ever."""
-
-    num_dropped = num_truncated = 0
-    epoch = 0.0
-
-    def next(self) -> Prompt:
-        return builders.prompt()
-
-    def take(self, num_prompts: int) -> list[Prompt]:
-        return [builders.prompt()] * num_prompts
-
-    def observe(self, summaries: Sequence[GroupSummary]) -> None:
-        """Learns nothing."""
-
-    def settle(self, last_group_id: int) -> None:
-        """Learns nothing."""
-
-    def metrics(self) -> dict[str, float]:
-        return {}
-
-    def state(self) -> dict[str, Any]:
-        return {}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Has no cursor."""
-
-
 def finished(request: GroupRequest) -> FinishedGroup:
     """A group of a request whose rewards differ where it has several completions."""
     count = request.sampling.num_completions
     group = builders.finished(request.group_id, [float(i % 2) for i in range(count)])
-    summary = replace(group.summary, stream=request.stream, answers=("",) * count)
-    return replace(group, summary=summary)
+    summary = replace(group.summary, stream=request.stream, prompt_id=request.prompt.id)
+    return replace(group, summary=replace(summary, answers=("",) * count))
 
 
 @pytest.fixture
@@ -205,7 +176,7 @@ def trainer(parts: Parts, run_dir: RunDir, restored: Any = None, **sections: Any
         config=settings,
         pool=parts,
         learner=parts,
-        prompts=Prompts(),
+        prompts=source_of(ROWS),
         eval_prompts=[builders.prompt()] if settings.eval.eval_steps else [],
         tracker=parts,
         rollouts=parts,
