@@ -92,29 +92,12 @@ def test_text_prompts_and_columns_as_trl_gives_them() -> None:
     assert prompt.columns == {"answer": "0"}
 
 
-def test_a_prompt_column_of_another_name_stays_a_column() -> None:
-    rows = [{"question": "why?", "answer": "so"}]
-    prompt = source_of(rows, columns={"prompt": "question"}).next()
-    assert prompt.text == "why?"
-    assert prompt.columns == rows[0]
-
-
 def test_a_template_replaces_the_prompt_column() -> None:
     rows = [{"question": "2+2", "answer": "4", "about": {"level": 3}}]
     template = "{{Q}} {question} ({about[level]})="
     prompt = source_of(rows, template=template).next()
     assert prompt.text == "{Q} 2+2 (3)="
     assert prompt.token_ids.tolist() == ids_of("{Q} 2+2 (3)=")
-
-
-def test_message_lists_take_the_chat_template() -> None:
-    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
-    rows = [{"prompt": messages, "answer": "x"}]
-    prompt = source_of(rows, tokenizer=chat_tokenizer(), chat_params={"opening": "ok "}).next()
-    assert prompt.text is None
-    assert list(prompt.messages or ()) == messages
-    wanted = "<system>be brief\n<user>hi\n<assistant>ok "
-    assert prompt.token_ids.tolist() == ids_of(wanted)
 
 
 def test_chat_true_wraps_text_as_a_user_turn() -> None:

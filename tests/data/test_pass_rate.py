@@ -54,16 +54,15 @@ def test_solved_prompts_are_left_out_from_the_next_epoch_on() -> None:
 
 def test_the_limit_counts_and_errors_do_not() -> None:
     prompts = source(limit=0.5)
-    prompts.observe(
-        [
-            judged(0, "row-0", [1.0, 0.0]),
-            judged(1, "row-1", [1.0, 0.0, 0.0]),
-            judged(2, "row-2", [1.0, "broke", 0.0, 0.0]),
-            judged(3, "row-3", ["broke", "broke"]),
-            judged(4, "row-4", [1.0, "broke"]),
-            judged(5, "row-5", [0.99, 0.99]),
-        ]
-    )
+    rewards: list[list[float | str | None]] = [
+        [1.0, 0.0],
+        [1.0, 0.0, 0.0],
+        [1.0, "broke", 0.0, 0.0],
+        ["broke", "broke"],
+        [1.0, "broke"],
+        [0.99, 0.99],
+    ]
+    prompts.observe([judged(row, f"row-{row}", found) for row, found in enumerate(rewards)])
     prompts.settle(5)
     epoch(prompts)
     assert epoch(prompts) == {f"row-{i}" for i in (1, 2, 3, 5, 6)}

@@ -75,11 +75,6 @@ def test_without_shuffling_the_rows_come_in_order(path: Path) -> None:
     assert [name for name, _, _ in draw(stream(path, shuffle=False), len(wanted))] == wanted
 
 
-def test_the_order_is_a_function_of_the_seed(path: Path) -> None:
-    assert draw(stream(path, seed=3), 80) == draw(stream(path, seed=3), 80)
-    assert draw(stream(path, seed=3), 80) != draw(stream(path, seed=4), 80)
-
-
 @settings(max_examples=10, deadline=None)
 @given(before=st.integers(0, 130), seed=st.integers(0, 3), shuffle=st.booleans())
 def test_a_restored_stream_neither_repeats_nor_skips(
@@ -93,6 +88,7 @@ def test_a_restored_stream_neither_repeats_nor_skips(
     second.restore(state)
     assert second.epoch == first.epoch
     assert draw(second, 45) == whole[before:]
+    assert not shuffle or draw(stream(path, seed=9), 45) != whole[:45]
     assert draw(first, 45) == whole[before:], "taking the state does not move the stream"
 
 
@@ -166,13 +162,10 @@ def test_rows_that_changed_under_the_cursor_are_refused(tmp_path: Path) -> None:
     prompts = stream(file)
     draw(prompts, 25)
     file.write_text("".join(line.replace('"30"', '"31"') for line in lines))
-    with pytest.raises(DataError, match="changed since the checkpoint"):
-        stream(file).restore(prompts.state())
     whole = make_prompts(section(str(file)), TOKENIZER, seed=0)
-    with pytest.raises(DataError, match="changed since the checkpoint"):
-        stream(file).restore(whole.state())
-    with pytest.raises(DataError, match="changed since the checkpoint"):
-        whole.restore(prompts.state())
+    for other, state in ((stream(file), prompts), (stream(file), whole), (whole, prompts)):
+        with pytest.raises(DataError, match="changed since the checkpoint"):
+            other.restore(state.state())
 
 
 def test_a_stream_remembers_no_pass_rates(path: Path) -> None:

@@ -18,7 +18,7 @@ import pytest
 
 from raygrpo.config import RewardSection
 from raygrpo.errors import RewardError
-from raygrpo.rewards.contract import ScoredGroup, TrainerState
+from raygrpo.rewards.contract import ScoredGroup, TrainerState, make_call
 from raygrpo.rewards.host import RewardHost
 from raygrpo.rewards.loading import pack_function
 from tests.builders import written
@@ -134,13 +134,9 @@ class TestContract:
         assert scored.reward_s.keys() == {"spy"} and scored.reward_s["spy"] > 0
 
     def test_conversational(self) -> None:
-        def spy(prompts: list[Any], completions: list[Any]) -> list[float]:
-            assert prompts == [[{"role": "user", "content": "1 + 1 ="}]] * 2
-            assert completions == [[{"role": "assistant", "content": c}] for c in ("2", "3")]
-            return [1.0, 0.0]
-
-        with passed({"spy": spy}) as host:
-            assert values(host.score(written(["2", "3"], chat=True), STATE)) == [1, 0]
+        call = make_call(written(["2", "3"], chat=True), STATE)
+        assert call.prompt == [{"role": "user", "content": "1 + 1 ="}]
+        assert call.completions == [[{"role": "assistant", "content": c}] for c in ("2", "3")]
 
     def test_several_of_all_kinds_with_weights_and_none(self) -> None:
         offset = 10.0

@@ -335,12 +335,6 @@ class TestJudge:
         assert [m["role"] for m in again] == ["system", "user", "assistant", "user"]
         assert again[2]["content"] == "I would say 8." and "0 to 10" in again[3]["content"]
 
-    def test_no_grade_is_an_error_after_the_reminder(self, server: Server) -> None:
-        server.script(chat(None))
-        got = scored("judge", judge(server), QUESTION)
-        assert "judge: the judge gave no grade from 0 to 10" in only_error(got)
-        assert len(server.requests) == 2
-
     @pytest.mark.parametrize("body", [{"choices": []}, []])
     def test_garbage_is_an_error(self, server: Server, body: Any) -> None:
         server.script(Answer(body))
@@ -348,14 +342,14 @@ class TestJudge:
         assert f"answered no chat completion: {body}" in only_error(got)
         assert len(server.requests) == 1
 
-    def test_one_completion_fails_alone(self, server: Server) -> None:
+    def test_one_completion_has_no_grade_after_its_reminder(self, server: Server) -> None:
         server.script(
-            lambda body: (
-                chat("?") if "\nbad\n" in body["messages"][1]["content"] else chat("SCORE: 10")
-            )
+            lambda body: chat(None if "\nbad\n" in body["messages"][1]["content"] else "SCORE: 10")
         )
         got = scored("judge", judge(server), written(["a", "bad"], {"answer": "2"}))
         assert values(got) == [1.0, None] and got.scores[0].error is None
+        assert "judge: the judge gave no grade from 0 to 10" in str(got.scores[1].error)
+        assert len(server.requests) == 3
 
     def test_a_rubric_without_its_column(self, server: Server) -> None:
         got = scored("judge", judge(server), written(["a"]))
