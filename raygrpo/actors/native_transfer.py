@@ -76,9 +76,7 @@ class NativeSender:
                 # It imports vLLM, which other ranks do without.
                 from raygrpo.engines.vllm.native import gpu_buckets
 
-                manifest = WeightsManifest(
-                    version=version, kind="full", base_version=None, buckets=(), probe=probe
-                )
+                manifest = WeightsManifest(version=version, buckets=(), probe=probe)
                 receivers = {name: receiver_of(actor) for name, actor in generators.items()}
                 broken = self._native.sync(manifest, gpu_buckets(tensors), receivers)
             deque(tensors, maxlen=0)  # after a failure too: the other ranks gather to the end

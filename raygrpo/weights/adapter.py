@@ -85,13 +85,8 @@ class AdapterBase:
             raise InfraError("a published adapter is of other layers than the model's")
         merged = merged_weights(self._base.items(), adapter, self._config.learner.lora)
         whole = [*self._frozen, *make_buckets(merged)]
-        full = WeightsManifest(
-            version=manifest.version,
-            kind="full",
-            base_version=None,
-            buckets=tuple(spec for spec, _ in whole),
-        )
-        return full, [data for _, data in whole]
+        specs, arrays = zip(*whole, strict=True)
+        return WeightsManifest(version=manifest.version, buckets=specs), list(arrays)
 
     def _read(self, names: Set[str]) -> None:
         section = self._config.model

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from raygrpo.errors import WeightsCorrupt
-from raygrpo.types import ByteArray
+from raygrpo.types import ByteArray, Version
 from raygrpo.weights.delta import checksum as checksum
-from raygrpo.weights.types import BucketSpec, TensorSpec
+from raygrpo.weights.types import BucketSpec, TensorSpec, WeightsManifest
 
 BUCKET_BYTES = 64 * 2**20
 
@@ -50,6 +50,14 @@ def make_buckets(
         size += num_bytes
     if pending:
         yield _pack(pending, take)
+
+
+def make_version(
+    version: Version, tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int = BUCKET_BYTES
+) -> tuple[WeightsManifest, list[ByteArray]]:
+    """A whole version of these tensors: its manifest, without a probe, and its buckets."""
+    specs, buckets = zip(*make_buckets(tensors, bucket_bytes), strict=True)
+    return WeightsManifest(version=version, buckets=specs), list(buckets)
 
 
 def _pack(

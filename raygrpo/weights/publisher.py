@@ -221,9 +221,7 @@ def _manifests(
 ) -> tuple[WeightsManifest, list[WeightsManifest]]:
     """The manifest for a generator that is up to date, and all manifests for the store."""
     specs = tuple(bucket.spec for bucket in buckets)
-    complete = WeightsManifest(
-        version=version, kind=kind, base_version=None, buckets=specs, probe=probe
-    )
+    complete = WeightsManifest(version=version, kind=kind, buckets=specs, probe=probe)
     coded = [bucket.encoded.data if bucket.encoded else None for bucket in buckets]
     if not any(coded):
         return complete, [complete]

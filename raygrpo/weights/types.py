@@ -71,8 +71,8 @@ class WeightsManifest:
     """
 
     version: Version
-    kind: Literal["full", "delta", "adapter"]
-    base_version: Version | None
+    kind: Literal["full", "delta", "adapter"] = "full"
+    base_version: Version | None = None
     buckets: tuple[BucketSpec, ...]
     probe: Probe | None = None
 

@@ -19,7 +19,7 @@ from raygrpo.engines.hf.model_weights import ALIGNMENT, ModelWeights
 from raygrpo.errors import InfraError
 from raygrpo.models import DTYPES, load_model
 from raygrpo.types import ByteArray, Version
-from raygrpo.weights.buckets import make_buckets
+from raygrpo.weights.buckets import make_version
 from raygrpo.weights.types import WeightsManifest
 from tests import builders
 from tests.tiny import Kind, save_tiny_model
@@ -52,10 +52,7 @@ def publish(
 ) -> tuple[WeightsManifest, list[ByteArray]]:
     """The model's weights times ``scale``, in several buckets."""
     tensors = ((name, p.detach() * scale) for name, p in model.named_parameters())
-    specs, buckets = zip(*make_buckets(tensors, 8192), strict=True)
-    manifest = WeightsManifest(
-        version=Version(1, step), kind="full", base_version=None, buckets=specs
-    )
+    manifest, buckets = make_version(Version(1, step), tensors, 8192)
     return manifest, [aligned(data, shift) for data in buckets]
 
 

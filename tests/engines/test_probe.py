@@ -19,9 +19,9 @@ from raygrpo.errors import InfraError, NumericError, ProbeFailed
 from raygrpo.learner.probe import score_probe
 from raygrpo.models import load_model
 from raygrpo.types import Version
-from raygrpo.weights.buckets import make_buckets
+from raygrpo.weights.buckets import make_version
 from raygrpo.weights.probe import PROBE_LENGTH, probe_tokens
-from raygrpo.weights.types import Probe, WeightsManifest
+from raygrpo.weights.types import Probe
 from tests import runs
 from tests.parity.reference_learner import ReferenceLearner
 
@@ -117,9 +117,7 @@ def test_learner_and_engine_agree_until_a_weight_differs(tmp_path: Path) -> None
     np.testing.assert_allclose(probe.logprobs[1:], expected, atol=1e-5)
 
     engine = TransformersEngine(config.model, seed=0, max_rows=4, deterministic=False)
-    specs, buckets = zip(*make_buckets(learner.named_weights()), strict=True)
-    manifest = WeightsManifest(version=VERSION, kind="full", base_version=None, buckets=specs)
-    engine.load_weights(manifest, buckets)
+    engine.load_weights(*make_version(VERSION, learner.named_weights()))
     check = ProbeCheck("float32", 0.8)
     assert check.check(engine, probe, VERSION) < 1e-5
     # One norm of one layer, by 1 %: bytes arrived, but not their effect.

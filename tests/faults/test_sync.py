@@ -15,7 +15,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import ray
 import torch
@@ -33,13 +32,13 @@ from raygrpo.engines.select import make_engine
 from raygrpo.errors import InfraError
 from raygrpo.models import load_model
 from raygrpo.rewards.contract import TrainerState
-from raygrpo.types import ByteArray, FloatArray, GroupRequest, Prompt, Sampling, Version
-from raygrpo.weights.buckets import make_buckets, unpack
+from raygrpo.types import ByteArray, FloatArray, Version
+from raygrpo.weights.buckets import make_buckets, make_version, unpack
 from raygrpo.weights.probe import probe_tokens
 from raygrpo.weights.publisher import Publisher, Store
 from raygrpo.weights.shared import SharedAddress
 from raygrpo.weights.types import Probe, WeightsManifest
-from tests import runs
+from tests import builders, runs
 
 pytestmark = runs.RAY_IN_PROCESS
 
@@ -117,8 +116,8 @@ def with_other_norm(
     pairs = zip(manifest.buckets, buckets, strict=True)
     tensors = {name: tensor for spec, data in pairs for name, tensor in unpack(spec, data)}
     tensors["model.norm.weight"] = tensors["model.norm.weight"] * factor
-    specs, arrays = zip(*make_buckets(tensors.items()), strict=True)
-    return replace(manifest, buckets=specs), list(arrays)
+    other, arrays = make_version(manifest.version, tensors.items())
+    return replace(other, probe=manifest.probe), arrays
 
 
 def make_faulty_engine(config: RunConfig, *, threads: int, version: Version | None) -> Any:
@@ -191,15 +190,9 @@ class Cluster:
 
     def submit(self) -> None:
         self.group_id += 1
-        request = GroupRequest(
-            stream="train",
-            group_id=self.group_id,
-            prompt=Prompt(id="p", token_ids=np.array([5, 6, 7], np.int32), text="123"),
-            seed=0,
-            sampling=Sampling(num_completions=2, max_tokens=4),
-            min_version=Version(1, self.step),
+        self.pool.submit(
+            builders.request(self.group_id, step=self.step, tokens=(5, 6, 7), max_tokens=4)
         )
-        self.pool.submit(request)
 
     def wait_for_group(self) -> None:
         """The group that was submitted comes, written by the current version alone."""

@@ -18,7 +18,7 @@ from raygrpo.engines.hf.engine import TransformersEngine
 from raygrpo.errors import DataError, InfraError, NumericError
 from raygrpo.models import load_model
 from raygrpo.types import ByteArray, Group, GroupRequest, Prompt, Sampling, Stream, Version
-from raygrpo.weights.buckets import make_buckets
+from raygrpo.weights.buckets import make_version
 from raygrpo.weights.types import WeightsManifest
 from tests.tiny import Kind, save_tiny_model, tiny_tokenizer
 
@@ -40,10 +40,9 @@ def plain_model(path: Path) -> Any:
 def publish(model: Any, version: Version = FIRST, skip: Sequence[str] = ()) -> Published:
     """Buckets of a few tensors each, as a learner publishes them."""
     named = ((name, p) for name, p in model.named_parameters() if name not in skip)
-    specs, buckets = zip(*make_buckets(named, 8192), strict=True)
-    assert len(specs) > 2
-    manifest = WeightsManifest(version=version, kind="full", base_version=None, buckets=specs)
-    return manifest, list(buckets)
+    manifest, buckets = make_version(version, named, 8192)
+    assert len(buckets) > 2
+    return manifest, buckets
 
 
 @pytest.fixture(scope="session")

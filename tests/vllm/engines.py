@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
-from raygrpo.config import RunConfig
+from raygrpo.config import ModelSection
 from raygrpo.engines.hf.sampling import penalise, truncate
 from raygrpo.engines.select import make_engine
 from raygrpo.models import load_model, stop_token_ids
-from raygrpo.types import ByteArray, Completion, Group, GroupRequest, Prompt, Sampling, Version
-from raygrpo.weights.buckets import make_buckets, weight_targets
+from raygrpo.types import ByteArray, Completion, Group, GroupRequest, Version
+from raygrpo.weights.buckets import make_version, weight_targets
 from raygrpo.weights.types import WeightsManifest
+from tests import builders
 
 ROOT = Path(__file__).parents[2]
 SMOLLM2 = ROOT / "weights" / "smollm2-135m"
@@ -43,22 +45,17 @@ def start(path: Path, tensor_parallel_size: int = 1, **model: Any) -> Any:
     }
     if tensor_parallel_size > 1:
         options["tensor_parallel_size"] = tensor_parallel_size
-    config = RunConfig.model_validate(
-        {
-            "seed": SEED,
-            "model": {"path": str(path), "dtype": "float32", **model},
-            "data": {"source": "none.jsonl"},
-            "generators": {"engine": "vllm", "max_rows": 16, "options": options},
-        }
+    config = builders.config(
+        seed=SEED,
+        model={"path": str(path), "dtype": "float32", **model},
+        generators={"engine": "vllm", "max_rows": 16, "options": options},
     )
     return make_engine(config, threads=1, version=FIRST)
 
 
 def publish(model: Any, version: Version) -> tuple[WeightsManifest, list[ByteArray]]:
     """Buckets of a model, as a learner publishes them."""
-    specs, buckets = zip(*make_buckets(weight_targets(model).items()), strict=True)
-    manifest = WeightsManifest(version=version, kind="full", base_version=None, buckets=specs)
-    return manifest, list(buckets)
+    return make_version(version, weight_targets(model).items())
 
 
 def perturbed(model: Any, seed: int, only: str = "") -> Any:
@@ -75,14 +72,20 @@ def perturbed(model: Any, seed: int, only: str = "") -> Any:
 def request(ids: Any, *, min_version: Version = FIRST, **sampling: Any) -> GroupRequest:
     """A group of its own of a prompt; 3 completions of 12 tokens unless said otherwise."""
     settings: dict[str, Any] = {"num_completions": 3, "max_tokens": 12, **sampling}
-    return GroupRequest(
-        stream="train",
-        group_id=next(_group_ids),
-        prompt=Prompt(id="p", text="", token_ids=np.asarray(ids, np.int32)),
-        seed=SEED,
-        sampling=Sampling(**settings),
-        min_version=min_version,
-    )
+    order = builders.request(next(_group_ids), tokens=ids, **settings)
+    return replace(order, seed=SEED, min_version=min_version)
+
+
+def drawn_model() -> Any:
+    """The embedded example's model in transformers, drawn as the run's seed draws it."""
+    section = ModelSection(path=str(ECHO), random_init=True)
+    return load_model(section, seed=SEED, dtype=torch.float32).eval()
+
+
+def vllm_processes(pid: int | None = None) -> list[psutil.Process]:
+    """The processes of vLLM under a process, such as VLLM::EngineCore; under this one if None."""
+    children = psutil.Process(pid).children(recursive=True)
+    return [child for child in children if child.name().startswith("VLLM::")]
 
 
 def drain(engine: Any) -> Iterator[Group]:
@@ -96,7 +99,7 @@ def run(engine: Any, item: GroupRequest) -> tuple[Completion, ...]:
     """A request's completions."""
     engine.submit(item)
     (group,) = drain(engine)
-    assert group.request == dataclasses.replace(item, partials=())
+    assert group.request == replace(item, partials=())
     return group.completions
 
 
@@ -125,7 +128,4 @@ def forced(model: Any, item: GroupRequest, completion: Completion) -> Tensor:
 
 def plain(path: Path) -> Any:
     """The model in transformers, in float32."""
-    config = RunConfig.model_validate(
-        {"model": {"path": str(path)}, "data": {"source": "none.jsonl"}}
-    )
-    return load_model(config.model, seed=SEED, dtype=torch.float32).eval()
+    return load_model(ModelSection(path=str(path)), seed=SEED, dtype=torch.float32).eval()

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +112,9 @@ def test_greedy_takes_the_likeliest_with_logprob_0(world: World) -> None:
 def test_tokens_are_a_function_of_the_request(world: World) -> None:
     item = request(world.ids(), max_tokens=8)
     first = run(world.engine, item)
-    again = run(world.engine, dataclasses.replace(item, attempt=1))
+    again = run(world.engine, replace(item, attempt=1))
     assert [c.token_ids.tolist() for c in first] == [c.token_ids.tolist() for c in again]
-    other = run(world.engine, dataclasses.replace(item, seed=6))
+    other = run(world.engine, replace(item, seed=6))
     assert [c.token_ids.tolist() for c in first] != [c.token_ids.tolist() for c in other]
     # Another process would draw the same: no hash of Python's is part of a seed.
     keys = {c.token_ids.tobytes() for c in first}
@@ -293,7 +292,7 @@ def test_an_aborted_group_goes_on_from_its_tokens(world: World) -> None:
     assert {partial.finish for partial in partials} == {"abort"}
     assert all(0 < partial.token_ids.size < 50 for partial in partials)
     old, new = world.engine.version, world.update()
-    completions = run(world.engine, dataclasses.replace(item, attempt=1, partials=tuple(partials)))
+    completions = run(world.engine, replace(item, attempt=1, partials=tuple(partials)))
     for partial, completion in zip(partials, completions, strict=True):
         size = partial.token_ids.size
         assert completion.token_ids[:size].tolist() == partial.token_ids.tolist()

@@ -17,27 +17,22 @@ import torch
 from raygrpo.config import ModelSection
 from raygrpo.engines.vllm.options import OURS, vllm_problem
 from raygrpo.errors import ConfigError, InfraError, NumericError
-from raygrpo.models import load_model
 from raygrpo.types import Version
 from tests.vllm.engines import (
     ECHO,
     ROOT,
-    SEED,
     STEP_DEADLINE,
+    drawn_model,
     publish,
     request,
     run,
     start,
     step_until,
+    vllm_processes,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 PROMPT = list(range(3, 9))
-
-
-def drawn_model() -> Any:
-    section = ModelSection(path=str(ECHO), random_init=True)
-    return load_model(section, seed=SEED, dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +41,6 @@ def engine() -> Iterator[Any]:
     made = start(ECHO, random_init=True)
     yield made
     made.close()
-
-
-def vllm_processes(pid: int) -> list[psutil.Process]:
-    children = psutil.Process(pid).children(recursive=True)
-    return [child for child in children if child.name().startswith("VLLM::")]
 
 
 def test_random_weights_are_those_that_the_learner_draws(engine: Any) -> None:
@@ -104,7 +94,7 @@ def test_options_that_vllm_does_not_have_are_named() -> None:
 def test_the_death_of_vllms_core_is_an_infrastructure_error(engine: Any) -> None:
     engine.submit(request(PROMPT, max_tokens=40, min_tokens=40))
     step_until(engine, 1)
-    for process in vllm_processes(psutil.Process().pid):
+    for process in vllm_processes():
         process.kill()
     with pytest.raises(InfraError, match="vLLM"):
         while True:

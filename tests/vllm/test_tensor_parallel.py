@@ -6,25 +6,26 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
-import torch
 
-from raygrpo.config import ModelSection
 from raygrpo.errors import InfraError
-from raygrpo.models import load_model
 from raygrpo.types import Version
-from tests.vllm.engines import ECHO, SEED, forced, perturbed, publish, request, run, start
+from tests.vllm.engines import (
+    ECHO,
+    drawn_model,
+    forced,
+    perturbed,
+    publish,
+    request,
+    run,
+    start,
+    vllm_processes,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 PROMPT = list(range(3, 9))
 # Float32 over two layers, in which the halves' sums are added last; other weights differ by 0.01.
 TOLERANCE = 1e-4
-
-
-def drawn_model() -> Any:
-    section = ModelSection(path=str(ECHO), random_init=True)
-    return load_model(section, seed=SEED, dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +36,7 @@ def engine() -> Iterator[Any]:
 
 
 def test_each_worker_takes_its_part_of_an_update(engine: Any) -> None:
-    workers = [
-        child
-        for child in psutil.Process().children(recursive=True)
-        if child.name().startswith("VLLM::Worker")
-    ]
-    assert len(workers) == 2
+    assert sum(process.name().startswith("VLLM::Worker") for process in vllm_processes()) == 2
     model = drawn_model()
     for step in range(3):
         item = request(PROMPT, max_tokens=16, min_tokens=16)
@@ -56,9 +52,9 @@ def test_each_worker_takes_its_part_of_an_update(engine: Any) -> None:
 
 def test_a_dead_worker_is_an_infrastructure_error(engine: Any) -> None:
     model = drawn_model()
-    for child in psutil.Process().children(recursive=True):
-        if child.name().startswith("VLLM::Worker_TP1"):
-            child.kill()
+    for process in vllm_processes():
+        if process.name().startswith("VLLM::Worker_TP1"):
+            process.kill()
     with pytest.raises(InfraError, match="the generator is replaced"):
         engine.load_weights(*publish(model, Version(2, 0)))
     assert engine.version is None

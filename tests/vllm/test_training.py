@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import psutil
 import pytest
 import yaml
 from safetensors.torch import load_file
 
 from tests import runs
-from tests.vllm.engines import ECHO, ROOT, SMOLLM2
+from tests.vllm.engines import ECHO, ROOT, SMOLLM2, vllm_processes
 
 DEADLINE_S = 900.0
 STEPS = 10
@@ -37,7 +36,6 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "optimizer": {"lr": 3e-5, "schedule": "constant"},
         "scorers": {"count": 1},
         "generators": {
-            "engine": "vllm",
             "max_rows": 32,
             "options": {"max_model_len": 64, "kv_cache_memory_bytes": 2**28},
         },
@@ -49,10 +47,10 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     process = runs.start(path)
     runs.wait_for(process, lambda: len(runs.metrics(path)) >= 1, "the first step")
     (started,) = runs.events(path, "started")
-    for child in psutil.Process(started["pids"]["generator-0"]).children(recursive=True):
-        if child.name().startswith("VLLM::"):
-            child.kill()
-    runs.finish(process, path, deadline_s=DEADLINE_S - 20)
+    for core in vllm_processes(started["pids"]["generator-0"]):
+        core.kill()
+    output = runs.finish(process, path, deadline_s=DEADLINE_S - 20)
+    assert "engine: name vllm, reason vLLM is installed and loads" in output
     return path
 
 
@@ -79,6 +77,16 @@ def test_each_sync_is_proven_while_completions_are_written(smollm2: Path) -> Non
     # Float32 on both sides; an update at this rate moves the logprobs of the probe by 1e-2.
     assert gaps and max(gaps) < 1e-3
     assert max(row["staleness/max"] for row in steps) == 1
+
+
+def test_the_engine_is_recorded_and_kept(smollm2: Path) -> None:
+    other = smollm2.with_name("other.yaml")
+    config = yaml.safe_load(smollm2.read_text())
+    config["generators"] = {"engine": "transformers"}
+    config["train"]["steps"] += 1
+    other.write_text(yaml.safe_dump(config))
+    output = runs.run(other, expected=2)
+    assert "began with the engine vllm, but generators.engine is transformers" in output
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from raygrpo.engines.vllm.requests import engine_arguments, make_completion, sam
 from raygrpo.errors import InfraError
 from raygrpo.models import DTYPES, load_model, load_tokenizer, stop_token_ids
 from raygrpo.types import ByteArray, Completion, FloatArray, Group, GroupRequest, Stream, Version
-from raygrpo.weights.buckets import make_buckets, weight_targets
+from raygrpo.weights.buckets import make_version, weight_targets
 from raygrpo.weights.native import Message
 from raygrpo.weights.shared import share
 from raygrpo.weights.types import WeightsManifest
@@ -111,9 +111,7 @@ class VllmEngine:
             self._version = version
             return
         drawn = load_model(model, seed=seed, dtype=DTYPES[model.dtype])  # not as vLLM draws
-        specs, buckets = zip(*make_buckets(weight_targets(drawn).items()), strict=True)
-        manifest = WeightsManifest(version=version, kind="full", base_version=None, buckets=specs)
-        self.load_weights(manifest, buckets)
+        self.load_weights(*make_version(version, weight_targets(drawn).items()))
 
     @property
     def version(self) -> Version | None:
