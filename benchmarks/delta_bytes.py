@@ -36,7 +36,7 @@ from raygrpo.config import ModelSection
 from raygrpo.models import load_model, quiet_transformers
 from raygrpo.types import ByteArray, Version
 from raygrpo.weights import delta
-from raygrpo.weights.buckets import make_buckets
+from raygrpo.weights.buckets import make_version
 from raygrpo.weights.replica import Replica
 from raygrpo.weights.types import WeightsManifest
 
@@ -125,14 +125,7 @@ class Policy:
 
     def publish(self, step: int) -> Weights:
         """The weights as they are published."""
-        packed = list(make_buckets(self.model.named_parameters()))
-        manifest = WeightsManifest(
-            version=Version(1, step),
-            kind="full",
-            base_version=None,
-            buckets=tuple(spec for spec, _ in packed),
-        )
-        return manifest, [data for _, data in packed]
+        return make_version(Version(1, step), self.model.named_parameters())
 
 
 def take(replica: Replica, manifest: WeightsManifest, arrays: list[ByteArray]) -> None:

@@ -29,13 +29,10 @@ ENGINE_GAP = 1e-3  # the tolerance of the probe after a weight sync
 
 def published(policy: Any, step: int) -> tuple[WeightsManifest, list[Any]]:
     """A policy's weights as a version."""
-    from raygrpo.weights.buckets import make_buckets
+    from raygrpo.weights.buckets import make_version
 
     named = [(name, p.detach()) for name, p in policy.model.named_parameters()]
-    specs, buckets = zip(*make_buckets(named), strict=True)
-    version = Version(0, step)
-    manifest = WeightsManifest(version=version, kind="full", base_version=None, buckets=specs)
-    return manifest, list(buckets)
+    return make_version(Version(0, step), named)
 
 
 def generate(engine: Any, requests: Sequence[GroupRequest]) -> dict[int, Group]:

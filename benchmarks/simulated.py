@@ -217,9 +217,8 @@ class SimulatedLearnerActor:
         spec = BucketSpec(
             tensors=(tensor,), num_bytes=data.size, checksum=xxhash.xxh3_64_intdigest(data.data)
         )
-        manifest = WeightsManifest(version=version, kind="full", base_version=None, buckets=(spec,))
         store.put(version, 0, data, encoded=False)()
-        store.commit(manifest)
+        store.commit(WeightsManifest(version=version, buckets=(spec,)))
         return PublishReport(
             version=version,
             kind="full",

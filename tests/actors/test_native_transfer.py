@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,7 +23,7 @@ from raygrpo.actors.transport import publish_timeout_s
 from raygrpo.config import RunConfig
 from raygrpo.errors import ConfigError, InfraError, ProbeFailed, WeightsLost
 from raygrpo.types import ByteArray, FloatArray, Group, GroupRequest, Version
-from raygrpo.weights.buckets import make_buckets
+from raygrpo.weights.buckets import make_version
 from raygrpo.weights.native import Message, NativeTransfer, Receive
 from raygrpo.weights.replica import WeightLink
 from raygrpo.weights.types import Probe, WeightsManifest
@@ -160,15 +161,8 @@ class Store:
             raise WeightsLost("the store was restarted")
         if self.version is None or have == self.version:
             return []
-        ((spec, data),) = make_buckets([("w", torch.ones(4))])
-        manifest = WeightsManifest(
-            version=self.version,
-            kind="full",
-            base_version=None,
-            buckets=(spec,),
-            probe=probe_of(self.version),
-        )
-        return [(manifest, [data])]
+        manifest, buckets = make_version(self.version, [("w", torch.ones(4))])
+        return [(replace(manifest, probe=probe_of(self.version)), buckets)]
 
 
 def probe_of(version: Version) -> Probe:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from raygrpo.learner.lora import add_adapter, lora_config, write_adapter
 from raygrpo.models import load_model
 from raygrpo.types import Version, merge_stats
 from raygrpo.weights.adapter import AdapterBase, adapter_scale, merged_weights
-from raygrpo.weights.buckets import make_buckets, unpack
+from raygrpo.weights.buckets import make_version, unpack
 from raygrpo.weights.types import WeightsManifest
 from tests import builders
 from tests.close import relative_weights
@@ -128,11 +129,8 @@ def test_generators_merge_what_checkpoints_hold(ranks: list[dict[str, Any]], mod
 
 
 def published(adapter: dict[str, Tensor]) -> tuple[WeightsManifest, list[Any]]:
-    pairs = list(make_buckets(adapter.items(), 4096))
-    manifest = WeightsManifest(
-        version=Version(1, 2), kind="adapter", base_version=None, buckets=tuple(s for s, _ in pairs)
-    )
-    return manifest, [data for _, data in pairs]
+    manifest, buckets = make_version(Version(1, 2), adapter.items(), 4096)
+    return replace(manifest, kind="adapter"), buckets
 
 
 def model_bytes(tensors: dict[str, Tensor]) -> int:

@@ -107,8 +107,7 @@ class FakeReceiver:
 
 
 def manifest(step: int, probe: Probe | None = None) -> WeightsManifest:
-    version = Version(1, step)
-    return WeightsManifest(version=version, kind="full", base_version=None, buckets=(), probe=probe)
+    return WeightsManifest(version=Version(1, step), buckets=(), probe=probe)
 
 
 def buckets(step: int) -> list[list[Named]]:
