@@ -80,6 +80,7 @@ def set_keys(config: RunConfig) -> list[set[str]]:
 
 
 FILTERED = {"filters": {"min_p": 0.1}}
+COLOCATED, ZONE = {"placement": "colocate"}, {"zone": "b"}
 
 
 @pytest.mark.parametrize(
@@ -109,6 +110,9 @@ FILTERED = {"filters": {"min_p": 0.1}}
         ({"optimizer": {"lr": -1}}, "optimizer.lr"),
         ({"learner": {"zero_stage": 4}}, "learner.zero_stage"),
         ({"learner": {"num_ranks": 3, "sequence_parallel": 2}}, "num_ranks (3) is no multiple"),
+        ({"generators": COLOCATED, "train": {"max_staleness": 1}}, "needs train.max_staleness: 0"),
+        ({"generators": COLOCATED, "ray": {"gpus": {"learner": 1, "generator": 1}}}, "add up to 1"),
+        ({"generators": COLOCATED, "ray": {"labels": {"generator": ZONE}}}, "same ray.labels for"),
         ({"train": "fast"}, "train"),
         ({"loss": {"kl_estimator": "k1"}}, "gradient of zero on average"),
         ({"loss": {"correction": "tis"}, "sampling": FILTERED}, "renormalised"),

@@ -91,19 +91,3 @@ def test_bundles_are_what_a_rank_and_its_generators_ask_for() -> None:
     assert bundles_of(config(ray=cpu), local=False) == [{"CPU": 3.0}, {"CPU": 3.0}]
     apart = config(generators={"count": 2})
     assert bundles_of(apart, local=False) == []
-
-
-@pytest.mark.parametrize(
-    ("sections", "message"),
-    [
-        ({"train": {"max_staleness": 1}}, "needs train.max_staleness: 0"),
-        ({"ray": {"gpus": {"learner": 1, "generator": 0.5}}}, "add up to 1"),
-        (
-            {"ray": {"labels": {"generator": {"zone": "b"}}}},
-            "the same ray.labels for generator and learner",
-        ),
-    ],
-)
-def test_what_cannot_be_colocated_is_refused(sections: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        config(**sections)

@@ -91,12 +91,7 @@ def _start_local(demand: Demand) -> None:
 
 def _join(address: str) -> None:
     try:
-        ray.init(
-            address=address,
-            logging_level=logging.WARNING,
-            log_to_driver=False,
-            ignore_reinit_error=True,
-        )
+        ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise InfraError(
             f"no Ray cluster answers at {address!r}: {error}",

@@ -35,15 +35,6 @@ class History:
     deaths_in_a_row: int = 0
     num_workers: int = 1
 
-    @property
-    def is_hopeless(self) -> bool:
-        """Whether new workers have proven useless.
-
-        Weeks on preemptible machines cost many workers, and a node takes all of its workers along.
-        So deaths count only while no group finishes, and the whole pool may die twice.
-        """
-        return self.deaths_in_a_row >= max(MAX_DEATHS_IN_A_ROW, 2 * self.num_workers)
-
 
 def decide(error: BaseException, history: History) -> Action:
     """What ``error`` in a call to a worker leads to; asked once for each failure.
@@ -53,9 +44,12 @@ def decide(error: BaseException, history: History) -> Action:
     given up. Every other error stops the run: a bad configuration, failing rewards, numbers that
     are not finite, storage, bugs.
     """
+    # Weeks on preemptible machines cost many workers, and a node takes all of its workers along: so
+    # deaths count only while no group finishes, and the whole pool may die twice.
+    hopeless = history.deaths_in_a_row >= max(MAX_DEATHS_IN_A_ROW, 2 * history.num_workers)
     if isinstance(error, DataError):
         return Action.DROP_GROUP
-    if not isinstance(error, InfraError) or history.is_hopeless:
+    if not isinstance(error, InfraError) or hopeless:
         return Action.STOP
     if history.worker_died:
         return Action.REPLACE_WORKER
