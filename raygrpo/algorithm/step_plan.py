@@ -27,16 +27,11 @@ if TYPE_CHECKING:
 
 
 def loss_config(config: RunConfig) -> LossConfig:
-    """The loss of a token in this run; ``correction: auto`` is resolved.
-
-    The aggregation is part of the plan's weights. An adaptive entropy coefficient belongs to the
-    learner, whose state it is part of.
-    """
-    section = config.loss.model_dump(exclude={"entropy_target", "aggregation"})
-    section["correction"] = config.loss.correction_for(
+    """The loss of a token in this run; ``correction: auto`` is resolved."""
+    correction = config.loss.correction_for(
         stale=config.train.max_staleness > 0, renormalised=config.changes_distribution
     )
-    return LossConfig(**section)
+    return LossConfig(**config.loss.model_dump() | {"correction": correction})
 
 
 def num_trained_tokens(summary: GroupSummary, index: int, section: AdvantageSection) -> int:

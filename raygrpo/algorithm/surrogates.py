@@ -1,7 +1,7 @@
 """The token losses: each turns the ratio of two policies into the loss of a token.
 
 To add a loss, write a function like `_clip` here and a branch in `token_losses`. Its name goes into
-`LossName` and its parameters into `LossSection` (config/algorithm.py) and `LossConfig`.
+`LossName` and its parameters into `LossSection` (config/algorithm.py).
 docs/algorithms.md has the formulas, their papers and the tests.
 """
 
@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, assert_never, get_args
+from typing import TYPE_CHECKING, assert_never
 
 import torch
 from torch import Tensor
 
-from raygrpo.config.algorithm import Anchor, Correction, KlEstimator, Level, LossName
+from raygrpo.config.algorithm import Correction, LossSection
 from raygrpo.types import Stat
 
 if TYPE_CHECKING:
@@ -25,69 +25,19 @@ if TYPE_CHECKING:
 
 # Weight of dppo_tv's pull towards the sampler, (l - mu)^2.
 DPPO_PULL = 1e-3
-_KNOWN = {
-    "loss": get_args(LossName),
-    "kl_estimator": get_args(KlEstimator),
-    "ratio_anchor": get_args(Anchor),
-    "correction": get_args(Correction),
-    "correction_level": get_args(Level),
-}
 
 # Statistics by name, computed on request: each one waits for the device.
 StatsLater = dict[str, Callable[[], Stat]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LossConfig:
-    """The loss of a token; the names are those of the configuration's ``loss`` section.
+class LossConfig(LossSection):
+    """The configuration's ``loss`` section, with the correction that ``auto`` stands for.
 
     Example: ``LossConfig(loss="clip", clip_high=0.28, beta=0.04)`` is DAPO's clipped loss with a
-    KL to the reference. The aggregation over tokens is not here: it is a weight per sequence
-    (`loss_weights_for`).
-
-    Raises:
-        ValueError: an unknown name; the estimator k1, whose expected gradient is zero; or a
-            correction beside a ratio to the sampler (``ratio_anchor: sampler``, or dppo_tv), which
-            contains the gap already.
+    KL to the reference. The aggregation over tokens is a weight per sequence (`loss_weights_for`).
     """
 
-    loss: LossName = "clip"
-    clip_low: float = 0.2
-    clip_high: float = 0.28
-    delta: float | None = None
-    dual_clip: float | None = None
-    cispo_cap: float = 5.0
-    sapo_tau_pos: float = 1.0
-    sapo_tau_neg: float = 1.05
-    dppo_tv: float = 0.2
-    beta: float = 0.0
-    kl_estimator: KlEstimator = "k3"
-    kl_unbiased: bool = False
-    ratio_anchor: Anchor = "old"
     correction: Correction = "none"
-    correction_level: Level = "token"
-    correction_min: float = 0.5
-    correction_max: float = 2.0
-    off_policy_threshold: float | None = None
-    top_entropy_frac: float = 1.0
-    entropy_coef: float = 0.0
-
-    def __post_init__(self) -> None:
-        estimator: str = self.kl_estimator
-        if estimator == "k1":
-            raise ValueError("k1 in the loss has a gradient of zero on average; use k2 or k3")
-        for name, known in _KNOWN.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}; known: {known}")
-        if self.anchored_at_sampler and self.correction != "none":
-            raise ValueError("a ratio to the sampler contains the gap that a correction mends")
-        if not 0 < self.top_entropy_frac <= 1:
-            raise ValueError("top_entropy_frac must lie above 0, up to 1")
-
-    @property
-    def anchored_at_sampler(self) -> bool:
-        """Whether the ratio is to the sampler; old logprobs are not needed then."""
-        return self.ratio_anchor == "sampler" or self.loss == "dppo_tv"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

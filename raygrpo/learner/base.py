@@ -280,7 +280,7 @@ class Learner(ABC):
     ) -> tuple[dict[str, Stat], list[StepCache]]:
         """One optimizer update: its statistics, and the caches with old logprobs from now on."""
         lr = learning_rate(self.num_updates, self._total_updates, self.config.optimizer)
-        config = replace(self._loss_config, entropy_coef=self._entropy.applied)
+        config = self._loss_config.model_copy(update={"entropy_coef": self._entropy.applied})
         stats: list[dict[str, Stat]] = []
         filled: list[StepCache] = []
         total = torch.zeros((), dtype=torch.float64, device=self.device)

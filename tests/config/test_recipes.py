@@ -100,20 +100,6 @@ def test_correction_auto_is_tis_where_generation_may_be_stale() -> None:
     assert loss_config(builders.config(loss={"correction": "icepop"})).correction == "icepop"
 
 
-def test_the_loss_has_the_configurations_names() -> None:
-    values = {
-        "loss": "gspo", "clip_low": 0.1, "clip_high": 0.11, "delta": 3.0, "dual_clip": 4.0,
-        "cispo_cap": 6.0, "sapo_tau_pos": 1.1, "sapo_tau_neg": 1.2, "dppo_tv": 0.3, "beta": 0.4,
-        "kl_estimator": "k2", "kl_unbiased": True,
-        "ratio_anchor": "old", "correction": "icepop", "correction_level": "sequence",
-        "correction_min": 0.6, "correction_max": 1.7, "off_policy_threshold": 0.5,
-        "top_entropy_frac": 0.7, "entropy_coef": 0.02,
-    }  # fmt: skip
-    resolved = loss_config(builders.config(loss=values))
-    assert {name: getattr(resolved, name) for name in values} == values
-    assert set(type(resolved).__slots__) == set(values)
-
-
 @pytest.mark.parametrize(
     ("loss", "acts"),
     [
