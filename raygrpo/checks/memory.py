@@ -252,25 +252,19 @@ def _gradients(stage: int, size: ModelSize, shard: int) -> int:
     return 4 * size.trained if stage == 1 else shard
 
 
-def _zero(config: RunConfig) -> Mapping[str, Any]:
-    zero: Mapping[str, Any] = config.learner.deepspeed.get("zero_optimization", {})
-    return zero
+def _zero(config: RunConfig) -> dict[str, Any]:
+    return config.learner.deepspeed.get("zero_optimization") or {}
 
 
-def _offloaded(config: RunConfig) -> frozenset[str]:
+def _offloaded(config: RunConfig) -> set[str]:
     """The parts that DeepSpeed's offload keeps in the host's memory."""
-
-    def on_cpu(section: str) -> bool:
-        given = _zero(config).get(section) or {}
-        return bool(given.get("device", "none") == "cpu")
-
-    stage = config.learner.zero_stage
+    stage, zero = config.learner.zero_stage, _zero(config)
     names: set[str] = set()
-    if stage and on_cpu("offload_optimizer"):
+    if stage and (zero.get("offload_optimizer") or {}).get("device") == "cpu":
         names |= {"master weights", "gradients", "optimizer", "offload buffers"}
-    if stage == 3 and on_cpu("offload_param"):
+    if stage == 3 and (zero.get("offload_param") or {}).get("device") == "cpu":
         names.add("parameters")
-    return frozenset(names)
+    return names
 
 
 def _bucket_bytes(config: RunConfig, size: ModelSize) -> int:
@@ -300,16 +294,13 @@ def _gathered(config: RunConfig, size: ModelSize) -> int:
     return min(live, size.parameters) * size.dtype_bytes
 
 
-def _saved_bytes(config: RunConfig, size: ModelSize, tokens: int, update: FullUpdate) -> int:
-    """What a forward pass saves without recomputation; a GPU repeats keys for each query head."""
-    if not config.ray.gpus.learner:
-        return tokens * size.activations + update.copied * size.cached
-    repeated = size.expanded - size.cached
-    return tokens * (size.activations + repeated) + update.copied * size.expanded
-
-
 def _activation_bytes(config: RunConfig, size: ModelSize, tokens: int, update: FullUpdate) -> int:
-    total = _saved_bytes(config, size, tokens, update)
+    """What a forward pass saves; a GPU repeats keys for each query head."""
+    if config.ray.gpus.learner:
+        repeated = size.expanded - size.cached
+        total = tokens * (size.activations + repeated) + update.copied * size.expanded
+    else:
+        total = tokens * size.activations + update.copied * size.cached
     if not config.learner.gradient_checkpointing:
         return total
     return tokens * size.layers * size.hidden + total // size.layers

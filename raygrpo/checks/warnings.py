@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from raygrpo.actors.cluster.placement import address_of
 from raygrpo.config import RunConfig
+from raygrpo.data.prompts import PromptStream
 from raygrpo.data.sources import eval_section, split_of
 
 Event = tuple[str, dict[str, Any]]
@@ -17,23 +18,13 @@ CPUINFO = Path("/proc/cpuinfo")
 _BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16"}
 
 
-class Prompts(Protocol):
-    """A stream's source of prompts: how many prompts were too long."""
-
-    @property
-    def num_dropped(self) -> int: ...
-
-    @property
-    def num_truncated(self) -> int: ...
-
-
 def start_events(
     config: RunConfig,
     *,
     refused: Sequence[str],
     changed: Sequence[str],
     revisions: Sequence[str],
-    sources: Mapping[str, Prompts],
+    sources: Mapping[str, PromptStream],
 ) -> Iterator[Event]:
     """All events of a start, such as ``("config_changed", {"change": "seed: 1 -> 2"})``.
 

@@ -224,9 +224,8 @@ def score_fake(rewards: Sequence[RewardSection], group: Group) -> Lines:
             for name, part in score.parts.items()
         }
         facts["sum"] = _shown(score.value)
-    skipped = {reward_name(reward): "skipped: it runs in actors" for reward in rewards
-               if reward.func == REWARD_MODEL}  # fmt: skip
-    return facts | skipped
+    in_actors = [reward_name(reward) for reward in rewards if reward.func == REWARD_MODEL]
+    return facts | dict.fromkeys(in_actors, "skipped: it runs in actors")
 
 
 def _shown(value: float | None) -> str:

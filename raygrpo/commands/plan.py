@@ -161,7 +161,10 @@ def print_plan(config: RunConfig) -> None:
     plan = make_plan(config)
     console = Console()
     console = console if console.is_terminal else Console(width=140)
-    console.print(_batch_table(plan), _actor_table(plan))
+    table = Table("what", "value", box=None, show_header=False)
+    for name, value in plan.batch.items():
+        table.add_row(escape(name), escape(value))
+    console.print(table, _actor_table(plan))
     total = f"tensors of all actors at their peaks: {_size(plan.host_bytes)}"
     address = address_of(config)
     if address != "local":
@@ -183,13 +186,6 @@ def machine_memory() -> int:
 def gpu_memory() -> int | None:
     """The bytes of memory of the first GPU; None without a GPU."""
     return int(torch.cuda.mem_get_info(0)[1]) if torch.cuda.is_available() else None
-
-
-def _batch_table(plan: Plan) -> Table:
-    table = Table("what", "value", box=None, show_header=False)
-    for name, value in plan.batch.items():
-        table.add_row(escape(name), escape(value))
-    return table
 
 
 def _actor_table(plan: Plan) -> Table:

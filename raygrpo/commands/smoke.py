@@ -39,18 +39,13 @@ def smoke_run(config: RunConfig, say: Callable[[str], Any]) -> Iterator[RunConfi
         model = save_tiny_twin(config.model, Path(directory) / "model")
         changes = smoke_changes(config)
         say(f"smoke run in {directory}; changed:")
-        for line in _lines(changes):
-            say(f"  {line}")
+        for section, keys in changes.items():
+            for name, value in keys.items():
+                say(f"  {section}.{name}: {value}")
         say(f"  model: {model}, random weights, the real tokenizer and vocabulary")
-        places = {
-            "run_dir": str(Path(directory) / "run"),
-            "model": {
-                "path": str(Path(directory) / "model"),
-                "revision": None,
-                "random_init": True,
-            },
-        }
-        whole = merged_sections(config.model_dump(), merged_sections(changes, places))
+        twin = {"path": str(Path(directory) / "model"), "revision": None, "random_init": True}
+        changes |= {"run_dir": str(Path(directory) / "run"), "model": twin}
+        whole = merged_sections(config.model_dump(), changes)
         yield RunConfig.model_validate(whole)
 
 
@@ -157,9 +152,3 @@ def _holds_lists(value: Any) -> bool:
     if isinstance(value, Mapping):
         return any(_holds_lists(item) for item in value.values())
     return isinstance(value, (list, tuple))
-
-
-def _lines(changes: Mapping[str, Any]) -> Iterator[str]:
-    for section, keys in changes.items():
-        for name, value in keys.items():
-            yield f"{section}.{name}: {value}"

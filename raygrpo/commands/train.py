@@ -239,9 +239,7 @@ def _find_best(
     config: RunConfig, checkpoints: Checkpoints, state: RunState | None, path: Path | None
 ) -> tuple[BestSoFar, list[str]]:
     """The best evaluation of the restored state, and why its checkpoint does not verify."""
-    best = BestSoFar(metric=config.eval.best.metric or "")
-    if state:
-        best = state.best.resumed(config)
+    best = state.best.resumed(config) if state else BestSoFar(metric=config.eval.best.metric or "")
     if best.step >= 0 and checkpoints.path(best.step) != path:
         try:
             verify(checkpoints.path(best.step))

@@ -17,7 +17,7 @@ from raygrpo.commands.dry_run import dry_run, print_plan
 from raygrpo.commands.smoke import save_tiny_twin, shrunk, smoke_changes, smoke_run
 from raygrpo.config import RunConfig
 from raygrpo.config.file import dump_config, load_config
-from raygrpo.errors import ConfigError, RewardError
+from raygrpo.errors import ConfigError
 from tests.tiny import save_tiny_model, tiny_tokenizer
 
 REWARDS = """
@@ -139,7 +139,7 @@ MISTAKES: list[tuple[dict[str, Any], list[str]]] = [
     ({"learner": {"lora": {"lora_dropout": 0.1}}}, ["lora_dropout", "set it to 0"]),
     ({"learner": {"lora": {"rr": 8}}}, ["unknown key learner.lora.rr", "'r'"]),
     ({"data": {"source": "{dir}/rows.jsonl", "max_prompt_length": 5}}, ["6 tokens"]),
-    ({"rewards": [{"func": "{dir}/rewards.py:bad"}]}, ["out to lunch", "rewards.py"]),
+    ({"rewards": [{"func": "{dir}/rewards.py:bad"}]}, ['raise RuntimeError("the judge']),
     ({"rewards": [{"func": "{dir}/rewards.py:godo"}]}, ["'good'"]),
 ]
 
@@ -156,12 +156,6 @@ def test_mistakes_exit_with_2(
     for word in words:
         assert word in result.output
     assert not (directory / "run").exists()
-
-
-def test_a_reward_that_fails_shows_its_traceback(directory: Path) -> None:
-    config = run_config(directory, rewards=[{"func": f"{directory}/rewards.py:bad"}])
-    with pytest.raises(RewardError, match='raise RuntimeError\\("the judge'):
-        dry_run(config)
 
 
 def test_rewards_that_need_actors_are_said_to_be_skipped(directory: Path) -> None:

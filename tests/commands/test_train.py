@@ -7,21 +7,19 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
 
-from raygrpo.algorithm.ledger import TokenLedger
-from raygrpo.algorithm.window import WindowState
 from raygrpo.checks.checked import Checked, check
 from raygrpo.commands.scope import Scope, open_scope
 from raygrpo.commands.train import claim, export, prepare
-from raygrpo.config.file import load_config
 from raygrpo.errors import ConfigError, StorageError
 from raygrpo.storage.checkpoint import Checkpoints
 from raygrpo.storage.run_dir import RunDir
-from raygrpo.training.state import BestSoFar, RunState
+from raygrpo.training.state import BestSoFar
+from tests import builders
+from tests.storage.test_checkpoint import state
 from tests.tiny import save_tiny_model
 
 METRIC = "eval/greedy/reward"
@@ -38,16 +36,15 @@ def checked(tmp_path: Path) -> Checked:
     save_tiny_model(tmp_path / "tiny")
     rows = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(9)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    sections: dict[str, Any] = {
-        "run_dir": str(tmp_path / "run"),
-        "model": {"path": str(tmp_path / "tiny")},
-        "data": {"source": str(tmp_path / "rows.jsonl")},
-        "rewards": [{"func": "exact"}],
-        "train": {"steps": 6},
-        "eval": {"eval_steps": 2, "best": {"metric": METRIC}},
-        "checkpoint": {"keep": 0},
-    }
-    return check(load_config(sections))
+    config = builders.config(
+        run_dir=str(tmp_path / "run"),
+        model={"path": str(tmp_path / "tiny")},
+        data={"source": str(tmp_path / "rows.jsonl")},
+        rewards=[{"func": "exact"}],
+        train={"steps": 6},
+        eval={"eval_steps": 2, "best": {"metric": METRIC}},
+    )
+    return check(config)
 
 
 def commit(run_dir: RunDir, checked: Checked, step: int, best: BestSoFar) -> Path:
@@ -59,19 +56,8 @@ def commit(run_dir: RunDir, checked: Checked, step: int, best: BestSoFar) -> Pat
     weights = load_file(file)
     next(iter(weights.values())).fill_(step)
     save_file(weights, file)
-    return checkpoints.commit(directory, step, state(checked, step, best))
-
-
-def state(checked: Checked, step: int, best: BestSoFar) -> RunState:
-    return RunState(
-        step=step,
-        window=WindowState(admitted=step, dropped=0, taken=step, refilled=0, pending=()),
-        prompts=checked.prompts.state(),
-        ledger=TokenLedger(),
-        num_tokens=0,
-        buffered_tokens=0,
-        best=best,
-    )
+    known = replace(state(step), prompts=checked.prompts.state(), best=best)
+    return checkpoints.commit(directory, step, known)
 
 
 def test_a_run_begins_at_step_0_or_at_its_newest_checkpoint(checked: Checked, scope: Scope) -> None:
@@ -109,7 +95,7 @@ def test_a_trained_run_exports_its_best_model(checked: Checked, scope: Scope) ->
     exported = export(checked.config, prepared, prepared.step)
     assert next(iter(load_file(exported / "model.safetensors").values())).flatten()[0] == 4
     # A row whose evaluation is still due is left to a run that trains.
-    due = replace(state(checked, 6, best), record={"loss": 1.0})
+    due = replace(state(6), best=best, record={"loss": 1.0})
     assert not replace(prepared, state=due).is_complete
 
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import io
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from raygrpo.tracking.alarms import WINDOW, Alarms
-from raygrpo.tracking.tracker import Tracker
 from tests import builders
+from tests.tracking.tracking_cases import events_of, tracked
 
 
 def ring(metric: str, values: list[float], **sections: Any) -> list[tuple[int, str]]:
@@ -72,13 +70,10 @@ def test_a_step_without_the_metric_changes_nothing() -> None:
 
 
 def test_the_tracker_records_alarms(tmp_path: Path) -> None:
-    config = builders.config(run_dir=str(tmp_path))
-    tracker = Tracker(tmp_path, config, file=io.StringIO())
-    for step in range(1, WINDOW + 1):
-        tracker.log_step(step, {"completions/clipped_ratio": 1.0})
-    tracker.close()
-    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
-    (alarm,) = [event for event in events if event["kind"] == "alarm"]
+    with tracked(tmp_path) as tracker:
+        for step in range(1, WINDOW + 1):
+            tracker.log_step(step, {"completions/clipped_ratio": 1.0})
+    (alarm,) = events_of(tmp_path / "run")
     assert (alarm["name"], alarm["value"], alarm["limit"]) == ("truncation", 1.0, 0.5)
     assert alarm["step"] == WINDOW
 
