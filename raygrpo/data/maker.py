@@ -120,7 +120,13 @@ class PromptMaker:
             if not content:
                 raise DataError(f"{name} has an empty prompt", "remove the row, or give it text")
             if not section.chat:
-                self._check_no_system(name)
+                if section.system is not None:
+                    raise ConfigError(
+                        f"data.system is set, but the prompt of {name} is plain text, which has no "
+                        "roles",
+                        "set data.chat: true to make it a user turn, or write the system's text "
+                        "into a data.template",
+                    )
                 return Rendered(text=content, messages=None, string=content)
             content = [{"role": "user", "content": content}]
         return self._render_messages(self._with_system(_messages(content, name)), name)
@@ -132,15 +138,13 @@ class PromptMaker:
             return_attention_mask=False,
             verbose=False,
         )
-        return [
-            list(ids) if self._brings_its_marks(prompt) else [*self._in_front, *ids]
-            for prompt, ids in zip(prompts, encoded["input_ids"], strict=True)
-        ]
-
-    def _brings_its_marks(self, prompt: Rendered) -> bool:
-        """Whether the string holds its special tokens: a chat, or text made from a chat."""
+        tokens = []
         bos = getattr(self._tokenizer, "bos_token", None)
-        return prompt.messages is not None or bool(bos and prompt.string.startswith(bos))
+        for prompt, ids in zip(prompts, encoded["input_ids"], strict=True):
+            # A chat brings its special tokens, and so does text that was made from a chat.
+            marked = prompt.messages is not None or (bos and prompt.string.startswith(bos))
+            tokens.append(list(ids) if marked else [*self._in_front, *ids])
+        return tokens
 
     def _render_messages(self, messages: tuple[Message, ...], name: str) -> Rendered:
         if self._section.chat is False:
@@ -168,14 +172,6 @@ class PromptMaker:
         if system is None or any(message["role"] == "system" for message in messages):
             return messages
         return ({"role": "system", "content": system}, *messages)
-
-    def _check_no_system(self, name: str) -> None:
-        if self._section.system is not None:
-            raise ConfigError(
-                f"data.system is set, but the prompt of {name} is plain text, which has no roles",
-                "set data.chat: true to make it a user turn, or write the system's text into a "
-                "data.template",
-            )
 
     def _check_chat(self, reason: str) -> None:
         if getattr(self._tokenizer, "chat_template", None) is None:

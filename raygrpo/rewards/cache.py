@@ -6,7 +6,7 @@ import hashlib
 import json
 import pickle
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -59,7 +59,9 @@ class CachedReward:
                 wanted.setdefault(key, index)
         reply = Reply(parts=(), errors=())
         if wanted:
-            reply = self._inner.call(_part_of(call, list(wanted.values())))
+            texts = [call.completions[index] for index in wanted.values()]
+            ids = [call.completion_ids[index] for index in wanted.values()]
+            reply = self._inner.call(replace(call, completions=texts, completion_ids=ids))
         fresh = {key: _entry(reply, place) for place, key in enumerate(wanted)}
         self._keep(fresh)
         known |= fresh
@@ -97,14 +99,6 @@ def _encoded(value: Any) -> bytes:
         return json.dumps(value, default=lambda other: pickle.dumps(other).hex()).encode()
     except (TypeError, ValueError, RecursionError):
         return pickle.dumps(value)
-
-
-def _part_of(call: Call, indices: Sequence[int]) -> Call:
-    return replace(
-        call,
-        completions=[call.completions[index] for index in indices],
-        completion_ids=[call.completion_ids[index] for index in indices],
-    )
 
 
 def _entry(reply: Reply, place: int) -> _Entry:

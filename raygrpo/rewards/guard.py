@@ -11,6 +11,7 @@ it reaches the child only, not what the child started.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -46,16 +47,12 @@ def main(host_pid: int, fds: list[int], command: list[str]) -> int:
 def _reap(child: int) -> int | None:
     """Collects ended processes without waiting; the exit code of ``child`` if it is one of them."""
     code = None
-    while True:
-        try:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-        except ChildProcessError:
-            return code
-        if pid == 0:
-            return code
-        if pid == child:
-            ended = os.waitstatus_to_exitcode(status)
-            code = 128 - ended if ended < 0 else ended
+    with contextlib.suppress(ChildProcessError):
+        while (ended := os.waitpid(-1, os.WNOHANG)) != (0, 0):
+            if ended[0] == child:
+                status = os.waitstatus_to_exitcode(ended[1])
+                code = 128 - status if status < 0 else status
+    return code
 
 
 def _end_descendants() -> None:

@@ -27,10 +27,8 @@ class Channel:
 
     def send(self, payload: bytes, deadline: float | None) -> None:
         """Sends one frame."""
-        rest = memoryview(HEADER.pack(len(payload)) + payload)
-        while rest:
-            self._set_timeout(deadline)
-            rest = rest[self._socket.send(rest) :]
+        self._set_timeout(deadline)
+        self._socket.sendall(HEADER.pack(len(payload)) + payload)
 
     def receive(self, deadline: float | None) -> bytes:
         """Receives one frame."""
