@@ -6,9 +6,13 @@ import string
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from raygrpo.models import quiet_transformers
+from raygrpo.engines.hf.sampling import penalise, truncate
+from raygrpo.models import quiet_transformers, stop_token_ids
+from raygrpo.types import Completion, GroupRequest
 
 Kind = Literal["llama", "qwen2", "gemma3"]
 CHARACTERS = string.digits + string.ascii_letters + " \n+-*/=.,:;!?()[]<>#'\"_"
@@ -86,3 +90,17 @@ def save_tiny_model(
         model.save_pretrained(path)
     tiny_tokenizer().save_pretrained(path)
     return path
+
+
+def forced(model: Any, item: GroupRequest, completion: Completion) -> Tensor:
+    """Logprobs [C] that a full forward pass of transformers gives the completion's tokens."""
+    prompt, written = item.prompt.token_ids, completion.token_ids
+    ids = torch.from_numpy(np.concatenate([prompt, written]).astype(np.int64))
+    sampling, rows = item.sampling, []
+    with torch.inference_mode():
+        logits = model(input_ids=ids[None]).logits[0, prompt.size - 1 : -1].float()
+        logits[: sampling.min_tokens, sorted(stop_token_ids(model, None))] = -torch.inf
+        for end, row in enumerate(logits, start=prompt.size):
+            scores = penalise(row[None], ids[None, :end], sampling.repetition_penalty)
+            rows.append(truncate(scores, sampling).log_softmax(-1)[0, ids[end]])
+    return torch.stack(rows)

@@ -9,15 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import torch
-from torch import Tensor
 
 from raygrpo.config import ModelSection
-from raygrpo.engines.hf.sampling import penalise, truncate
 from raygrpo.engines.select import make_engine
-from raygrpo.models import load_model, stop_token_ids
+from raygrpo.models import load_model
 from raygrpo.types import ByteArray, Completion, Group, GroupRequest, Version
 from raygrpo.weights.buckets import make_version, weight_targets
 from raygrpo.weights.types import WeightsManifest
@@ -110,20 +107,6 @@ def step_until(engine: Any, tokens: int) -> None:
         state.detokenizer.num_output_tokens() >= tokens for state in list(states.values())
     ):
         assert not engine.step(), "finished before it had so many tokens"
-
-
-def forced(model: Any, item: GroupRequest, completion: Completion) -> Tensor:
-    """Logprobs [C] that a full forward pass of transformers gives the completion's tokens."""
-    prompt, written = item.prompt.token_ids, completion.token_ids
-    ids = torch.from_numpy(np.concatenate([prompt, written]).astype(np.int64))
-    sampling, rows = item.sampling, []
-    with torch.inference_mode():
-        logits = model(input_ids=ids[None]).logits[0, prompt.size - 1 : -1].float()
-        logits[: sampling.min_tokens, sorted(stop_token_ids(model, None))] = -torch.inf
-        for end, row in enumerate(logits, start=prompt.size):
-            scores = penalise(row[None], ids[None, :end], sampling.repetition_penalty)
-            rows.append(truncate(scores, sampling).log_softmax(-1)[0, ids[end]])
-    return torch.stack(rows)
 
 
 def plain(path: Path) -> Any:

@@ -15,10 +15,10 @@ import pytest
 from raygrpo.errors import DataError, InfraError
 from raygrpo.types import Completion, Version
 from raygrpo.weights.probe import PROBE_LENGTH
+from tests.tiny import forced
 from tests.vllm.engines import (
     SMOLLM2,
     drain,
-    forced,
     perturbed,
     plain,
     publish,

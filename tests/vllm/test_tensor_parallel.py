@@ -10,10 +10,10 @@ import pytest
 
 from raygrpo.errors import InfraError
 from raygrpo.types import Version
+from tests.tiny import forced
 from tests.vllm.engines import (
     ECHO,
     drawn_model,
-    forced,
     perturbed,
     publish,
     request,
