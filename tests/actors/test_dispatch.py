@@ -253,16 +253,18 @@ def test_a_group_is_generated_then_scored(fake: FakeRay) -> None:
     assert (group.traceback, group.extras) == ("raised", {"note": ("a", "b")})
 
 
-def test_a_dead_generators_group_is_sent_again_and_reported(fake: FakeRay) -> None:
+def test_a_dead_generators_groups_are_sent_again_and_reported_once(fake: FakeRay) -> None:
     made = pool()
-    made.submit(request(7))
+    for group_id in (7, 8):
+        made.submit(request(group_id))
     fake.answers = {"report": RayActorError()}
     events = made.wait([], 0, STATE)
-    assert events.lost == [("train", 7)]
+    assert events.lost == [("train", 7), ("train", 8)]
     assert [kind for kind, _ in events.events] == ["worker_replaced"]
-    order, partials = made.generators[0].actor.generate.options().remote.call_args[0]
-    assert (order.group_id, order.attempt, partials) == (7, 1, ())
-    assert len(finish(fake, made)) == 1
+    calls = made.generators[0].actor.generate.options().remote.call_args_list
+    sent = [(order.group_id, order.attempt, partials) for (order, partials), _ in calls]
+    assert sent == [(7, 1, ()), (8, 1, ())]
+    assert len(finish(fake, made)) == 2
 
 
 def test_a_group_that_takes_its_workers_down_is_given_up(fake: FakeRay) -> None:

@@ -28,7 +28,7 @@ from raygrpo.config.file import load_config
 from raygrpo.errors import ConfigError, InfraError
 from raygrpo.models import load_model
 from raygrpo.rewards.contract import TrainerState
-from raygrpo.types import FinishedGroup, GroupRequest, Sampling, Version
+from raygrpo.types import GroupRequest, Sampling, Version
 from raygrpo.weights.publisher import Publisher
 from tests import builders, runs
 
@@ -106,24 +106,6 @@ def cluster(joined: RunConfig, store: StoreHandle) -> Iterator[Cluster]:
 def order(group_id: int, version: Version) -> GroupRequest:
     made = builders.request(group_id, tokens=(5, 6, 7), max_tokens=4)
     return replace(made, min_version=version)
-
-
-def test_a_dead_generator_loses_all_its_groups_once(cluster: Cluster) -> None:
-    pool, first = cluster.pool, Version(1, 0)
-    # No weights are published, so the engine holds all four when it dies.
-    for group_id in range(4):
-        pool.submit(order(group_id, first))
-    os.kill(pool.pids["generator-0"], signal.SIGKILL)
-    (done,) = [d for d in cluster.wait_until(lambda d: bool(d.lost)) if d.lost]
-    assert sorted(done.lost) == [("train", i) for i in range(4)]
-    assert [kind for kind, _ in done.events] == ["worker_replaced"]
-    cluster.publish(first)
-    pool.load()
-    finished: list[FinishedGroup] = []
-    while len(finished) < 4:
-        finished += cluster.wait().groups
-    assert sorted(group.summary.group_id for group in finished) == [0, 1, 2, 3]
-    assert {group.summary.attempt for group in finished} == {1}
 
 
 def test_a_dead_scorer_costs_no_generation(cluster: Cluster) -> None:
