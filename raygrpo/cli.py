@@ -11,7 +11,7 @@ import contextlib
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
@@ -97,14 +97,12 @@ def export(
     from raygrpo.commands.export import export_run
     from raygrpo.commands.hub import push_run
 
-    try:
+    with _watched():
         if push_to_hub is None:
-            path: object = export_run(run, step)
+            place = str(export_run(run, step))
         else:
-            path = push_run(run, push_to_hub, step=step, public=public, branch=revision)
-    except RayGrpoError as error:
-        _fail(error)
-    typer.echo(str(path))
+            place = push_run(run, push_to_hub, step=step, public=public, branch=revision)
+    typer.echo(place)
 
 
 _Target = Annotated[
@@ -193,12 +191,17 @@ class _Watch:
 
 @contextlib.contextmanager
 def _watched(stopped: str = "stopped") -> Iterator[_Watch]:
-    """Turns failures into exit codes; ``stopped`` is said after a signal."""
+    """Turns failures into exit codes; ``stopped`` is said after a signal.
+
+    Bad input is what is found wrong with it before anything has started.
+    """
     watch = _Watch()
     try:
         yield watch
     except RayGrpoError as error:
-        _fail(error, started=watch.started)
+        typer.echo(f"{type(error).__name__}: {error}", err=True)
+        bad_input = isinstance(error, _INPUT) and not watch.started
+        raise typer.Exit(EXIT_BAD_INPUT if bad_input else EXIT_FAILED) from None
     except Stopped:
         typer.echo(stopped, err=True)
         raise typer.Exit(EXIT_STOPPED) from None
@@ -249,10 +252,8 @@ def plan(
     """
     from raygrpo.commands.plan import print_plan
 
-    try:
+    with _watched():
         print_plan(load_config(path, context.args))
-    except RayGrpoError as error:
-        _fail(error)
 
 
 @app.command(name="config", context_settings=_OVERRIDES)
@@ -271,26 +272,17 @@ def show_config(
 
     if path is not None or recipe is not None:
         chosen = [] if recipe is None else [f"recipe={recipe}"]
-        try:
+        with _watched():
             if path is None:
                 typer.echo(dump_recipe(recipe or ""), nl=False)
             else:
                 typer.echo(dump_config(load_config(path, [*chosen, *context.args])))
-        except RayGrpoError as error:
-            _fail(error)
         return
     table = Table("key", Column("type", max_width=30), "default", "unit", "meaning", box=None)
     for row in describe_keys():
         table.add_row(*(escape(cell) for cell in row))
     console = Console()
     (console if console.is_terminal else Console(width=180)).print(table)
-
-
-def _fail(error: RayGrpoError, *, started: bool = False) -> NoReturn:
-    """Ends the command: bad input is what is found wrong with it before anything ``started``."""
-    typer.echo(f"{type(error).__name__}: {error}", err=True)
-    bad_input = isinstance(error, _INPUT) and not started
-    raise typer.Exit(EXIT_BAD_INPUT if bad_input else EXIT_FAILED)
 
 
 def main() -> None:

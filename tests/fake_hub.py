@@ -52,17 +52,15 @@ class Seen:
 class FakeHub:
     """Repositories by ``models/org/name``, what was asked, and answers to give instead.
 
-    ``failures`` maps a piece of a path to the statuses of its next answers; ``writers`` are the
-    organisations that the token may write to.
+    ``failures`` maps a piece of a path to the statuses of its next answers. The token may write to
+    the organisation ``me`` alone.
     """
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
         self.seen: list[Seen] = []
         self.failures: dict[str, list[int]] = {}
-        self.writers = {"me"}
         self.blobs: dict[str, bytes] = {}
-        self.lfs_suffix = ".safetensors"
         self.url = ""
 
     def commit(self, name: str, files: Mapping[str, bytes], message: str = "c") -> str:
@@ -155,7 +153,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _may_write(self, organisation: str) -> bool:
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
             self._error(401, "Invalid credentials in Authorization header")
-        elif organisation not in self.hub.writers:
+        elif organisation != "me":
             self._error(403, "You don't have the rights")
         else:
             return True
@@ -198,7 +196,7 @@ class _Handler(BaseHTTPRequestHandler):
         modes = [
             {
                 "path": file["path"],
-                "uploadMode": "lfs" if file["path"].endswith(self.hub.lfs_suffix) else "regular",
+                "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular",
                 "shouldIgnore": False,
             }
             for file in files

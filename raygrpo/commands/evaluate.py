@@ -8,13 +8,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from raygrpo.actors import futures
 from raygrpo.actors.cluster.connect import placing
 from raygrpo.actors.cluster.site import Site
 from raygrpo.actors.pool.pool import RolloutPool
-from raygrpo.actors.pool.workers import PoolEvents
 from raygrpo.algorithm.window import train_request
 from raygrpo.checks.checked import Checked, check
 from raygrpo.commands.scope import Scope, open_scope
@@ -30,6 +29,7 @@ from raygrpo.storage.rollouts import FileFacts, file_path, files, make_table, wr
 from raygrpo.storage.run_dir import write_atomically
 from raygrpo.tracking.metrics import completion_metrics, reward_metrics
 from raygrpo.training.evaluation import Evaluation
+from raygrpo.training.wiring import Pool
 from raygrpo.types import FinishedGroup, GroupRequest, Prompt, Version
 
 OnEvent = Callable[[str, Mapping[str, Any]], None]
@@ -84,18 +84,6 @@ def resolve_target(
     model = {"path": str(path / "model"), "revision": None, "random_init": False}
     sections = {"run_dir": str(run_dir.root), "model": config.model.model_copy(update=model)}
     return config.model_copy(update=sections), trained
-
-
-class Pool(Protocol):
-    """The part of a `RolloutPool` that serves groups."""
-
-    def submit(self, request: GroupRequest) -> None:
-        """Queues a group to generate."""
-
-    def wait(
-        self, pendings: Sequence[futures.Pending[Any]], timeout_s: float, state: TrainerState
-    ) -> PoolEvents:
-        """Blocks until something has happened."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

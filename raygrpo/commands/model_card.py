@@ -6,7 +6,6 @@ and rewards appear by name: absolute paths of the machine are cut to their last 
 
 from __future__ import annotations
 
-import json
 import platform
 import re
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,13 @@ from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
+from huggingface_hub import (
+    EvalResult,
+    ModelCard,
+    ModelCardData,
+    metadata_load,
+    try_to_load_from_cache,
+)
 
 from raygrpo.config import RunConfig
 from raygrpo.data.sources import BUILDERS, GYM, eval_section, is_on_hub, split_of
@@ -205,15 +210,7 @@ def _evaluated(
     rows: Sequence[Mapping[str, Any]], config: RunConfig, step: int, pinned: str
 ) -> list[EvalResult]:
     """The results of the exported step itself, for the hub's own table."""
-    values = {
-        name: row[name]
-        for row in rows
-        if row["step"] == step
-        for name in row
-        if _RESULT.fullmatch(name)
-    }
-    if not values:
-        return []
+    values = {n: row[n] for row in rows if row["step"] == step for n in row if _RESULT.fullmatch(n)}
     section = eval_section(config.data, config.eval, seed=config.seed)
     return [
         EvalResult(
@@ -252,12 +249,10 @@ def _read_front_matter(path: str) -> dict[str, Any]:
         readme = try_to_load_from_cache(path, "README.md") if looks_like_id else None
     if not isinstance(readme, (str, Path)) or not Path(readme).is_file():
         return {}
-    found = re.match(r"---\n(.*?)\n---", Path(readme).read_text(encoding="utf-8"), re.S)
     try:
-        loaded = yaml.safe_load(found[1]) if found else None
-    except yaml.YAMLError:
+        return metadata_load(readme) or {}
+    except (yaml.YAMLError, ValueError):  # people write cards
         return {}
-    return loaded if isinstance(loaded, dict) else {}
 
 
 def _results(rows: list[dict[str, Any]], step: int) -> list[tuple[str, float, float]]:
@@ -281,11 +276,11 @@ def _shown_config(config: RunConfig) -> str:
 
 
 def _without_paths(value: Any) -> Any:
-    """``value`` as JSON has it, absolute paths cut to their last part."""
-    if isinstance(value, Mapping):
+    """A tree of JSON, absolute paths cut to their last part."""
+    if isinstance(value, dict):
         return {name: _without_paths(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, list):
         return [_without_paths(item) for item in value]
     if isinstance(value, str) and re.match(r"(/|~|\.\./)[^\s]*$", value):
         return PurePath(value).name
-    return json.loads(json.dumps(value))
+    return value
