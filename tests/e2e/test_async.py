@@ -46,6 +46,9 @@ def test_weights_land_in_the_middle_of_completions(config: Path) -> None:
     assert mixed, "no completion saw an update"
     for _, row in rows:
         assert sum(row["version_counts"]) == len(row["token_ids"])
+        assert 200 <= len(row["token_ids"]) <= 300, (
+            "as sampling.filters.min_tokens and max_tokens say"
+        )
         assert row["version_steps"] == sorted(set(row["version_steps"])), "versions go forward"
 
 

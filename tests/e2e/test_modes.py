@@ -86,25 +86,6 @@ def test_bfloat16_runs(directory: Path) -> None:
 
 
 @pytest.mark.slow
-def test_sampling_settings_reach_the_engine(directory: Path) -> None:
-    config = runs.write_run(
-        directory,
-        "sampling",
-        deterministic=False,
-        sampling={
-            "max_tokens": 5,
-            "filters": {"min_tokens": 3, "top_k": 4, "top_p": 0.9},
-            "stop": ["7"],
-        },
-        train={"steps": 2},
-    )
-    runs.run(config)
-    for row in runs.metrics(config):
-        assert row["completions/min_length"] >= 3
-        assert row["completions/max_length"] <= 5
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("again", [False, True])
 def test_no_evaluation_is_lost_or_doubled_by_stops(directory: Path, again: bool) -> None:
     """Stopped right after the start, then wherever step 2's evaluation is: all are there, once."""
@@ -134,18 +115,3 @@ def test_no_evaluation_is_lost_or_doubled_by_stops(directory: Path, again: bool)
     assert runs.steps(config) == [0, 1, 2, 3, 4]
     assert [row["step"] for row in rows if "eval/reward" in row] == [0, 2, 4]
     assert all(row["eval/num_completions"] == 100 for row in rows if "eval/reward" in row)
-
-
-@pytest.mark.slow
-def test_long_prompts_are_counted(directory: Path) -> None:
-    source = directory / "long.jsonl"
-    source.write_text('{"prompt": "1+2="}\n{"prompt": "1+2+3+4+5="}\n')
-    config = runs.write_run(
-        directory,
-        "long",
-        data={"source": str(source), "max_prompt_length": 6, "overlong": "truncate_left"},
-        train={"steps": 1, "groups_per_step": 2},
-    )
-    runs.run(config)
-    (event,) = runs.events(config, "long_prompts")
-    assert (event["stream"], event["dropped"], event["truncated"]) == ("train", 0, 1)
