@@ -1,7 +1,7 @@
 """The first page: the values that flow through a run, in the order in which they arise.
 
     Prompt -> GroupRequest -> Completion -> Group -> Score -> GroupSummary -> FinishedGroup
-           -> PlannedSample -> StepBatch -> Sample -> Microbatch -> StepResult
+           -> PlannedSample -> StepBatch -> Microbatch -> StepResult
 
 A generator answers a `GroupRequest` with a `Group`. A scorer adds one `Score` a completion. The
 driver holds the `GroupSummary` and a reference to the group's tokens, never the tokens. A
@@ -336,28 +336,6 @@ class StepBatch:
         groups = {sample.group_id for batch in self.minibatches for sample in batch}
         if missing := groups - set(self.payloads):
             raise ValueError(f"step {self.step}: no payload for groups {sorted(missing)}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
-    """One completion with its prompt, ready to train on; arrays are [L], L = P + C.
-
-    Example: a prompt of 2 tokens and a completion of 1: Sample(plan=plan, token_ids=[17, 28, 19],
-    loss_mask=[False, False, True], sampler_logprobs=[0, 0, -0.3]).
-
-    ``loss_mask`` is True where trained, never on the prompt; ``sampler_logprobs`` is 0 elsewhere.
-    """
-
-    plan: PlannedSample
-    token_ids: IntArray
-    loss_mask: BoolArray
-    sampler_logprobs: FloatArray
-
-    def __post_init__(self) -> None:
-        length = self.plan.prompt_length + self.plan.completion_length
-        arrays = (self.token_ids, self.loss_mask, self.sampler_logprobs)
-        if any(array.shape != (length,) for array in arrays):
-            raise ValueError(f"sample {self.plan}: arrays must have length {length}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from raygrpo.types import Group, Microbatch, PlannedSample, Sample, StepBatch
+from raygrpo.types import Group, Microbatch, PlannedSample, StepBatch
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -106,29 +106,12 @@ class _Cost:
         return length + pairs / self.attention_length
 
 
-def make_samples(group: Group, plans: Sequence[PlannedSample]) -> list[Sample]:
-    """The planned samples of one group with their tokens."""
-    prompt = group.request.prompt.token_ids
-    samples = []
-    for plan in plans:
-        completion = group.completions[plan.completion_index]
-        head = np.zeros(prompt.size, np.bool_)
-        loss_mask = np.concatenate([head, completion.loss_mask & (not plan.filler)])
-        samples.append(
-            Sample(
-                plan=plan,
-                token_ids=np.concatenate([prompt, completion.token_ids]).astype(np.int32),
-                loss_mask=loss_mask,
-                sampler_logprobs=np.concatenate(
-                    [np.zeros(prompt.size, np.float32), completion.logprobs]
-                ).astype(np.float32),
-            )
-        )
-    return samples
-
-
 def make_microbatch(plan: MicrobatchPlan, groups: Mapping[int, Group]) -> Microbatch:
-    """The arrays of a microbatch; ``groups`` has at least the groups of the plan."""
+    """The arrays of a microbatch; ``groups`` has at least the groups of the plan.
+
+    Raises:
+        ValueError: a group's lengths are not those of the plan.
+    """
     length = max(row_length(row) for row in plan)
     shape = (len(plan), length)
     arrays: dict[str, Any] = {
@@ -146,8 +129,7 @@ def make_microbatch(plan: MicrobatchPlan, groups: Mapping[int, Group]) -> Microb
         column = segment = 0
         for tree in trees_of(row):
             here = {name: array[index, column:] for name, array in arrays.items()}
-            samples = make_samples(groups[tree[0].group_id], tree)
-            _fill_tree(here, samples, len(planned), segment, column)
+            _fill_tree(here, groups[tree[0].group_id], tree, len(planned), segment, column)
             planned += tree
             column += row_length(tree)
             segment += 1 + len(tree)
@@ -161,36 +143,39 @@ def make_microbatch(plan: MicrobatchPlan, groups: Mapping[int, Group]) -> Microb
 
 
 def _fill_tree(
-    row: Mapping[str, Any], samples: Sequence[Sample], sequence: int, segment: int, column: int
+    row: Mapping[str, Any], group: Group, tree: Row, sequence: int, segment: int, column: int
 ) -> None:
-    """Writes one tree: a lone sample as one segment, several as a prompt with branches.
+    """Writes one tree: a lone completion in its prompt's segment, several as its branches.
 
     Args:
         row: views of the row's arrays that begin at its ``column``.
-        sequence: the number of the first sample in its microbatch.
+        sequence: the number of the first completion in its microbatch.
         segment: the number of the first segment in its row.
     """
-    prompt_length = samples[0].plan.prompt_length
-    start = 0
-    for offset, sample in enumerate(samples):
-        shares = offset > 0
-        tokens = slice(prompt_length if shares else 0, sample.token_ids.size)
-        count = tokens.stop - tokens.start
-        here = slice(start, start + count)
-        row["token_ids"][here] = sample.token_ids[tokens]
-        row["positions"][here] = np.arange(tokens.start, tokens.stop)
-        row["loss_mask"][here] = sample.loss_mask[tokens]
-        row["sampler_logprobs"][here] = sample.sampler_logprobs[tokens]
-        row["predictors"][here] = np.maximum(column + np.arange(start, start + count) - 1, 0)
-        completion = slice(start + (0 if shares else prompt_length), start + count)
-        row["sequence_ids"][completion] = sequence + offset
+    prompt = group.request.prompt.token_ids
+    start = prompt.size
+    row["token_ids"][:start] = prompt
+    row["positions"][:start] = np.arange(start)
+    row["predictors"][:start] = np.maximum(column + np.arange(start) - 1, 0)
+    row["segment_ids"][:start] = segment
+    for index, plan in enumerate(tree):
+        completion = group.completions[plan.completion_index]
+        size = completion.token_ids.size
+        if (prompt.size, size) != (plan.prompt_length, plan.completion_length):
+            raise ValueError(f"{plan} has {prompt.size} and {size} tokens")
+        here = slice(start, start + size)
+        row["token_ids"][here] = completion.token_ids
+        row["positions"][here] = prompt.size + np.arange(size)
+        row["loss_mask"][here] = completion.loss_mask & (not plan.filler)
+        row["sampler_logprobs"][here] = completion.logprobs
+        row["predictors"][here] = column + np.arange(start, start + size) - 1
+        row["predictors"][start : start + min(size, 1)] = column + prompt.size - 1
+        row["sequence_ids"][here] = sequence + index
         row["segment_ids"][here] = segment
-        if len(samples) > 1:
-            row["segment_ids"][completion] = segment + offset + 1
-            row["parent_ids"][completion] = segment
-        if completion.start < completion.stop:
-            row["predictors"][completion.start] = column + prompt_length - 1
-        start += count
+        if len(tree) > 1:
+            row["segment_ids"][here] = segment + index + 1
+            row["parent_ids"][here] = segment
+        start += size
 
 
 def _make_trees(

@@ -11,15 +11,15 @@ import logging
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from raygrpo.algorithm.packing import RowLayout
 from raygrpo.config import ModelSection
 from raygrpo.errors import ConfigError
+from raygrpo.learner.attention.flex import row_arrays
 from raygrpo.learner.attention.segments import use_segments
-from raygrpo.learner.inputs import TreeLayout, tree_layout
+from raygrpo.learner.inputs import tree_layout
 from raygrpo.learner.policy import PolicyModel
 from raygrpo.models import load_model
 
@@ -108,28 +108,14 @@ def _packed_logits(policy: PolicyModel, rows: list[Int[Tensor, "T"]]) -> list[Fl
     Returned are the logits of each completion from the prompt's last token on, then the sample's.
     """
     tails = [row[PROMPT:] for row in rows]
-    parts = [rows[0][:PROMPT], *tails, rows[0]]
-    lengths = [len(part) for part in parts]
-    starts = [0, *(PROMPT for _ in tails), 0]
-    parents = [-1, *(0 for _ in tails), -1]
-    tokens = torch.cat([*parts, torch.zeros(1, dtype=torch.long)])
-    layout = _layout(lengths, starts, parents)
+    tokens = torch.cat([rows[0][:PROMPT], *tails, rows[0], torch.zeros(1, dtype=torch.long)])
+    parts = [(0, PROMPT, -1), *((PROMPT, len(tail), 0) for tail in tails), (0, len(rows[0]), -1)]
+    positions, segments, parents = row_arrays(parts, padding=1)
+    layout = tree_layout(positions, segments, parents, torch.device("cpu"))
     logits = policy.logprob_head.logits(policy.hidden(tokens[None], layout))[0]
-    edges = [0, *accumulate(lengths)]
+    edges = [0, *accumulate(size for _, size, _ in parts)]
     prompt, *rest, alone = (logits[a:b] for a, b in pairwise(edges))
     return [*(torch.cat([prompt[-1:], tail]) for tail in rest), alone]
-
-
-def _layout(lengths: list[int], starts: list[int], parents: list[int]) -> TreeLayout:
-    """Segments one after the other in one row, and a padding token."""
-    positions = [np.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)]
-    arrays = (
-        np.concatenate([*positions, [0]]),
-        np.repeat([*range(len(lengths)), -1], [*lengths, 1]),
-        np.repeat([*parents, -1], [*lengths, 1]),
-    )
-    position, segment, parent = (array.astype(np.int32)[None] for array in arrays)
-    return tree_layout(position, segment, parent, torch.device("cpu"))
 
 
 def _close(ours: Float[Tensor, "T V"], expected: Float[Tensor, "T V"]) -> bool:

@@ -256,17 +256,25 @@ def _results(
     return [t.detach().float() for t in (output, *gradients)]
 
 
-def _probe_arrays(
-    trees: Sequence[tuple[int, Sequence[int]]],
-) -> tuple[Int[IntArray, "1 T"], ...]:
-    """Positions, segments and parents of trees in a row, with three padding tokens."""
-    found: list[tuple[int, int, int, int]] = []
+def _probe_arrays(trees: Sequence[tuple[int, Sequence[int]]]) -> tuple[Int[IntArray, "1 T"], ...]:
+    parts: list[tuple[int, int, int]] = []
     for prompt, completions in trees:
-        number = len(found)
-        found.append((0, prompt, number, -1))
-        found += [(prompt, size, number + 1 + i, number) for i, size in enumerate(completions)]
-    found.append((0, 3, -1, -1))
-    starts, sizes, segments, parents = (np.array(part) for part in zip(*found, strict=True))
+        number = len(parts)
+        parts += [(0, prompt, -1), *((prompt, size, number) for size in completions)]
+    return row_arrays(parts, padding=3)
+
+
+def row_arrays(
+    parts: Sequence[tuple[int, int, int]], *, padding: int
+) -> tuple[Int[IntArray, "1 T"], ...]:
+    """Positions, segments and parents of segments that lie one after the other in one row.
+
+    Args:
+        parts: first position, length and parent of each segment; -1 for no parent.
+        padding: tokens behind the last segment.
+    """
+    starts, sizes, parents = (np.array(part) for part in zip(*parts, (0, padding, -1), strict=True))
+    segments = np.array([*range(len(parts)), -1])
     positions = [np.arange(a, a + n) for a, n in zip(starts, sizes, strict=True)]
     arrays = (np.concatenate(positions), np.repeat(segments, sizes), np.repeat(parents, sizes))
     return tuple(array.astype(np.int32)[None] for array in arrays)
