@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
 import sys
@@ -12,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import ray
 import torch
@@ -54,7 +52,9 @@ class Cluster:
     gate: Path
 
     def publish(self, version: Version) -> None:
-        publish(self.config, self.store, version)
+        """Publishes the model's own weights, as a learner would."""
+        model = load_model(self.config.model, seed=0, dtype=torch.float32)
+        Publisher(self.store, local=True).publish(version, model.named_parameters())
 
     def wait(self) -> PoolEvents:
         return self.pool.wait([], 1.0, TrainerState(global_step=0, max_steps=1))
@@ -69,12 +69,6 @@ class Cluster:
             assert time.monotonic() < deadline, "it never came"
 
 
-def publish(config: RunConfig, store: StoreHandle, version: Version) -> None:
-    """Publishes the model's own weights, as a learner would."""
-    model = load_model(config.model, seed=0, dtype=torch.float32)
-    Publisher(store, local=True).publish(version, model.named_parameters())
-
-
 @pytest.fixture(scope="module")
 def joined(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunConfig]:
     directory = tmp_path_factory.mktemp("pool")
@@ -87,20 +81,15 @@ def joined(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunConfig]:
 
 
 @pytest.fixture
-def store(joined: RunConfig) -> Iterator[StoreHandle]:
+def cluster(joined: RunConfig) -> Iterator[Cluster]:
     store = start_store()
-    yield store
-    store.close()
-
-
-@pytest.fixture
-def cluster(joined: RunConfig, store: StoreHandle) -> Iterator[Cluster]:
     gate = Path(joined.rewards[0].params["gate"])
     gate.touch()
     pool = RolloutPool(joined, store, {}, Site(local=True))
     pool.start(normal_gap=None)
     yield Cluster(config=joined, store=store, pool=pool, gate=gate)
     pool.close()
+    store.close()
 
 
 def order(group_id: int, version: Version) -> GroupRequest:
@@ -189,22 +178,6 @@ def test_a_generator_that_is_told_to_end_hands_on_what_it_wrote(cluster: Cluster
         (old, kept), (new, written) = completion.version_runs
         assert (old, new, kept + written) == (before, after, length)
         assert 4 <= kept < length
-
-
-def test_the_store_keeps_order(joined: RunConfig, store: StoreHandle) -> None:
-    data = np.arange(8, dtype=np.uint8)
-    with pytest.raises(InfraError, match="empty"):
-        asyncio.run(store.pull(None))
-    publish(joined, store, Version(2, 5))
-    for stale in (Version(2, 5), Version(2, 4), Version(1, 9)):
-        with pytest.raises(InfraError, match="not newer"):
-            store.put(stale, 0, data, encoded=False)()
-    ((manifest, buckets),) = asyncio.run(store.pull(None))
-    incomplete = replace(manifest, version=Version(3, 5))
-    store.put(Version(3, 5), len(buckets) + 3, data, encoded=False)()
-    with pytest.raises(InfraError, match="incomplete"):
-        store.commit(incomplete)
-    assert store.newest() == Version(2, 5)
 
 
 def test_a_dead_store_is_not_the_generators_fault(cluster: Cluster) -> None:
