@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,8 @@ from torch import Tensor
 
 from raygrpo.algorithm.packing import RowLayout, make_microbatch, place
 from raygrpo.config import ModelSection
-from raygrpo.types import (
-    Completion,
-    Group,
-    GroupRequest,
-    Microbatch,
-    PlannedSample,
-    Prompt,
-    Sampling,
-    StepBatch,
-    Version,
-)
+from raygrpo.types import Group, GroupRequest, Microbatch, PlannedSample, StepBatch, Version
+from tests import builders
 
 KINDS = ("llama", "qwen2", "gemma3")
 LAYOUTS: tuple[RowLayout, ...] = ("plain", "shared", "packed")
@@ -96,18 +87,14 @@ def make_request(
 
     Where no end may come, logprobs are of a distribution without it.
     """
-    return GroupRequest(
-        stream="train",
-        group_id=group_id,
-        prompt=Prompt(id="p", token_ids=np.array(prompt, np.int32), text=""),
-        seed=0,
-        sampling=Sampling(
-            num_completions=count,
-            max_tokens=new_tokens,
-            min_tokens=new_tokens if exactly else 0,
-        ),
-        min_version=Version(0, 0),
+    request = builders.request(
+        group_id,
+        num_completions=count,
+        tokens=prompt,
+        max_tokens=new_tokens,
+        min_tokens=new_tokens if exactly else 0,
     )
+    return replace(request, min_version=Version(0, 0))
 
 
 def random_groups(vocabulary: int, seed: int = 0) -> dict[int, Group]:
@@ -119,18 +106,9 @@ def random_groups(vocabulary: int, seed: int = 0) -> dict[int, Group]:
         completions = []
         for _ in range(3):
             size = int(random.integers(1, 20))
-            completions.append(
-                Completion(
-                    token_ids=random.integers(3, vocabulary, size).astype(np.int32),
-                    logprobs=random.normal(-3, 1, size).astype(np.float32),
-                    loss_mask=np.ones(size, np.bool_),
-                    text="",
-                    finish="length",
-                    version_runs=((Version(0, 0), size),),
-                )
-            )
-        request = make_request(group_id, prompt, 3, 20)
-        groups[group_id] = Group(request=request, completions=tuple(completions))
+            tokens = random.integers(3, vocabulary, size).tolist()
+            completions.append(builders.completion(tokens, random.normal(-3, 1, size).tolist()))
+        groups[group_id] = builders.group(make_request(group_id, prompt, 3, 20), completions)
     return groups
 
 

@@ -33,6 +33,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.gpu_cases import make_request
 from raygrpo.actors.cluster.connect import connect, disconnect
 from raygrpo.actors.generator import GeneratorActor
 from raygrpo.actors.process import keep_heap, spawn
@@ -41,7 +42,7 @@ from raygrpo.engines.base import Engine
 from raygrpo.engines.select import make_engine
 from raygrpo.engines.vllm.options import vllm_problem
 from raygrpo.models import DTYPES, load_model, quiet_transformers
-from raygrpo.types import Group, GroupRequest, Prompt, Sampling, Version
+from raygrpo.types import Group, GroupRequest, Sampling, Version
 from tests.tiny import tiny_tokenizer
 
 ACTOR_BAR, GENERATE_BAR = 0.95, 2.5
@@ -113,19 +114,9 @@ def run_config(args: argparse.Namespace, path: str) -> RunConfig:
 
 
 def make_requests(args: argparse.Namespace, prompts: np.ndarray) -> list[GroupRequest]:
-    sampling = Sampling(
-        num_completions=args.completions, max_tokens=args.new_tokens, min_tokens=args.new_tokens
-    )
     return [
-        GroupRequest(
-            stream="train",
-            group_id=next(_group_ids),
-            prompt=Prompt(id="benchmark", text="", token_ids=prompt.astype(np.int32)),
-            seed=0,
-            sampling=sampling,
-            min_version=Version(0, 0),
-        )
-        for prompt in prompts
+        make_request(next(_group_ids), prompt, args.completions, args.new_tokens, exactly=True)
+        for prompt in prompts.tolist()
     ]
 
 

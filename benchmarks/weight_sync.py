@@ -27,6 +27,7 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import ray
 
+from benchmarks.gpu_cases import make_request
 from benchmarks.rollout_throughput import save_smollm2_shape
 from raygrpo.actors.cluster.connect import connect, disconnect
 from raygrpo.actors.generator import GeneratorActor
@@ -46,7 +48,7 @@ from raygrpo.config import ModelSection, RunConfig
 from raygrpo.config.file import load_config
 from raygrpo.engines.select import make_engine
 from raygrpo.models import DTYPES, load_model
-from raygrpo.types import Group, GroupRequest, Prompt, Sampling, Version
+from raygrpo.types import Group, Version
 from raygrpo.weights.probe import probe_tokens
 from raygrpo.weights.publisher import Publisher
 from raygrpo.weights.types import Probe, PublishReport
@@ -170,7 +172,7 @@ class Rig:
     def __init__(self, config: RunConfig, count: int, new_tokens: int) -> None:
         cores = len(os.sched_getaffinity(0))
         threads = max(1, cores // count)
-        self._sampling = Sampling(num_completions=16, max_tokens=new_tokens, min_tokens=new_tokens)
+        self._new_tokens = new_tokens
         self.store = start_store()
         self.source = spawn(Source, config.model, self.store, cores, num_cpus=0)
         options = {"num_cpus": 0, "max_concurrency": 1000}
@@ -221,14 +223,8 @@ class Rig:
 
     def generate(self) -> list[Any]:
         """Starts a long group on every generator."""
-        request = GroupRequest(
-            stream="train",
-            group_id=self.step,
-            prompt=Prompt(id="p", token_ids=np.arange(1, 65, dtype=np.int32), text="?"),
-            seed=0,
-            sampling=self._sampling,
-            min_version=Version(1, self.step),
-        )
+        request = make_request(self.step, range(1, 65), 16, self._new_tokens, exactly=True)
+        request = replace(request, min_version=Version(1, self.step))
         return [g.generate.options(num_returns=2).remote(request)[0] for g in self.generators]
 
     def close(self) -> None:

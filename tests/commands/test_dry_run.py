@@ -178,25 +178,19 @@ def real_configs() -> dict[str, Any]:
         "short_factor": [1.0] * 48, "original_max_position_embeddings": 4096,
     }  # fmt: skip
     sliding = ["sliding_attention"] * 5
+    common: dict[str, Any] = {"vocab_size": 1000}  # other sizes are the kind's defaults
     return {
         "llama": LlamaConfig(
-            vocab_size=1000, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
-            num_attention_heads=32, num_key_value_heads=8, head_dim=64, rope_parameters=llama3,
+            **common, num_key_value_heads=8, head_dim=64, rope_parameters=llama3,
             max_position_embeddings=131072, tie_word_embeddings=True,
         ),
-        "qwen2": Qwen2Config(
-            vocab_size=1000, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
-            num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True,
-        ),
+        "qwen2": Qwen2Config(**common, num_key_value_heads=2, tie_word_embeddings=True),
         "gemma3": Gemma3TextConfig(
-            vocab_size=1000, hidden_size=640, intermediate_size=2048, num_hidden_layers=18,
-            num_attention_heads=4, num_key_value_heads=1, head_dim=256, sliding_window=512,
+            **common, num_hidden_layers=18, num_key_value_heads=1, sliding_window=512,
             layer_types=[*sliding, "full_attention"] * 3,
         ),
         "phi3": Phi3Config(
-            vocab_size=1000, hidden_size=3072, intermediate_size=8192, num_hidden_layers=32,
-            num_attention_heads=32, num_key_value_heads=32, rope_parameters=longrope,
-            max_position_embeddings=131072, pad_token_id=0,
+            **common, rope_parameters=longrope, max_position_embeddings=131072, pad_token_id=0
         ),
     }  # fmt: skip
 
