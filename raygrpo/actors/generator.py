@@ -24,7 +24,7 @@ from raygrpo.actors.weight_sync import (
     LoadReport,
     Partials,
     Proof,
-    WeightReceiver,
+    StoreReceiver,
 )
 from raygrpo.config import RunConfig
 from raygrpo.engines.base import Engine
@@ -89,7 +89,7 @@ class GeneratorActor:
             # On-policy, nothing is decoded during a load.
             beside_decoding=config.train.max_staleness > 0,
         )
-        self._receiver: WeightReceiver | None = None
+        self._receiver: StoreReceiver | None = None
 
     async def start(self, log: str | None) -> int:
         """Makes the engine; returns the process id. (A constructor's errors lose their type.)"""
@@ -188,7 +188,7 @@ class GeneratorActor:
         await cast("NativeReceiver", self._the_receiver).transfer(message)
 
     @property
-    def _the_receiver(self) -> WeightReceiver:
+    def _the_receiver(self) -> StoreReceiver:
         if self._receiver is None:
             raise InfraError("a generator without a weight store loads no weights")
         return self._receiver

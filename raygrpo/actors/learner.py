@@ -18,7 +18,7 @@ from raygrpo.actors.process import keep_heap, log_path, log_to, spawn
 from raygrpo.actors.profiling import ProfileRequest, Tracer
 from raygrpo.actors.transport import make_sender, publish_timeout_s
 from raygrpo.actors.weight_store import StoreHandle
-from raygrpo.actors.weight_sync import WeightSender
+from raygrpo.actors.weight_sync import StoreSender
 from raygrpo.algorithm.packing import make_microbatch, place
 from raygrpo.config import RunConfig
 from raygrpo.errors import ConfigError
@@ -47,7 +47,7 @@ class LearnerActor:
         self._config, self._rank = config, rank
         self._store, self._local = store, local
         self._profile = profile
-        self._sender: WeightSender | None = None
+        self._sender: StoreSender | None = None
 
     def address(self) -> tuple[str, int]:
         """This node's address and a free port on it, for the ranks to meet.

@@ -20,16 +20,9 @@ from typing import Any, Protocol, cast
 
 import ray
 
-from raygrpo.actors.engine_thread import EngineThread
 from raygrpo.actors.process import in_new_thread
 from raygrpo.actors.weight_store import StoreHandle
-from raygrpo.actors.weight_sync import (
-    LoadReport,
-    Proof,
-    StoreReceiver,
-    WeightSender,
-    WeightSource,
-)
+from raygrpo.actors.weight_sync import LoadReport, StoreReceiver, StoreSender, WeightSource
 from raygrpo.config import RunConfig
 from raygrpo.engines.base import Engine
 from raygrpo.types import Version
@@ -42,15 +35,15 @@ def receiver_of(actor: Any) -> Receiver:
     return lambda message: cast("Future[None]", actor.transfer.remote(message).future())
 
 
-class NativeSender:
+class NativeSender(StoreSender):
     """Sends each version to the generators that are ready, then publishes it to the store.
 
     Raises:
         ConfigError: rank 0 has no GPU.
     """
 
-    def __init__(self, config: RunConfig, to_store: WeightSender, *, rank: int) -> None:
-        self._to_store = to_store
+    def __init__(self, config: RunConfig, store: StoreHandle, *, rank: int, local: bool) -> None:
+        super().__init__(store, rank=rank, local=local, lora=False)
         self._native: NativeTransfer | None = None
         if rank == 0:
             # It imports vLLM, which other ranks do without.
@@ -68,7 +61,7 @@ class NativeSender:
         probe: Probe | None,
         generators: Mapping[str, Any],
     ) -> PublishReport | None:
-        """See `WeightSender`; the report names generators that may be half-loaded."""
+        """See `StoreSender`; the report names generators that may be half-loaded."""
         broken: Mapping[str, str] = {}
         if generators:
             tensors = iter(source.named_weights())
@@ -80,7 +73,7 @@ class NativeSender:
                 receivers = {name: receiver_of(actor) for name, actor in generators.items()}
                 broken = self._native.sync(manifest, gpu_buckets(tensors), receivers)
             deque(tensors, maxlen=0)  # after a failure too: the other ranks gather to the end
-        report = self._to_store.publish(version, source, probe, generators)
+        report = super().publish(version, source, probe, generators)
         return replace(report, broken=broken) if report else None
 
 
@@ -94,15 +87,10 @@ class ReceivingEngine(Engine, Protocol):
         """Says which version the engine holds: none during a transfer."""
 
 
-class NativeReceiver:
+class NativeReceiver(StoreReceiver):
     """Takes versions from the learner, and pulls where the store has a newer one."""
 
-    def __init__(
-        self, from_store: StoreReceiver, store: StoreHandle, thread: EngineThread, proof: Proof
-    ) -> None:
-        self._from_store, self._store = from_store, store
-        self._thread, self._proof = thread, proof
-        self._sent: WeightsManifest | None = None  # of the version that the engine has directly
+    _sent: WeightsManifest | None = None  # of the version that the engine has directly
 
     async def transfer(self, message: Message) -> None:
         """Passes a message on to the engine.
@@ -113,20 +101,20 @@ class NativeReceiver:
         """
         engine = cast(ReceivingEngine, self._thread.engine)
         if isinstance(message, Begin):
-            await self._from_store.loading.acquire()
+            await self._loading.acquire()
             self._proof.withhold()
             await self._thread.run(lambda: engine.hold(None))
         await asyncio.wrap_future(await self._thread.run(lambda: engine.transfer(message)))
         if isinstance(message, Finish):
             self._sent = sent = message.manifest
             await self._thread.run(lambda: engine.hold(sent.version))
-            self._from_store.loading.release()
+            self._loading.release()
 
     async def load(self) -> LoadReport:
         """Proves the version from the learner; pulls if the store has a newer one."""
         started = time.monotonic()
         if self._sent is not None:
-            async with self._from_store.loading:
+            async with self._loading:
                 sent = self._sent
                 probe_s = await self._proof.prove(sent)
                 self._sent = replace(sent, probe=None)
@@ -143,10 +131,6 @@ class NativeReceiver:
                     probe_gap=self._proof.check.last_gap,
                     idle=self._thread.idle.read(),
                 )
-        report = await self._from_store.load()
+        report = await super().load()
         self._sent = None
         return report
-
-    async def sleep(self) -> None:
-        """See `WeightReceiver`."""
-        await self._from_store.sleep()

@@ -4,30 +4,23 @@ from __future__ import annotations
 
 from raygrpo.actors.engine_thread import EngineThread
 from raygrpo.actors.weight_store import StoreHandle
-from raygrpo.actors.weight_sync import (
-    Proof,
-    StoreReceiver,
-    StoreSender,
-    WeightReceiver,
-    WeightSender,
-)
+from raygrpo.actors.weight_sync import Proof, StoreReceiver, StoreSender
 from raygrpo.config import RunConfig
 from raygrpo.engines.engine_weights import EngineWeights
 
 
-def make_sender(config: RunConfig, store: StoreHandle, *, rank: int, local: bool) -> WeightSender:
+def make_sender(config: RunConfig, store: StoreHandle, *, rank: int, local: bool) -> StoreSender:
     """A learner rank's end; ``local``: the whole run is on one machine.
 
     Raises:
         ConfigError: this process has no device for the transport.
     """
-    to_store = StoreSender(store, rank=rank, local=local, lora=bool(config.learner.lora))
     if config.weights.transport == "store":
-        return to_store
+        return StoreSender(store, rank=rank, local=local, lora=bool(config.learner.lora))
     # It imports torch, and vLLM in rank 0.
     from raygrpo.actors.native_transfer import NativeSender
 
-    return NativeSender(config, to_store, rank=rank)
+    return NativeSender(config, store, rank=rank, local=local)
 
 
 def make_receiver(
@@ -36,15 +29,14 @@ def make_receiver(
     weights: EngineWeights,
     thread: EngineThread,
     proof: Proof,
-) -> WeightReceiver:
+) -> StoreReceiver:
     """A generator's end."""
-    from_store = StoreReceiver(store, weights, thread, proof)
     if config.weights.transport == "store":
-        return from_store
+        return StoreReceiver(store, weights, thread, proof)
     # It imports torch.
     from raygrpo.actors.native_transfer import NativeReceiver
 
-    return NativeReceiver(from_store, store, thread, proof)
+    return NativeReceiver(store, weights, thread, proof)
 
 
 def publish_timeout_s(config: RunConfig) -> float:

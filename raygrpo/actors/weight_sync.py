@@ -1,9 +1,9 @@
 """The two ends of a weight sync: a sender in each learner rank, a receiver in each generator.
 
-    LearnerActor.publish -> WeightSender -> weight store <- pulled by - WeightReceiver -> engine
+    LearnerActor.publish -> StoreSender -> weight store <- pulled by - StoreReceiver -> engine
 
-`raygrpo.actors.transport` chooses both ends once. This module holds the ends for the store; the
-ends for native transports are in `raygrpo.actors.native_transfer`.
+`raygrpo.actors.transport` chooses both ends once. The ends for native transports, in
+`raygrpo.actors.native_transfer`, are these with a direct way beside the store.
 """
 
 from __future__ import annotations
@@ -42,32 +42,6 @@ class WeightSource(Protocol):
 
     def adapter_weights(self) -> Iterable[tuple[str, Tensor]]:
         """The adapter's tensors; none without LoRA."""
-
-
-class WeightSender(Protocol):
-    """A learner rank's end. Every rank publishes; rank 0 sends, the others help to gather."""
-
-    def publish(
-        self,
-        version: Version,
-        source: WeightSource,
-        probe: Probe | None,
-        generators: Mapping[str, Any],
-    ) -> PublishReport | None:
-        """Publishes the weights; the report is rank 0's.
-
-        ``generators`` are ready to take the version directly, by the names of their processes.
-        """
-
-
-class WeightReceiver(Protocol):
-    """A generator's end. One load runs at a time."""
-
-    async def load(self) -> LoadReport:
-        """Brings the engine to the newest version; wakes an engine that sleeps."""
-
-    async def sleep(self) -> None:
-        """Has the engine free its device until the next load."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,7 +126,7 @@ class Proof:
 
 
 class StoreSender:
-    """Publishes into the weight store."""
+    """A learner rank's end. Every rank publishes; rank 0 sends, the others help to gather."""
 
     def __init__(self, store: StoreHandle, *, rank: int, local: bool, lora: bool) -> None:
         # Publishing needs torch, which the driver does without.
@@ -168,7 +142,11 @@ class StoreSender:
         probe: Probe | None,
         generators: Mapping[str, Any],
     ) -> PublishReport | None:
-        """See `WeightSender`; generators pull, so none is needed."""
+        """Publishes into the weight store; the report is rank 0's.
+
+        ``generators`` are ready to take the version directly, by the names of their processes.
+        Here they pull instead.
+        """
         tensors = source.adapter_weights() if self._lora else source.named_weights()
         if self._publisher is None:
             deque(tensors, maxlen=0)
@@ -178,11 +156,7 @@ class StoreSender:
 
 
 class StoreReceiver:
-    """Pulls versions from the weight store.
-
-    Attributes:
-        loading: held while the engine's weights change.
-    """
+    """A generator's end, which pulls versions from the weight store. One load runs at a time."""
 
     def __init__(
         self, store: StoreHandle, weights: EngineWeights, thread: EngineThread, proof: Proof
@@ -190,14 +164,17 @@ class StoreReceiver:
         self._store, self._weights = store, weights
         self._thread, self._proof = thread, proof
         self._asleep = False
-        self.loading = asyncio.Lock()
+        self._loading = asyncio.Lock()  # held while the engine's weights change
 
     async def load(self) -> LoadReport:
-        """Pulls the newest version, stages it beside decoding, commits and proves it."""
+        """Pulls the newest version, stages it beside decoding, commits and proves it.
+
+        An engine that sleeps is woken.
+        """
         started = time.monotonic()
         weights, engine = self._weights, self._thread.engine
         stall_s = probe_s = 0.0
-        async with self.loading:
+        async with self._loading:
             links = await self._store.pull(weights.version)
             if self._asleep:  # after the pull: if the store is empty, the learner needs the device
                 await self._thread.run(engine.wake)
@@ -229,7 +206,7 @@ class StoreReceiver:
 
     async def sleep(self) -> None:
         """Has the engine free its device until the next `load`."""
-        async with self.loading:
+        async with self._loading:
             await self._thread.run(self._thread.engine.sleep)
             self._asleep = True
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -46,20 +47,10 @@ class StopStrings:
         """
         if not whole:
             needed = max(len(stop.encode()) for stop in stops) + SLACK
-            tail = self._shown_tail(token_ids, needed)
-            if not self._contains(tail, stops):
+            shown = (int(token) for token in token_ids[::-1] if token not in self._special)
+            if not self._contains(list(islice(shown, needed))[::-1], stops):
                 return False
         return self._contains(token_ids.tolist(), stops)
-
-    def _shown_tail(self, token_ids: TokenIds, needed: int) -> list[int]:
-        tail: list[int] = []
-        for index in range(len(token_ids) - 1, -1, -1):
-            token = int(token_ids[index])
-            if token not in self._special:
-                tail.append(token)
-                if len(tail) == needed:
-                    break
-        return tail[::-1]
 
     def _contains(self, token_ids: list[int], stops: Sequence[str]) -> bool:
         text = self._tokenizer.decode(token_ids, skip_special_tokens=True)

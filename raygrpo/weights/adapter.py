@@ -52,9 +52,6 @@ def merged_weights(
         yield name, torch.addmm(weight.float(), up, down, alpha=scale).to(weight.dtype)
 
 
-Buckets = list[tuple[BucketSpec, ByteArray]]
-
-
 class AdapterBase:
     """The base weights beside an engine: they make a whole version of a published adapter.
 
@@ -66,7 +63,7 @@ class AdapterBase:
     def __init__(self, config: RunConfig) -> None:
         self._config = config
         self._base: dict[str, Tensor] = {}
-        self._frozen: Buckets = []
+        self._frozen: list[tuple[BucketSpec, ByteArray]] = []
 
     def full_version(
         self, manifest: WeightsManifest, buckets: Iterable[ByteArray]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -102,8 +103,6 @@ def unpack(spec: BucketSpec, data: ByteArray) -> Iterator[tuple[str, Tensor]]:
 
 
 def _readonly(part: ByteArray) -> Tensor:
-    import warnings
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         return torch.frombuffer(part, dtype=torch.uint8)

@@ -173,17 +173,6 @@ def test_the_last_staged_version_is_the_one_that_is_committed(paths: dict[str, P
         weights.commit()
 
 
-def test_versions_never_move_backwards(paths: dict[str, Path]) -> None:
-    model = model_of(paths["llama"])
-    weights = make_weights(model)
-    old = publish(model, 4, 2.0)
-    weights.stage(*publish(model, 5, 1.0))
-    weights.commit()
-    with pytest.raises(InfraError, match="older than"):
-        weights.stage(*old)
-    assert weights.version == Version(1, 5)
-
-
 def test_linear_weights_are_packed_a_share_at_a_time(paths: dict[str, Path]) -> None:
     model = model_of(paths["llama"])
     weights = ModelWeights(model, CPU, num_rows=8, version=None, pack_later=True)

@@ -160,6 +160,12 @@ class Cluster:
                 parameter.mul_(1.01)
         return self.publish_again()
 
+    def sync(self) -> Version:
+        """Publishes a newer version and has the pool load it."""
+        version = self.publish()
+        self.pool.load()
+        return version
+
     def publish_again(self) -> Version:
         """The same version, as the trainer has it published when it was lost."""
         version = Version(1, self.step)
@@ -201,9 +207,19 @@ class Cluster:
         assert summary.group_id == self.group_id
         assert set(summary.oldest) == set(summary.newest) == {Version(1, self.step)}
 
+    def generate(self) -> None:
+        self.submit()
+        self.wait_for_group()
+
     def wait_for_load(self, version: Version) -> Any:
         done = self.wait_until(lambda d: any(load.version == version for load in d.loads))
         return next(load for load in done.loads if load.version == version)
+
+    def stop_in(self, what: str, begin: Callable[[], object]) -> None:
+        """Begins work in which the engine stops, at ``hold_`` of this name."""
+        self.hold(what)
+        begin()
+        self.wait_held(what)
 
     def hold(self, what: str) -> None:
         (self.place / f"at_{what}").unlink(missing_ok=True)
@@ -247,8 +263,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 def test_syncs_load_while_groups_are_generated(cluster: Cluster) -> None:
     for _ in range(3):
-        version = cluster.publish()
-        cluster.pool.load()
+        version = cluster.sync()
         cluster.submit()
         report = cluster.wait_for_load(version)
         # fp32 of two orders of summation; the tolerance is 1e-3.
@@ -262,8 +277,7 @@ def test_syncs_load_while_groups_are_generated(cluster: Cluster) -> None:
 @pytest.mark.parametrize("newer", [False, True])
 def test_weights_that_were_slept_away_come_back(cluster: Cluster, newer: bool) -> None:
     """With a newer version in the store, and where the learner published none meanwhile."""
-    version = cluster.publish()
-    cluster.pool.load()
+    version = cluster.sync()
     cluster.wait_for_load(version)
     (cluster.place / "forget").touch()
     cluster.wait_until(lambda _: cluster.pool.sleep())
@@ -275,15 +289,13 @@ def test_weights_that_were_slept_away_come_back(cluster: Cluster, newer: bool) -
     assert (report.kind == "none") != newer
     assert report.probe_gap is not None
     assert report.probe_gap < 1e-4
-    cluster.submit()
-    cluster.wait_for_group()
+    cluster.generate()
     assert cluster.take_events() == []
 
 
 def test_weights_that_were_slept_away_come_back_after_a_lost_store(cluster: Cluster) -> None:
     """The load that wakes the engine finds nothing; the next one finds what is held already."""
-    version = cluster.publish()
-    cluster.pool.load()
+    version = cluster.sync()
     cluster.wait_for_load(version)
     (cluster.place / "forget").touch()
     cluster.wait_until(lambda _: cluster.pool.sleep())
@@ -293,24 +305,19 @@ def test_weights_that_were_slept_away_come_back_after_a_lost_store(cluster: Clus
     cluster.publish_again()
     cluster.pool.load()
     assert cluster.wait_for_load(version).kind == "none"
-    cluster.submit()
-    cluster.wait_for_group()
+    cluster.generate()
     assert cluster.take_events() == ["weights_lost"]
 
 
 def test_a_generator_killed_during_a_sync(cluster: Cluster) -> None:
     """And its successor, which is given groups once it holds the newest version, not before."""
-    cluster.hold("stage")
-    cluster.publish()
-    cluster.pool.load()
-    cluster.wait_held("stage")
+    cluster.stop_in("stage", cluster.sync)
     os.kill(cluster.generator.pid, signal.SIGKILL)
     cluster.wait_until(lambda d: any(kind == "worker_replaced" for kind, _ in d.events))
-    cluster.hold("stage")
-    cluster.submit()
-    cluster.wait_held("stage")  # by the successor, of the version that was newest as it began
-    version = cluster.publish()
-    cluster.pool.load()
+    cluster.stop_in(
+        "stage", cluster.submit
+    )  # by the successor, of the version that was newest as it began
+    version = cluster.sync()
     assert cluster.generator.joining
     assert not cluster.generator.groups
     cluster.release("stage")
@@ -324,20 +331,21 @@ def test_a_generator_killed_during_a_sync(cluster: Cluster) -> None:
 
 @pytest.mark.slow
 def test_a_generator_killed_between_sync_and_decode(cluster: Cluster) -> None:
-    version = cluster.publish()
-    cluster.pool.load()
+    version = cluster.sync()
     cluster.wait_for_load(version)
     os.kill(cluster.generator.pid, signal.SIGKILL)
-    cluster.submit()
-    cluster.wait_for_group()
+    cluster.generate()
     assert cluster.take_events() == ["worker_replaced"]
 
 
-def test_a_generator_killed_during_a_decode(cluster: Cluster) -> None:
-    cluster.hold("step")
-    cluster.submit()
-    cluster.wait_held("step")
-    os.kill(cluster.generator.pid, signal.SIGKILL)
+@pytest.mark.parametrize(
+    "how", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)]
+)
+def test_a_generator_killed_or_stopped_during_a_decode(
+    cluster: Cluster, how: signal.Signals
+) -> None:
+    cluster.stop_in("step", cluster.submit)
+    os.kill(cluster.generator.pid, how)
     cluster.release("step")
     cluster.wait_for_group()
     assert cluster.take_events() == ["worker_replaced"]
@@ -390,22 +398,15 @@ def test_an_engine_that_fails_is_replaced(cluster: Cluster, what: str) -> None:
 
 @pytest.mark.slow
 def test_a_generator_stopped_in_the_midst_of_a_load(cluster: Cluster) -> None:
-    cluster.hold("stage")
-    cluster.publish()
-    cluster.pool.load()
-    cluster.wait_held("stage")
+    cluster.stop_in("stage", cluster.sync)
     os.kill(cluster.generator.pid, signal.SIGSTOP)
     cluster.release("stage")
-    cluster.submit()
-    cluster.wait_for_group()
+    cluster.generate()
     assert "worker_replaced" in cluster.take_events()
 
 
 def test_a_load_that_is_late_gives_back_the_groups_beside_it(cluster: Cluster) -> None:
-    cluster.hold("stage")
-    cluster.publish()
-    cluster.pool.load()
-    cluster.wait_held("stage")
+    cluster.stop_in("stage", cluster.sync)
     cluster.submit()  # waits in the engine for the version that does not come
     cluster.wait_until(lambda d: any(kind == "worker_leaving" for kind, _ in d.events))
     cluster.release("stage")
@@ -419,26 +420,13 @@ def test_a_stopped_generator_is_replaced_at_its_deadline(cluster: Cluster) -> No
     os.kill(stopped, signal.SIGSTOP)
     started = time.monotonic()
     while not cluster.take_events():
-        cluster.publish()
-        cluster.pool.load()
+        cluster.sync()
         cluster.wait_until(lambda _: True)
         assert time.monotonic() - started < 2 * DEADLINE_S
     assert time.monotonic() - started > DEADLINE_S - 1
-    cluster.submit()
-    cluster.wait_for_group()
+    cluster.generate()
     # Ray asks a worker to exit, and kills one that does not answer a few seconds later.
     cluster.wait_until(lambda _: not _runs(stopped))
-
-
-@pytest.mark.slow
-def test_a_generator_stopped_during_a_decode_is_replaced(cluster: Cluster) -> None:
-    cluster.hold("step")
-    cluster.submit()
-    cluster.wait_held("step")
-    os.kill(cluster.generator.pid, signal.SIGSTOP)
-    cluster.release("step")
-    cluster.wait_for_group()
-    assert cluster.take_events() == ["worker_replaced"]
 
 
 def test_a_store_that_dies_is_filled_again(cluster: Cluster) -> None:
@@ -448,11 +436,9 @@ def test_a_store_that_dies_is_filled_again(cluster: Cluster) -> None:
     done = cluster.wait_until(lambda d: d.weights_lost)
     assert [kind for kind, _ in done.events] == ["weights_lost"]
     # A delta on what the store has lost is refused; the publisher then sends the whole version.
-    version = cluster.publish()
-    cluster.pool.load()
+    version = cluster.sync()
     assert cluster.wait_for_load(version).kind == "full"
-    cluster.submit()
-    cluster.wait_for_group()
+    cluster.generate()
     assert cluster.generator.pid == generator, "it was not the generator's fault"
     cluster.take_events()
 
@@ -499,11 +485,9 @@ def test_a_store_that_dies_during_a_publish_gets_it_all(cluster: Cluster) -> Non
     assert num_buckets > 1
     store = SpoiledStore(cluster, dies_at=num_buckets - 1)
     cluster.publisher = cluster.new_publisher(store, bucket_bytes=size)
-    version = cluster.publish()
-    cluster.pool.load()
+    version = cluster.sync()
     assert cluster.wait_for_load(version).kind == "full"
-    cluster.submit()
-    cluster.wait_for_group()
+    cluster.generate()
     assert cluster.take_events() == []
     cluster.publisher = cluster.new_publisher()
 
@@ -521,8 +505,7 @@ def test_a_corrupt_version_is_pushed_again(cluster: Cluster) -> None:
     assert done.weights_lost
     cluster.publish_again()
     cluster.pool.load()
-    cluster.submit()
-    cluster.wait_for_group()
+    cluster.generate()
     assert set(cluster.take_events()) <= {"weights_corrupt", "weights_lost", "worker_replaced"}
 
 

@@ -12,19 +12,11 @@ import pytest
 
 from raygrpo.engines.hf.engine import TransformersEngine
 from raygrpo.types import Completion, Group, GroupRequest, Stream, Version
-from tests.parity.test_transformers_engine import (
-    KINDS,
-    make_engine,
-    paths,
-    plain_model,
-    publish,
-    request,
-    run,
-    sharing,
-)
+from tests.parity.conftest import KINDS
+from tests.parity.test_transformers_engine import make_engine, plain_model, publish, request, run
 from tests.tiny import Kind
 
-__all__ = ["paths", "sharing"]  # the fixtures
+pytestmark = pytest.mark.usefixtures("sharing")
 
 # A continuation computes its tokens' keys and values at once, decoding did it one by one: float32
 # sums in other orders. The largest difference seen is 2e-6; a wrong position or a lost token moves

@@ -14,18 +14,18 @@ from hypothesis import strategies as st
 
 from raygrpo.engines.hf.forward import _ALIKE, PREFILL_CHUNK, Forward, _batches
 from raygrpo.types import Version
+from tests.parity.conftest import KINDS
 from tests.parity.test_transformers_engine import (
-    KINDS,
     assert_logprobs_match,
     make_engine,
-    paths,  # noqa: F401
     plain_model,
     publish,
     request,
     run,
-    sharing,  # noqa: F401
 )
 from tests.tiny import Kind
+
+pytestmark = pytest.mark.usefixtures("sharing")
 
 
 @given(lengths=st.lists(st.integers(1, 2 * PREFILL_CHUNK), max_size=30))
@@ -45,9 +45,7 @@ def test_batches_hold_all_prompts_with_little_padding(lengths: list[int]) -> Non
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_groups_that_start_together_are_computed_together(
-    paths: Callable[..., Path],  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
-    kind: Kind,
+    paths: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, kind: Kind
 ) -> None:
     passes = []
 
@@ -66,9 +64,7 @@ def test_groups_that_start_together_are_computed_together(
         assert_logprobs_match(plain_model(paths(kind)), group)
 
 
-def test_padding_brings_no_other_token_into_a_prompt(
-    paths: Callable[..., Path],  # noqa: F811
-) -> None:
+def test_padding_brings_no_other_token_into_a_prompt(paths: Callable[..., Path]) -> None:
     """Padding with an id whose embedding is not finite would spoil prompts that do not have it."""
     engine, model = make_engine(paths()), plain_model(paths())
     with torch.no_grad():

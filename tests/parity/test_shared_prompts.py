@@ -20,12 +20,11 @@ from raygrpo.engines.hf import shared_prompts
 from raygrpo.engines.hf.cache import SlotCache
 from raygrpo.engines.hf.shared_prompts import share_prompts, shared_prompt_attention
 from raygrpo.errors import NumericError
+from tests.parity.conftest import KINDS
 from tests.parity.test_transformers_engine import (
-    KINDS,
     assert_logprobs_match,
     drain,
     make_engine,
-    paths,  # noqa: F401
     plain_model,
     request,
     run,
@@ -106,7 +105,7 @@ def test_attention_equals_the_definition(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_prompt_is_kept_once(paths: Callable[..., Path], kind: Kind) -> None:  # noqa: F811
+def test_a_prompt_is_kept_once(paths: Callable[..., Path], kind: Kind) -> None:
     engine = make_engine(paths(kind), max_rows=12)
     items = [request(n, length=200 + n, num_completions=4, max_tokens=20) for n in range(7)]
     items.append(request(7, length=9, num_completions=1, max_tokens=20))
@@ -120,8 +119,7 @@ def test_a_prompt_is_kept_once(paths: Callable[..., Path], kind: Kind) -> None: 
 
 
 def test_slots_in_use_are_the_first_ones(
-    paths: Callable[..., Path],  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
+    paths: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first group ends first, and the last one's prompt takes its place."""
     monkeypatch.setattr("raygrpo.engines.hf.shared_prompts.SHARING_PAYS", 0)
@@ -145,9 +143,7 @@ def test_slots_in_use_are_the_first_ones(
 
 @pytest.mark.parametrize("broken", [0, 1])
 def test_a_broken_group_spoils_no_row_beside_it(
-    paths: Callable[..., Path],  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
-    broken: int,
+    paths: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, broken: int
 ) -> None:
     """Neither one that shares another prompt, nor one in no slot, nor a prompt that comes later."""
     monkeypatch.setattr("raygrpo.engines.hf.shared_prompts.SHARING_PAYS", 60)
@@ -170,7 +166,7 @@ def test_a_broken_group_spoils_no_row_beside_it(
 
 @pytest.mark.parametrize("breakage", ["unaware", "refusing", "wrong"])
 def test_models_that_cannot_share_keep_prompts_by_row(
-    paths: Callable[..., Path],  # noqa: F811
+    paths: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     breakage: str,

@@ -21,9 +21,10 @@ from raygrpo.types import ByteArray, Group, GroupRequest, Stream, Version
 from raygrpo.weights.buckets import make_version
 from raygrpo.weights.types import WeightsManifest
 from tests import builders
-from tests.tiny import Kind, forced, save_tiny_model, tiny_tokenizer
+from tests.parity.conftest import KINDS
+from tests.tiny import Kind, forced, tiny_tokenizer
 
-KINDS: tuple[Kind, ...] = ("llama", "qwen2", "gemma3")
+pytestmark = pytest.mark.usefixtures("sharing")
 FIRST = Version(0, 0)
 # Cached decoding and one full forward pass add float32 numbers in different orders.
 TOLERANCE = 1e-4
@@ -44,25 +45,6 @@ def publish(model: Any, version: Version = FIRST, skip: Sequence[str] = ()) -> P
     manifest, buckets = make_version(version, named, 8192)
     assert len(buckets) > 2
     return manifest, buckets
-
-
-@pytest.fixture(scope="session")
-def paths(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Directories of tiny models, each made once."""
-    made: dict[tuple[Kind, int], Path] = {}
-
-    def path(kind: Kind = "llama", seed: int = 0) -> Path:
-        if (kind, seed) not in made:
-            made[kind, seed] = save_tiny_model(tmp_path_factory.mktemp(kind), kind, seed)
-        return made[kind, seed]
-
-    return path
-
-
-@pytest.fixture(autouse=True, params=[0, 10**9], ids=["shared", "copied"])
-def sharing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test once with each prompt in a slot, and once with each in its rows."""
-    monkeypatch.setattr("raygrpo.engines.hf.shared_prompts.SHARING_PAYS", request.param)
 
 
 def make_engine(

@@ -15,6 +15,7 @@ import pytest
 from raygrpo.errors import DataError, InfraError
 from raygrpo.types import Completion, Version
 from raygrpo.weights.probe import PROBE_LENGTH
+from tests import builders
 from tests.tiny import forced
 from tests.vllm.engines import (
     SMOLLM2,
@@ -161,18 +162,9 @@ def test_the_end_of_sequence_is_written_and_ends(world: World) -> None:
 def test_scores_are_teacher_forced_logprobs(world: World, temperature: float) -> None:
     ids = world.ids()
     item = request(ids[:1], temperature=temperature)
-    written = np.array(ids[1:], np.int32)
-    completion = Completion(
-        token_ids=written,
-        logprobs=np.zeros(written.size, np.float32),
-        loss_mask=np.ones(written.size, np.bool_),
-        text="",
-        finish="length",
-        version_runs=((Version(0, 0), written.size),),
-    )
     scores = world.engine.score(ids, temperature)
     assert scores[0] == 0
-    expected = forced(world.model, item, completion).numpy()
+    expected = forced(world.model, item, builders.completion(ids[1:])).numpy()
     np.testing.assert_allclose(scores[1:], expected, rtol=0, atol=TOLERANCE)
 
 

@@ -130,17 +130,9 @@ class VllmClient:
         assert last is not None
         return last
 
-    async def abort(self, names: Sequence[str]) -> None:
-        """Ends requests early; their last outputs hold the tokens so far."""
-        await self._open.abort(names)
-
     async def ask(self, method: str, *arguments: Any, **options: Any) -> Any:
         """Calls a method of AsyncLLM."""
         return await getattr(self._open, method)(*arguments, **options)
-
-    async def name_version(self, version: Version) -> None:
-        """Tells vLLM the version of the weights in use."""
-        await self._open.update_weight_version(version_label(version))
 
     def swap(self, staged: SharedVersion) -> None:
         """Loads a version in place, between two steps of vLLM; requests in flight go on with it.

@@ -20,7 +20,12 @@ from raygrpo.engines.randomness import row_keys, uniforms
 from raygrpo.engines.requests import Admission, Running, not_finite
 from raygrpo.engines.stops import StopStrings
 from raygrpo.engines.vllm.client import SharedVersion, VllmClient
-from raygrpo.engines.vllm.requests import engine_arguments, make_completion, sampling_params
+from raygrpo.engines.vllm.requests import (
+    engine_arguments,
+    make_completion,
+    sampling_params,
+    version_label,
+)
 from raygrpo.errors import InfraError
 from raygrpo.models import DTYPES, load_model, load_tokenizer, stop_token_ids
 from raygrpo.types import ByteArray, Completion, FloatArray, Group, GroupRequest, Stream, Version
@@ -107,7 +112,7 @@ class VllmEngine:
 
     def _serve_disk(self, model: ModelSection, seed: int, version: Version) -> None:
         if not model.random_init:
-            self._client.call(self._client.name_version(version))
+            self._client.call(self._client.ask("update_weight_version", version_label(version)))
             self._version = version
             return
         drawn = load_model(model, seed=seed, dtype=DTYPES[model.dtype])  # not as vLLM draws
@@ -269,7 +274,7 @@ class VllmEngine:
 
     async def _abort(self, sent: Sent) -> list[Completion]:
         sent.aborted = True
-        await self._client.abort(sent.names)
+        await self._client.ask("abort", sent.names)  # the last outputs hold the tokens so far
         return await asyncio.wrap_future(sent.future)
 
     def score(self, token_ids: Sequence[int], temperature: float = 1.0) -> FloatArray:
