@@ -169,9 +169,11 @@ class Learner(ABC):
         state = {
             "num_updates": self.num_updates,
             "random": random_state(self.device),
-            **self._extra_state(),
+            "entropy": (self._entropy.coef, self._entropy.entropy),
             **self._state(),
         }
+        if self._moving is not None:
+            state["reference"] = self._moving.state()
         write_shard(Path(directory), self.rank, self._layout, state)
 
     def load(self, directory: Path | str) -> None:
@@ -195,7 +197,11 @@ class Learner(ABC):
         if failed:
             raise StorageError(f"{failed:.0f} other ranks cannot load from {directory}")
         self._load_state(state)
-        self._load_extra_state(state)
+        if self._entropy.target is not None and "entropy" in state:
+            coef, entropy = state["entropy"]
+            self._entropy = replace(self._entropy, coef=coef, entropy=entropy)
+        if self._moving is not None and "reference" in state:
+            self._moving.load(state["reference"])
         set_random_state(state["random"], self.device)
         self.num_updates = int(state["num_updates"])
 
@@ -321,20 +327,6 @@ class Learner(ABC):
         section, step = self.config.learner.reference, self.num_updates // self._updates_per_step
         if self._moving is not None and step % section.sync_steps == 0:
             self._moving.move(self.named_weights(), section.sync_alpha)
-
-    def _extra_state(self) -> dict[str, Any]:
-        """The state beside weights and optimizer: entropy coefficient and moving reference."""
-        state: dict[str, Any] = {"entropy": (self._entropy.coef, self._entropy.entropy)}
-        if self._moving is not None:
-            state["reference"] = self._moving.state()
-        return state
-
-    def _load_extra_state(self, state: dict[str, Any]) -> None:
-        if self._entropy.target is not None and "entropy" in state:
-            coef, entropy = state["entropy"]
-            self._entropy = replace(self._entropy, coef=coef, entropy=entropy)
-        if self._moving is not None and "reference" in state:
-            self._moving.load(state["reference"])
 
     def _finish(self, loss: float, lr: float, stats: list[dict[str, Stat]]) -> bool:
         """Applies the gradient and adds the update's global statistics; False: it was skipped."""

@@ -7,17 +7,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from torch import Tensor
 
 from raygrpo.config import RunConfig
 from raygrpo.learner.watch import PATIENCE
-from raygrpo.types import Stat, merge_stats
+from raygrpo.types import merge_stats
 from tests import oracle
 from tests.algorithm.loss_cases import AGGREGATIONS, CORRECTIONS, LOSSES
 from tests.close import relative_weights
 from tests.parity.learner_cases import make_config, make_steps, planned_step, random_groups
 from tests.parity.reference_learner import ReferenceLearner
-from tests.parity.test_deepspeed import RELATIVE, make_case, run_cases
+from tests.parity.test_deepspeed import check, make_case, run_cases
 
 pytestmark = pytest.mark.timeout(600)
 STAGE, NUM_STEPS = 2, 2
@@ -74,24 +73,6 @@ def ranks(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[st
         case = make_case(model, stage, "stuck", optimizer={"adamw": adamw}, train=steps)
         cases[how] = {**case, "how": how, "tensor": STUCK}
     return run_cases(tmp_path_factory.mktemp("losses") / "two", 2, cases)
-
-
-def check(
-    ranks: list[dict[str, Any]],
-    case: str,
-    history: list[dict[str, Stat]],
-    expected: dict[str, Tensor],
-) -> None:
-    """Weights, and each statistic of each step, of both ranks together."""
-    for rank in ranks:
-        assert relative_weights(rank[case]["after"], expected) < RELATIVE
-    steps = zip(*(rank[case]["history"] for rank in ranks), strict=True)
-    for ours, theirs in zip(map(merge_stats, map(list, steps)), history, strict=True):
-        assert set(ours) == set(theirs)
-        for name, stat in theirs.items():
-            assert ours[name].count == stat.count, name
-            # Sums in another order, of weights that AdamW moved by rounding, too.
-            assert ours[name].sum == pytest.approx(stat.sum, rel=1e-4, abs=1e-5), name
 
 
 @pytest.mark.parametrize("case", LOSS_CASES)

@@ -216,7 +216,8 @@ def test_a_reference_in_bfloat16_moves_by_less_than_its_rounding() -> None:
     assert (seen[0], seen[-1]) == (1, 1 + 2**-7)
 
 
-def test_what_the_loss_remembers_is_in_the_checkpoint(model: Path, tmp_path: Path) -> None:
+def test_resume_is_bit_exact(model: Path, tmp_path: Path) -> None:
+    """With what the loss remembers, and random states."""
     config = make_config(
         model,
         loss={"beta": 0.1, "entropy_coef": 0.01, "entropy_target": 9.0},
@@ -228,10 +229,13 @@ def test_what_the_loss_remembers_is_in_the_checkpoint(model: Path, tmp_path: Pat
         stats = first.update(step[0])
         if index == 1:
             first.save(tmp_path)
+            expected = torch.rand(2)
     second.update(steps[3][0])
     second.load(tmp_path)
+    assert torch.equal(torch.rand(2), expected)
     for step in steps[2:]:
         again = second.update(step[0])
     assert torch.equal(weights_vector(first), weights_vector(second))
     assert torch.equal(reference(first), reference(second))
     assert again["entropy_coef"] == stats["entropy_coef"]
+    assert second.num_updates == 4
