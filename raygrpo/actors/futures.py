@@ -38,11 +38,7 @@ class Pending(Generic[T]):
     """One result of several calls (say, one a rank), finished when all are, failed when one is."""
 
     def __init__(
-        self,
-        name: str,
-        refs: Sequence[Any],
-        timeout_s: float,
-        combine: Callable[[list[Any]], T],
+        self, name: str, refs: Sequence[Any], timeout_s: float, combine: Callable[[list[Any]], T]
     ) -> None:
         self.name = name
         self.refs = list(refs)

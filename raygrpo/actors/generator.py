@@ -18,14 +18,7 @@ from raygrpo.actors.process import keep_heap, log_to, on_sigterm
 from raygrpo.actors.profiling import ProfileRequest
 from raygrpo.actors.transport import make_receiver
 from raygrpo.actors.weight_store import StoreHandle
-from raygrpo.actors.weight_sync import (
-    Answer,
-    GroupKey,
-    LoadReport,
-    Partials,
-    Proof,
-    StoreReceiver,
-)
+from raygrpo.actors.weight_sync import Answer, GroupKey, LoadReport, Partials, Proof, StoreReceiver
 from raygrpo.config import RunConfig
 from raygrpo.engines.base import Engine
 from raygrpo.engines.engine_weights import EngineWeights

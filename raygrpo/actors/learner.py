@@ -22,14 +22,7 @@ from raygrpo.actors.weight_sync import StoreSender
 from raygrpo.algorithm.packing import make_microbatch, place
 from raygrpo.config import RunConfig
 from raygrpo.errors import ConfigError
-from raygrpo.types import (
-    Group,
-    Microbatch,
-    StepBatch,
-    StepResult,
-    Version,
-    merge_stats,
-)
+from raygrpo.types import Group, Microbatch, StepBatch, StepResult, Version, merge_stats
 from raygrpo.weights.types import PublishReport
 
 

@@ -150,11 +150,7 @@ class Replica:
             raise InfraError("there is nothing to stage")
 
     def _build(
-        self,
-        index: int,
-        out: ByteArray,
-        links: Sequence[WeightLink],
-        before: WholeVersion | None,
+        self, index: int, out: ByteArray, links: Sequence[WeightLink], before: WholeVersion | None
     ) -> None:
         whole = [i for i, link in enumerate(links) if link[0].buckets[index].encoded_bytes is None]
         if whole:

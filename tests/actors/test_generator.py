@@ -63,9 +63,7 @@ async def asked_while_the_first_is_submitted(num_groups: int) -> list[int]:
     return engine.step_sizes
 
 
-def test_groups_that_are_asked_for_together_start_together(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_groups_that_are_asked_for_together_start_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generator, "on_sigterm", lambda _: None)
     monkeypatch.setattr(generator, "keep_heap", lambda: None)
     assert asyncio.run(asked_while_the_first_is_submitted(4)) == [4]

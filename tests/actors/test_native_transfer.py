@@ -274,9 +274,7 @@ def test_a_transfer_that_is_not_finished_leaves_nothing_that_serves(store: Store
             handle.call(handle.actor.load()).result(0.2)
 
 
-def test_nothing_is_answered_before_weights_that_are_loaded_again_are_proven(
-    store: Store,
-) -> None:
+def test_nothing_is_answered_before_weights_that_are_loaded_again_are_proven(store: Store) -> None:
     """An engine that slept its weights away writes a group as soon as it has them again."""
     handle = Handle(store)
     store.version = Version(1, 2)

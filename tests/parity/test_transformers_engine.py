@@ -402,10 +402,9 @@ def test_a_request_that_cannot_fit_is_refused(paths: Callable[..., Path]) -> Non
     engine = make_engine(paths())
     with pytest.raises(DataError, match=r"group train/7: a prompt of 500 tokens and max_tokens 13"):
         engine.submit(request(7, length=500, max_tokens=13))
-    engine.submit(request(8, length=500, max_tokens=12))
+    bad = request(9)
+    bad.prompt.token_ids[2] = 5000
     with pytest.raises(DataError, match="ids outside"):
-        bad = request(9)
-        bad.prompt.token_ids[2] = 5000
         engine.submit(bad)
 
 

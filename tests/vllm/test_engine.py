@@ -173,13 +173,6 @@ def test_requests_that_cannot_be_served_are_refused(world: World) -> None:
         world.engine.submit(request(world.ids(), max_tokens=510))
     with pytest.raises(DataError, match="token ids outside"):
         world.engine.submit(request([1, 10**6]))
-    item = request(world.ids(), min_version=Version(9, 0))
-    world.engine.submit(item)
-    assert not world.engine.can_step
-    with pytest.raises(InfraError, match="being generated already"):
-        world.engine.submit(item)
-    assert world.engine.abort("train", item.group_id) == []
-    assert world.engine.num_unfinished == 0
 
 
 def shared_memory() -> int:

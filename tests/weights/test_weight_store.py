@@ -212,10 +212,6 @@ def test_versions_never_move_backwards(store: Store) -> None:
     for version in (Version(1, 0), Version(0, 7)):
         with pytest.raises(InfraError, match="not newer"):
             replica.stage([(replace(links[0][0], version=version), links[0][1])])
-    assert_holds_bytes(replica, links)
-
-
-def assert_holds_bytes(replica: Replica, links: list[Any]) -> None:
     assert [b.tobytes() for b in replica.current.buckets] == [b.tobytes() for b in links[0][1]]
 
 

@@ -133,12 +133,7 @@ class RowTable:
         return sources, targets
 
     def make_completion(
-        self,
-        row: int,
-        finish: Finish,
-        tokenizer: Any,
-        versions: list[Version],
-        before: Runs = (),
+        self, row: int, finish: Finish, tokenizer: Any, versions: list[Version], before: Runs = ()
     ) -> Completion:
         """A row's completion so far.
 

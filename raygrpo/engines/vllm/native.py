@@ -31,16 +31,7 @@ from raygrpo.engines.vllm.client import VllmClient
 from raygrpo.engines.vllm.native_worker import NATIVE
 from raygrpo.engines.vllm.requests import version_label
 from raygrpo.errors import ConfigError, InfraError
-from raygrpo.weights.native import (
-    Begin,
-    Finish,
-    Join,
-    Message,
-    Named,
-    Offer,
-    Receive,
-    Sender,
-)
+from raygrpo.weights.native import Begin, Finish, Join, Message, Named, Offer, Receive, Sender
 
 BUCKET_BYTES: Final = 64 * 2**20
 _export: Any = reduce_tensor
@@ -88,10 +79,7 @@ class _Group:
         """Sends a bucket and waits until it is sent."""
         with torch.accelerator.device_index(self._device):
             packed_nccl_broadcast_producer(
-                iterator=iter(bucket),
-                group=self._communicator,
-                src=0,
-                post_iter_func=itemgetter(1),
+                iterator=iter(bucket), group=self._communicator, src=0, post_iter_func=itemgetter(1)
             )
 
     def close(self) -> None:
