@@ -59,6 +59,8 @@ def dry_run(config: RunConfig) -> dict[str, Lines]:
     prompts = checked.prompts.take(MAX_ROWS)
     lengths = np.array([prompt.token_ids.size for prompt in prompts])
     longest = int(lengths.max())
+    # Nobody knows where a stream ends.
+    num_prompts = len(checked.prompts) if isinstance(checked.prompts, Sized) else None
     architecture = check_model(checked.config, longest)
     update = fullest_step(
         checked.config,
@@ -68,9 +70,9 @@ def dry_run(config: RunConfig) -> dict[str, Lines]:
     )
     return {
         "run": _run_facts(checked, architecture),
-        "data": _data_facts(checked, prompts, lengths),
+        "data": _data_facts(checked, num_prompts, prompts, lengths),
         "batch": batch_facts(
-            checked.config, update, longest_prompt=longest, num_prompts=_num_prompts(checked)
+            checked.config, update, longest_prompt=longest, num_prompts=num_prompts
         ),
         "placement": _placement_facts(checked.config),
         "rewards": score_fake(checked.config.rewards, fake_group(checked, prompts[0])),
@@ -120,14 +122,15 @@ def _run_facts(checked: Checked, architecture: Any) -> Lines:
     }
 
 
-def _data_facts(checked: Checked, prompts: Sequence[Prompt], lengths: Any) -> Lines:
+def _data_facts(
+    checked: Checked, num_prompts: int | None, prompts: Sequence[Prompt], lengths: Any
+) -> Lines:
     section, source = checked.config.data, checked.prompts
-    number = _num_prompts(checked)
     shown = checked.tokenizer.decode(prompts[0].token_ids.tolist())
     cut = "..." if len(shown) > _SHOWN_CHARACTERS else ""
     return {
         "source": checked.given.data.source,
-        "prompts": f"{number or 'streamed'} ({source.num_dropped} dropped, "
+        "prompts": f"{num_prompts or 'streamed'} ({source.num_dropped} dropped, "
         f"{source.num_truncated} truncated)",
         f"prompt tokens of {len(prompts)}": f"mean {lengths.mean():.1f}, "
         f"p95 {np.percentile(lengths, 95):.0f}, max {lengths.max()} "
@@ -138,11 +141,6 @@ def _data_facts(checked: Checked, prompts: Sequence[Prompt], lengths: Any) -> Li
         if checked.eval_prompts
         else "none",
     }
-
-
-def _num_prompts(checked: Checked) -> int | None:
-    """Prompts of an epoch; None for a stream, whose end nobody knows."""
-    return len(checked.prompts) if isinstance(checked.prompts, Sized) else None
 
 
 def _placement_facts(config: RunConfig) -> Lines:
