@@ -198,11 +198,13 @@ def _training_parts(config: RunConfig, size: ModelSize, update: FullUpdate) -> P
     if alone and stage in (1, 2) and "gradients" not in away:
         # The gradients of an only microbatch grow while its activations are freed.
         gradients = max(0, gradients - activations)
+    # Whole parameters that ZeRO-3 keeps between their uses.
+    live = int(_zero(config).get("stage3_max_live_parameters", 10**9))
     # A reference that moves is averaged in float32.
     average = 4 * size.parameters if section.reference.sync_steps and size.dtype_bytes < 4 else 0
     parts = {
         "parameters": held if stage < 3 else held // num_ranks,
-        "gathered": _gathered(config, size) if stage == 3 else 0,
+        "gathered": min(live, size.parameters) * size.dtype_bytes if stage == 3 else 0,
         "master weights": shard if stage or size.dtype_bytes < 4 else 0,
         "gradients": gradients,
         "optimizer": 2 * shard,
@@ -286,12 +288,6 @@ def _bucket_bytes(config: RunConfig, size: ModelSize) -> int:
         return allocated + 4 * used
     prefetched = min(int(zero.get("stage3_prefetch_bucket_size", BUCKET_ELEMENTS)), size.parameters)
     return allocated + 4 * (used + used // ranks) + prefetched * size.dtype_bytes
-
-
-def _gathered(config: RunConfig, size: ModelSize) -> int:
-    """Whole parameters that ZeRO-3 keeps between their uses."""
-    live = int(_zero(config).get("stage3_max_live_parameters", 10**9))
-    return min(live, size.parameters) * size.dtype_bytes
 
 
 def _activation_bytes(config: RunConfig, size: ModelSize, tokens: int, update: FullUpdate) -> int:

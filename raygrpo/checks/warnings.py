@@ -57,15 +57,12 @@ def dtype_problem(config: RunConfig) -> str | None:
     """
     if config.model.dtype != "bfloat16" or config.ray.gpus.learner or address_of(config) != "local":
         return None
-    if not CPUINFO.is_file() or not lacks_bfloat16(CPUINFO.read_text()):
+    lines = CPUINFO.read_text().splitlines() if CPUINFO.is_file() else []
+    # Each core of an x86 CPU has a line of flags; no other CPU has one.
+    flags = [set(line.partition(":")[2].split()) for line in lines if line.startswith("flags")]
+    if not flags or any(_BFLOAT16_FLAGS & each for each in flags):
         return None
     return "this CPU has no instructions for bfloat16: set model.dtype: float32"
-
-
-def lacks_bfloat16(cpuinfo: str) -> bool:
-    """Whether the text of ``/proc/cpuinfo`` lists an x86 CPU's flags, and none for bfloat16."""
-    lists = [line.partition(":")[2] for line in cpuinfo.splitlines() if line.startswith("flags")]
-    return bool(lists) and not any(_BFLOAT16_FLAGS & set(flags.split()) for flags in lists)
 
 
 def eval_problem(config: RunConfig) -> str | None:

@@ -91,17 +91,16 @@ def push(
 def _operations(
     export: Path, there: Sequence[str]
 ) -> list[CommitOperationAdd | CommitOperationDelete]:
-    files = [path for path in sorted(export.iterdir()) if is_pushed(path)]
+    files = [
+        path
+        for path in sorted(export.iterdir())
+        if path.is_file() and not path.is_symlink() and path.name.endswith(PUSHED)
+    ]
     names = {path.name for path in files}
     top = [name for name in there if "/" not in name]  # an export has no folders
     stale = [name for name in top if name.endswith(_WEIGHTS) and name not in names]
     adds = [CommitOperationAdd(path.name, str(path)) for path in files]
     return [*adds, *(CommitOperationDelete(name) for name in stale)]
-
-
-def is_pushed(path: Path) -> bool:
-    """Whether a file of an export goes to the hub; links and pickles never do."""
-    return path.is_file() and not path.is_symlink() and path.name.endswith(PUSHED)
 
 
 def commit_message(run_dir: RunDir, step: int) -> str:

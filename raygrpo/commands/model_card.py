@@ -139,7 +139,10 @@ def write_model_card(
         name=name,
         base=f"[{base}](https://huggingface.co/{base})" if base.count("/") == 1 else f"`{base}`",
         random_init=config.model.random_init,
-        on_datasets=", ".join(_linked(name, on_hub) for name, on_hub in datasets.items()),
+        on_datasets=", ".join(
+            f"[{source}](https://huggingface.co/datasets/{source})" if on_hub else source
+            for source, on_hub in datasets.items()
+        ),
         hub_id=hub_id,
         variable="prompt" if isinstance(example, str) else "messages",
         value=repr(example),
@@ -160,10 +163,6 @@ def write_model_card(
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error}") from error
     return path
-
-
-def _linked(name: str, on_hub: bool) -> str:
-    return f"[{name}](https://huggingface.co/datasets/{name})" if on_hub else name
 
 
 def _arguments(config: RunConfig, example: str | list[Any]) -> str:

@@ -173,7 +173,8 @@ def print_plan(config: RunConfig) -> None:
     memory = machine_memory()
     console.print(f"{total}, of {_size(memory)} here")
     console.print("tensors alone are counted: leave room for Python, libraries and allocators")
-    check_fits(plan, host_bytes=memory, gpu_bytes=gpu_memory())
+    gpu = torch.cuda.mem_get_info(0)[1] if torch.cuda.is_available() else None
+    check_fits(plan, host_bytes=memory, gpu_bytes=gpu)
 
 
 def machine_memory() -> int:
@@ -181,11 +182,6 @@ def machine_memory() -> int:
     limit = _CGROUP_LIMIT.read_text().strip() if _CGROUP_LIMIT.is_file() else "max"
     total = int(psutil.virtual_memory().total)
     return min(total, int(limit)) if limit.isdecimal() else total
-
-
-def gpu_memory() -> int | None:
-    """The bytes of memory of the first GPU; None without a GPU."""
-    return int(torch.cuda.mem_get_info(0)[1]) if torch.cuda.is_available() else None
 
 
 def _actor_table(plan: Plan) -> Table:

@@ -370,7 +370,13 @@ def read_step(path: Path) -> StepBatch:
             tuple(batch[position] for position in sorted(batch)) for batch in samples
         ),
         payloads=payloads,
-        versions={group_id: _span(group) for group_id, group in payloads.items()},
+        versions={
+            group_id: (
+                min(completion.oldest for completion in group.completions),
+                max(completion.newest for completion in group.completions),
+            )
+            for group_id, group in payloads.items()
+        },
         has_signal=facts.has_signal,
     )
 
@@ -423,11 +429,4 @@ def _completion(row: Row) -> Completion:
         text=row.completion,
         finish=row.finish,
         version_runs=tuple(zip(versions, row.version_counts, strict=True)),
-    )
-
-
-def _span(group: Group) -> tuple[Version, Version]:
-    return (
-        min(completion.oldest for completion in group.completions),
-        max(completion.newest for completion in group.completions),
     )

@@ -58,7 +58,10 @@ class WandbLogger:
         self._events: Outbox = queue.SimpleQueue()
         self._worker: _Worker | None = None
         if config.tracking.wandb != "disabled":
-            run_id = _run_id(run_dir)  # here: one thread alone writes run.json
+            run_id: str | None = run_dir.facts.get("wandb_id")
+            if run_id is None:
+                run_id = secrets.token_hex(8)
+                run_dir.note(wandb_id=run_id)  # here: one thread alone writes run.json
             self._worker = _Worker(run_dir, config, run_id, self._events)
 
     def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -189,14 +192,6 @@ class _Worker:
             self._table.add_data(*(_cell(row.get(name)) for name in self._table.columns))
         # wandb sends the rows added since the last call alone.
         self._run.log({"step": item.step, "completions": self._table})
-
-
-def _run_id(run_dir: RunDir) -> str:
-    run_id: str | None = run_dir.facts.get("wandb_id")
-    if run_id is None:
-        run_id = secrets.token_hex(8)
-        run_dir.note(wandb_id=run_id)
-    return run_id
 
 
 def _start(run_dir: RunDir, config: RunConfig, run_id: str, events: Outbox) -> Any:
