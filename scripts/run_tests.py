@@ -7,6 +7,7 @@ Ray's processes and those of whole runs outlive a killed test. They become child
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
 import subprocess
 import sys
@@ -33,7 +34,7 @@ def main(arguments: list[str]) -> int:
     try:
         pytest = subprocess.Popen([sys.executable, "-m", "pytest", *arguments])
         try:
-            code = pytest.wait()
+            code = wait(pytest)
         except Ended as ended:
             code = 128 + ended.args[0]
             stop(pytest)
@@ -42,6 +43,14 @@ def main(arguments: list[str]) -> int:
     minutes, seconds = divmod(round(time.monotonic() - started), 60)
     print(f"time: {minutes} min {seconds} s; budget of the whole suite: {BUDGET_MIN} min")
     return code
+
+
+def wait(pytest: subprocess.Popen[bytes]) -> int:
+    """Waits for pytest; reaps the orphans that end before: tests wait for their ends too."""
+    while True:
+        pid, status = os.wait()
+        if pid == pytest.pid:
+            return os.waitstatus_to_exitcode(status)
 
 
 def end(number: int, frame: FrameType | None) -> None:
