@@ -231,6 +231,13 @@ class Log(RolloutLog):
             on_sample=lambda step, rows: self.samples.append(len(rows)),
         )
 
+    def store(self, step: int, *groups: FinishedGroup) -> None:
+        """Writes a step, which trains the kept groups, and waits until all is written."""
+        self.take(groups)
+        kept = [group.summary.group_id for group in groups if group.fate == "kept"]
+        self.write_step(batch(step, *kept))
+        self.finish()
+
     def finish(self) -> None:
         """Waits until all is written."""
         while pendings := self.pendings:
@@ -318,9 +325,7 @@ def test_no_more_than_two_files_wait(make_log: Callable[..., Log]) -> None:
 def test_a_full_store_takes_no_more(make_log: Callable[..., Log], tmp_path: Path) -> None:
     log = make_log(max_gb=1e-6)  # a kilobyte: less than one file
     for step in range(3):
-        log.take([decided(step)])
-        log.write_step(batch(step, step))
-        log.finish()
+        log.store(step, decided(step))
     assert list(files(tmp_path / "completions", "step")) == [1]
     assert [kind for kind, _ in log.events] == ["completions_full"]
     assert log.metrics() == {"completions_store/num_rows": 2, "completions_store/num_unstored": 4}
@@ -339,9 +344,7 @@ def test_a_sampled_store_says_that_it_is_partial(
     make_log: Callable[..., Log], tmp_path: Path
 ) -> None:
     log = make_log(frac=0.5)
-    log.take([decided(group_id) for group_id in range(20)])
-    log.write_step(batch(0, *range(20)))
-    log.finish()
+    log.store(0, *map(decided, range(20)))
     path = files(tmp_path / "completions", "step")[1]
     assert not read_facts(path).complete
     metrics = log.metrics()
@@ -378,10 +381,8 @@ class Bomb:
 
 def test_what_kills_every_writer_ends_the_run(make_log: Callable[..., Log]) -> None:
     log = make_log()
-    log.take([decided(0, payload=ray.put(Bomb()))])
-    log.write_step(batch(0, 0))
     with pytest.raises(StorageError, match="4 writers failed at the completions of step 1"):
-        log.finish()
+        log.store(0, decided(0, payload=ray.put(Bomb())))
     assert [kind for kind, _ in log.events] == ["worker_replaced"] * 3
 
 
@@ -391,9 +392,7 @@ def test_lost_tokens_cost_their_rows_alone(make_log: Callable[..., Log], tmp_pat
     (lost,) = ray.get(owner.put.remote())
     ray.kill(owner)
     _wait_until_lost(lost)
-    log.take([decided(0, "no_signal", payload=lost), decided(1)])
-    log.write_step(batch(0, 1))
-    log.finish()
+    log.store(0, decided(0, "no_signal", payload=lost), decided(1))
     path = files(tmp_path / "completions", "step")[1]
     assert set(pandas.read_parquet(path).group_id) == {1}
     assert not read_facts(path).complete
@@ -404,8 +403,5 @@ def test_a_disk_that_cannot_be_written_is_named(
     make_log: Callable[..., Log], tmp_path: Path
 ) -> None:
     (tmp_path / "completions").write_text("no directory")
-    log = make_log()
-    log.take([decided(0)])
-    log.write_step(batch(0, 0))
     with pytest.raises(StorageError, match=r"cannot write .*step-00000001"):
-        log.finish()
+        make_log().store(0, decided(0))
