@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import signal
 import statistics
 import subprocess
@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 # Reading the memory walks every page of a process, a tenth of a second of a core for one of several
 # GB: more often, it would slow a side that has all cores at work, the more the more processes.
@@ -91,33 +93,19 @@ class NewRows:
 
 
 def memory_bytes(mark: str, known: dict[int, bool]) -> int:
-    """The proportional set size of all processes whose environment has ``mark``.
+    """The proportional set size of all processes that have ``mark`` in their environment.
 
     The environment is inherited, whoever the parent is now; ``known`` remembers the answers.
     """
     total = 0
-    for entry in os.scandir("/proc"):
-        if not entry.name.isdigit():
-            continue
-        pid = int(entry.name)
-        try:
-            if pid not in known:
-                environment = Path(f"/proc/{pid}/environ").read_bytes()
-                if not environment:
-                    continue  # between fork and exec, or a kernel thread
-                known[pid] = mark.encode() in environment
-            if known[pid]:
-                total += _pss_bytes(Path(f"/proc/{pid}/smaps_rollup").read_text())
-        except OSError:  # it has ended
-            continue
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):  # it has ended, or is somebody else's
+            if process.pid not in known and (environment := process.environ()):
+                known[process.pid] = environment.get(MARK) == mark
+            # Between fork and exec there is no environment.
+            if known.get(process.pid):
+                total += process.memory_full_info().pss
     return total
-
-
-def _pss_bytes(rollup: str) -> int:
-    for line in rollup.splitlines():
-        if line.startswith("Pss:"):
-            return int(line.split()[1]) * 1024
-    return 0
 
 
 def observe(
@@ -136,8 +124,8 @@ def observe(
     Raises:
         RuntimeError: the command failed, or took longer than ``timeout_s``.
     """
-    run, mark = Run(side=side), f"{MARK}={uuid.uuid4().hex}"
-    environment = {**environment, MARK: mark.partition("=")[2]}
+    run, mark = Run(side=side), uuid.uuid4().hex
+    environment = {**environment, MARK: mark}
     start = time.monotonic()
     with log.open("w") as output:
         process = subprocess.Popen(
@@ -146,7 +134,7 @@ def observe(
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            cwd=_root(),
+            cwd=Path(__file__).parents[1],
         )
     watch = _Watch(run=run, rows=NewRows(rows), parse=parse, start=start, mark=mark)
     events = rows.with_name("events.jsonl")
@@ -203,10 +191,6 @@ def end(process: subprocess.Popen[bytes]) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-
-
-def _root() -> Path:
-    return Path(__file__).parents[1]
 
 
 def _tail(log: Path) -> str:
