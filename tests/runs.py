@@ -122,10 +122,7 @@ def start(config: Path, *overrides: str, command: str = "train") -> subprocess.P
 
 
 def finish(
-    process: subprocess.Popen[str],
-    config: Path,
-    expected: int = 0,
-    deadline_s: float = DEADLINE_S,
+    process: subprocess.Popen[str], config: Path, expected: int = 0, deadline_s: float = DEADLINE_S
 ) -> str:
     """Waits for a run's end; returns its output, which is shown when the exit code is wrong."""
     try:

@@ -5,13 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from raygrpo.actors.pool.failures import (
-    MAX_ATTEMPTS,
-    MAX_DEATHS_IN_A_ROW,
-    Action,
-    History,
-    decide,
-)
+from raygrpo.actors.pool.failures import MAX_ATTEMPTS, MAX_DEATHS_IN_A_ROW, Action, History, decide
 from raygrpo.errors import (
     ConfigError,
     DataError,

@@ -19,14 +19,7 @@ from raygrpo.storage.run_dir import RunDir
 from raygrpo.training.state import BestSoFar, load_state
 from raygrpo.training.trainer import Trainer
 from raygrpo.training.wiring import Wiring
-from raygrpo.types import (
-    FinishedGroup,
-    GroupRequest,
-    StepBatch,
-    StepResult,
-    Stream,
-    Version,
-)
+from raygrpo.types import FinishedGroup, GroupRequest, StepBatch, StepResult, Stream, Version
 from raygrpo.weights.types import PublishReport
 from tests import builders
 from tests.data.data_cases import ROWS, source_of
