@@ -73,7 +73,6 @@ class Trainer:
 
     Attributes:
         step: StepBatches trained.
-        first_traceback: of the first reward that failed.
         first_group_at: when the first group's completions were there, as `time.time` has it.
     """
 
@@ -104,7 +103,7 @@ class Trainer:
         self._driver_s = 0.0
         self._num_groups = 0
         self._boundary = Boundary(wiring, self._state(), restored)
-        self.first_traceback: str | None = None
+        self._first_traceback: str | None = None
         self.first_group_at: float | None = None
 
     def stop(self) -> None:
@@ -240,14 +239,14 @@ class Trainer:
         self._num_groups += 1
         if self.first_group_at is None:
             self.first_group_at = time.time() - summary.score_s
-        if group.traceback and self.first_traceback is None:
-            self.first_traceback = group.traceback
+        if group.traceback and self._first_traceback is None:
+            self._first_traceback = group.traceback
             self._tracker.event("reward_error", step=self.step, traceback=group.traceback)
         if summary.stream == "eval":
             self._boundary.finish(summary)
             self._rollouts.take([replace(group, fate="eval")])
             return
-        self._interval.budget.take(summary.scores, self.first_traceback)
+        self._interval.budget.take(summary.scores, self._first_traceback)
         awaited = self._window.awaits(summary.group_id)
         self._ledger = self._ledger.report(summary, awaited=awaited)
         self._num_tokens += summary.prompt_length * len(summary.lengths) + sum(summary.lengths)
