@@ -34,20 +34,11 @@ from raygrpo.weights.buckets import make_buckets
 from raygrpo.weights.native import Message, NativeTransfer, Sender
 from raygrpo.weights.shared import share
 from tests.vllm.engines import ECHO
-from tests.weights.test_native import manifest
+from tests.weights.test_native import Group, manifest
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 UUID = "GPU-0"
 TIMEOUT_S = 60.0
-
-
-class Group:
-    """What has one address: a broadcast waits for all its ranks, or for ever."""
-
-    def __init__(self, world_size: int) -> None:
-        self.barrier = threading.Barrier(world_size)
-        self.ranks: set[int] = set()
-        self.sent: Any = None
 
 
 class Communicator:
@@ -56,15 +47,11 @@ class Communicator:
     def __init__(self, group: Group, rank: int) -> None:
         self.group, self.rank = group, rank
         group.ranks.add(rank)
-        group.barrier.wait()
+        group.enter()
 
     def broadcast(self, tensor: Tensor, src: int, stream: Any = None) -> None:
-        if self.rank == src:
-            self.group.sent = tensor
-        self.group.barrier.wait()
-        if self.rank != src:
-            tensor.copy_(self.group.sent)  # fails where the two sides packed in different ways
-        self.group.barrier.wait()
+        (sent,) = self.group.broadcast([tensor] if self.rank == src else None)
+        tensor.copy_(sent)  # fails where the two sides packed in different ways
 
     def destroy(self) -> None:
         self.group.barrier.abort()
