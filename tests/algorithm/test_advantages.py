@@ -200,11 +200,6 @@ def test_a_truncated_completion_left_out_gives_no_signal(
     assert teaches(alone, config) is signal
 
 
-def test_fewer_than_two_scores_teach_nothing() -> None:
-    got = group_advantages([[1.0, math.nan, math.nan]], baseline="mean", scale="group")
-    assert got.tolist() == [[0.0, 0.0, 0.0]]
-
-
 def test_infinite_reward_is_refused() -> None:
     with pytest.raises(ValueError, match="infinite"):
         group_advantages([[1.0, math.inf]], baseline="mean", scale="none")

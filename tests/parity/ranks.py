@@ -25,7 +25,7 @@ PRELOADED = (
     "transformers.models.llama.modeling_llama",
     "transformers.models.qwen2.modeling_qwen2",
     "tests.parity.deepspeed_worker",
-    "tests.parity.memory_worker",
+    "tests.parity.test_memory",
 )
 
 

@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -315,8 +314,3 @@ def test_models_learn_the_same_by_one_kernel(
     learner.update([microbatches(*made, "packed", 100)])
     assert calls
     assert relative(learner.gradients[0], expected.gradients[0]) < RELATIVE
-
-
-def test_plans_for_a_cpu_have_no_row() -> None:
-    arrays = (np.zeros((1, 3), np.int32), np.zeros((1, 3), np.int32), np.full((1, 3), -1, np.int32))
-    assert make_plan(*arrays, CPU).row is None

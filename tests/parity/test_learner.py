@@ -36,7 +36,7 @@ from tests.parity.learner_cases import (
     separate,
     wide_logprobs,
 )
-from tests.parity.reference_learner import ReferenceLearner, weights_vector
+from tests.parity.reference_learner import ReferenceLearner
 
 CPU = torch.device("cpu")
 # fp32 sums in another order (other shapes of matrix products, other microbatches).
@@ -130,18 +130,6 @@ def test_an_fp32_head_that_is_no_linear_layer_is_refused(models: dict[str, Path]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_shared_prompt_rows_equal_plain_rows(kind: str, models: dict[str, Path]) -> None:
-    policy, trees = load(models[kind]), random_trees(5, 4)
-    assert policy.layout == "packed"
-    shared, plain = microbatch(trees), microbatch(separate(trees))
-    with torch.no_grad():
-        pair = [by_sequence(policy(policy_inputs(b, CPU))[0], b) for b in (shared, plain)]
-    for ours, theirs in zip(*pair, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=LOGPROB_TOLERANCE, rtol=0)
-    assert relative(gradient(policy, [shared]), gradient(policy, [plain])) < RELATIVE
-
-
-@pytest.mark.parametrize("kind", KINDS)
 @given(seed=st.integers(0, 10**6), cuts=st.lists(st.integers(1, 11), max_size=6))
 @settings(
     max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -156,17 +144,6 @@ def test_the_gradient_does_not_depend_on_the_split(
     whole = gradient(policy, [microbatch(trees)])
     split = gradient(policy, [*(microbatch(part) for part in parts), filler()])
     assert relative(split, whole) < RELATIVE
-
-
-def test_one_by_eight_equals_eight_by_one(models: dict[str, Path]) -> None:
-    """Weights after three steps of eight rows, at once and one by one."""
-    learners = [ReferenceLearner(make_config(models["qwen2"])) for _ in range(2)]
-    for step in range(3):
-        rows = separate(random_trees(step, 4, 2))
-        assert len(rows) == 8
-        learners[0].update([[microbatch(rows)]])
-        learners[1].update([[microbatch([row]) for row in rows]])
-    assert relative(*map(weights_vector, learners)) < RELATIVE
 
 
 def test_activation_checkpointing_recomputes_and_changes_nothing(models: dict[str, Path]) -> None:

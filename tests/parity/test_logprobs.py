@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from raygrpo.algorithm import loss as losses
@@ -409,17 +409,3 @@ def test_what_is_expected_is_the_gradient_to_the_bit(name: str) -> None:
             if ours is not None:
                 assert leaf.grad is not None
                 assert torch.equal(ours, leaf.grad[rows, columns][which])
-
-
-def test_a_linear_layer_is_what_the_head_is() -> None:
-    """Against autograd through nn.Linear, as models use it."""
-    given, head = problem(10), CASES["plain"]
-    layer = nn.Linear(WIDTH, VOCABULARY)
-    ours, _ = token_logprobs(
-        given["hidden"], layer.weight, given["targets"], bias=layer.bias, settings=head
-    )
-    table = torch.log_softmax(layer(given["hidden"]), -1)
-    expected = table.gather(-1, given["targets"][:, None]).squeeze(-1)
-    pairs = [torch.autograd.grad(v.sum(), list(layer.parameters())) for v in (ours, expected)]
-    for one, other in zip(*pairs, strict=True):
-        assert relative(one, other) < RELATIVE

@@ -16,10 +16,9 @@ from raygrpo.errors import ConfigError, InfraError
 from raygrpo.learner.lora import add_adapter, lora_config, write_adapter
 from raygrpo.models import load_model
 from raygrpo.types import Version, merge_stats
-from raygrpo.weights.adapter import AdapterBase, adapter_scale, merged_weights
+from raygrpo.weights.adapter import AdapterBase, merged_weights
 from raygrpo.weights.buckets import make_version, unpack
 from raygrpo.weights.types import WeightsManifest
-from tests import builders
 from tests.close import relative_weights
 from tests.parity.learner_cases import make_config, make_steps
 from tests.parity.reference_learner import ReferenceLearner
@@ -189,12 +188,6 @@ def test_an_adapter_resumes_bit_for_bit(reference: dict[str, Any], tmp_path: Pat
     assert all(torch.equal(loaded[n], t) for n, t in reference["after"].items())
 
 
-def test_the_scale_is_pefts() -> None:
-    assert adapter_scale({"lora_alpha": 16}, 4) == 4.0
-    assert adapter_scale({}, 8) == 1.0
-    assert adapter_scale({"lora_alpha": 16, "use_rslora": True}, 4) == 8.0
-
-
 @pytest.mark.parametrize(
     ("lora", "message"),
     [
@@ -228,7 +221,3 @@ def test_layers_that_cannot_carry_an_adapter_are_refused(
     model = load_model(config.model, seed=0, dtype=torch.float32)
     with pytest.raises(ConfigError, match=message):
         add_adapter(model, config)
-
-
-def test_lora_is_a_key() -> None:
-    assert builders.config(learner={"lora": {"r": 2}}).learner.lora == {"r": 2}

@@ -33,7 +33,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from raygrpo.learner.schedule import learning_rate
 from tests.close import relative
 from tests.parity.trl_cases import (
     GROUP_SIZE,
@@ -306,11 +305,3 @@ def test_the_recipe_has_trls_settings(tmp_path: Path) -> None:
     assert not ours.advantage.mask_truncated and not theirs.mask_truncated_completions
     defaults = trl024_config(Path("unused"), sampling={"max_tokens": 256}).data
     assert (defaults.max_prompt_length, defaults.overlong) == (512, "truncate_left")
-
-
-@pytest.mark.parametrize("num_updates", [1, 2, 40])
-def test_the_first_update_has_the_whole_rate_and_the_last_an_nth(num_updates: int) -> None:
-    section = trl024_config(Path("unused")).optimizer
-    assert learning_rate(0, num_updates, section) == 1e-6
-    last = learning_rate(num_updates - 1, num_updates, section)
-    assert last == pytest.approx(1e-6 / num_updates)
