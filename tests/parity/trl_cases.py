@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -183,11 +183,13 @@ class RecordingLearner(ReferenceLearner):
         self._gradient = {name: p.grad.clone() for name, p in named if p.grad is not None}
         return super()._apply(lr)
 
-    def _update_once(self, batch: Any, held: Any) -> dict[str, Stat]:
-        for item, kept, grid in zip(batch, held, self.noise or (), strict=self.noise is not None):
+    def _update_once(self, batch: Any, caches: Any) -> tuple[dict[str, Stat], Any]:
+        if self.noise is not None:
             with torch.no_grad():
-                kept.old_logprobs = self._forward(item.inputs)[0] + grid
-        stats = super()._update_once(batch, held)
+                old = [self._forward(item.inputs)[0] for item in batch]
+            noisy = [a + b for a, b in zip(old, self.noise, strict=True)]
+            caches = [replace(c, old_logprobs=o) for c, o in zip(caches, noisy, strict=True)]
+        stats, filled = super()._update_once(batch, caches)
         self.statistics.append(stats)
         self.updates.append(
             Update(
@@ -197,7 +199,7 @@ class RecordingLearner(ReferenceLearner):
                 weights=dict(self.named_weights()),
             )
         )
-        return stats
+        return stats, filled
 
 
 def train(
