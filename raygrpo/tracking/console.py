@@ -42,7 +42,7 @@ class Console:
     """Progress of a run of ``steps`` steps, on ``file`` or standard output."""
 
     def __init__(self, steps: int, *, first_step: int = 0, file: IO[str] | None = None) -> None:
-        self._console = _Terminal(file=file, highlight=False, soft_wrap=True)
+        self._console = _Terminal(file=file, highlight=False, markup=False, soft_wrap=True)
         self._steps = steps
         self._seen: dict[str, str] = {}
         self._progress: Progress | None = None
@@ -69,7 +69,7 @@ class Console:
         }
         if self._progress is None:
             width = len(str(self._steps))
-            self._print(f"step {step:>{width}}/{self._steps}  {_line(now)}")
+            self._console.print(f"step {step:>{width}}/{self._steps}  {_line(now)}")
             return
         self._seen |= now
         ordered = {label: self._seen[label] for label in _LIVE if label in self._seen}
@@ -80,15 +80,14 @@ class Console:
         if kind in _QUIET_EVENTS:
             return
         shown = {name: _first_line(value) for name, value in fields.items() if name != "traceback"}
-        self._print(f"{kind.replace('_', ' ')}: " + ", ".join(f"{n} {v}" for n, v in shown.items()))
+        self._console.print(
+            f"{kind.replace('_', ' ')}: " + ", ".join(f"{n} {v}" for n, v in shown.items())
+        )
 
     def close(self) -> None:
         """Ends the live display; more than once is fine."""
         if self._progress is not None:
             self._progress.stop()
-
-    def _print(self, line: str) -> None:
-        self._console.print(line, markup=False)
 
 
 def _line(values: Mapping[str, str]) -> str:

@@ -122,11 +122,7 @@ def test_ray_up_files(name: str) -> None:
     assert all(it["min_workers"] == 0 for kind, it in types.items() if kind != "head")
     # The token and the secrets travel as files, never as text of a command.
     assert "/home/ubuntu/.ray/auth_token" in config["file_mounts"]
-    commands = [*config["head_start_ray_commands"], *config["worker_start_ray_commands"]]
-    assert sum("raygrpo.env" in command for command in commands) == 2
     setup = "\n".join(config["setup_commands"])
-    assert "RAY_AUTH_MODE=token" in setup
-    assert "~/raygrpo" in setup
     assert check_pins(re.findall(r'"([\w\[\]-]+)==([\d.]+)"', setup)) >= 4
 
 
@@ -158,9 +154,6 @@ def test_dockerfile() -> None:
         if keyword == "FROM":
             assert re.fullmatch(r"[\w./-]+:\d+\.\d+\.\d+[\w.-]*", value), "a pinned tag"
     assert [v for k, v in instructions if k == "USER"][-1] != "root"
-    # Everything that the entry point of the job needs is in the image.
-    copied = " ".join(v for k, v in instructions if k == "COPY")
-    assert all(name in copied for name in ("raygrpo", "examples", "cluster", "pyproject.toml"))
     assert not re.search(r"(?i)(token|secret|password|api_key)\s*=", text)
 
 

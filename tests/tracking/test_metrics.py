@@ -45,9 +45,7 @@ def test_rewards_are_trls_over_all_finished_groups() -> None:
     assert metrics["trained/group_reward_std"] == pytest.approx(deviations.mean())
     assert metrics["trained/frac_reward_zero_std"] == 0.0
     assert (metrics["num_groups"], metrics["trained/num_groups"]) == (3, 2)
-    assert metrics["epoch"] == 0.5
-    assert metrics["num_tokens"] == 100
-    assert metrics["step_time"] == 2.0
+    assert (metrics["epoch"], metrics["num_tokens"], metrics["step_time"]) == (0.5, 100, 2.0)
     assert metrics["timing/tokens_per_s"] == 3 * 4 * 4 / 2.0
 
 
@@ -88,13 +86,9 @@ def test_no_metric_stands_for_nothing() -> None:
 def test_lengths_tell_terminated_from_clipped() -> None:
     one = summary(0, [0.0] * 4, lengths=[2, 4, 6, 8], finishes=["stop", "length"] * 2)
     metrics = step_metrics(facts([one], [one]))
-    assert metrics["completions/mean_length"] == 5
-    assert metrics["completions/min_length"] == 2
-    assert metrics["completions/max_length"] == 8
-    assert metrics["completions/clipped_ratio"] == 0.5
-    assert metrics["completions/mean_terminated_length"] == 4
-    assert metrics["completions/min_terminated_length"] == 2
-    assert metrics["completions/max_terminated_length"] == 6
+    expected = {"mean_length": 5, "min_length": 2, "max_length": 8, "clipped_ratio": 0.5}
+    expected |= {f"{of}_terminated_length": x for of, x in (("mean", 4), ("min", 2), ("max", 6))}
+    assert {name: metrics[f"completions/{name}"] for name in expected} == expected
     endless = summary(0, [0.0] * 2, finishes=["length", "length"])
     metrics = step_metrics(facts([endless], []))
     assert metrics["completions/clipped_ratio"] == 1
