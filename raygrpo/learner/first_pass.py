@@ -26,8 +26,8 @@ class StepCache:
         policy_mask: tokens that carry the policy loss; None where all do.
     """
 
-    old_logprobs: FloatBT | None
-    policy_mask: BoolBT | None
+    old_logprobs: FloatBT | None = None
+    policy_mask: BoolBT | None = None
 
 
 @torch.no_grad()
@@ -46,9 +46,7 @@ def first_pass(
     needs_old = len(batches) > 1 and not config.anchored_at_sampler
     needs_mask = config.top_entropy_frac < 1
     if not (needs_old or needs_mask):
-        return [
-            [StepCache(old_logprobs=None, policy_mask=None) for _ in batch] for batch in batches
-        ]
+        return [[StepCache() for _ in batch] for batch in batches]
     found = [[(*forward(inputs), inputs.loss_mask.bool()) for inputs in batch] for batch in batches]
     threshold = 0.0
     if needs_mask:

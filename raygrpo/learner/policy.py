@@ -158,22 +158,16 @@ class PolicyModel(nn.Module):
             options["position_ids"] = tree.positions
             config = self.model.config
             if self.layout == "packed":
-                like = torch.empty(0, dtype=self.dtype, device=token_ids.device)
+                like = torch.empty(0, dtype=self.model.dtype, device=token_ids.device)
                 options["attention_mask"] = window_marks(config, like)
                 options["segments"] = tree.plan
             else:
                 options["attention_mask"] = attention_masks(
-                    config, tree.allowed(), tree.positions, tree.positions, self.dtype
+                    config, tree.allowed(), tree.positions, tree.positions, self.model.dtype
                 )
         output = self.model.base_model(input_ids=token_ids, use_cache=False, **options)
         hidden: Tensor = output.last_hidden_state
         return hidden
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the network's weights."""
-        dtype: torch.dtype = self.model.dtype
-        return dtype
 
     @staticmethod
     def _scatter(inputs: PolicyInputs, values: FloatN) -> FloatBT:

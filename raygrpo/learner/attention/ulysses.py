@@ -103,7 +103,7 @@ class SequenceShard:
         if inputs.tree is not None:
             positions = _pad(inputs.tree.positions, padding)
             allowed = torch.nn.functional.pad(inputs.tree.allowed(), (0, padding, 0, padding))
-            masks = attention_masks(model.config, allowed, positions, positions, policy.dtype)
+            masks = attention_masks(model.config, allowed, positions, positions, model.dtype)
         output = model.base_model(
             input_ids=_pad(inputs.token_ids, padding)[:, here],
             position_ids=positions[:, here],
