@@ -14,9 +14,15 @@ from xdist.scheduler import LoadScopeScheduling
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 os.environ.pop("RAY_ADDRESS", None)  # tests name the Ray that they join
-# Whole runs, whose processes keep a machine busy: one at a time.
-RUNS = ("tests/e2e/",)
-# The slowest folders come first, so that both processes end together.
+# Files of whole runs that join one Ray: they stay in one process. Others start a Ray themselves.
+SHARING = tuple(
+    f"tests/e2e/test_{name}.py"
+    for name in (
+        "async", "bad_input", "cluster", "data_modes", "evaluation", "job", "lora", "modes",
+        "preflight", "reward_model", "rollouts",
+    )
+)  # fmt: skip
+# The slowest folders come first, so that all processes end together.
 SLOWEST = ("tests/e2e/", "tests/parity/", "tests/faults/")
 
 
@@ -40,10 +46,10 @@ def _place(item: pytest.Item) -> int:
 
 
 class ByFile(LoadScopeScheduling):
-    """A file's tests stay in one process, in order; so do all whole runs."""
+    """A file's tests stay in one process, in order; so do those that share a Ray."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return "runs" if nodeid.startswith(RUNS) else nodeid.split("::", 1)[0]
+        return "sharing" if nodeid.startswith(SHARING) else nodeid.split("::", 1)[0]
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:

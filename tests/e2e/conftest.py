@@ -1,4 +1,4 @@
-"""One Ray for the whole runs of this folder: all of them are tested in one process, in turn."""
+"""One Ray for the whole runs of this folder that can share it, in one process, in turn."""
 
 from __future__ import annotations
 
